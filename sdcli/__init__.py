@@ -1,0 +1,3 @@
+"""Self-distillation for timm models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,88 @@
+"""The command line. One file per command; each loads torch and timm only once it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sdcli import __version__
+from sdcli.cli import eval as eval_command
+from sdcli.cli import inspect as inspect_command
+from sdcli.cli import recipes as recipes_command
+from sdcli.cli import train as train_command
+from sdcli.errors import UserError
+
+app = typer.Typer(
+    name="sdcli",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sdcli {__version__}")
+        raise typer.Exit
+
+
+FIRST_STEPS = """
+Start with:
+
+sdcli inspect resnet18
+
+sdcli train resnet18 --dataset digits --recipe quick --output runs/first
+
+sdcli eval runs/first/best.safetensors --exits all
+"""
+
+
+@app.callback(epilog=FIRST_STEPS)
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Self-distillation for timm models.
+
+    Finds where a network can be cut, puts a classifier (an *exit*) after each section, trains them together by a
+    recipe, and scores every exit and their ensemble.
+    """
+
+
+inspect_command.register(app)
+train_command.register(app)
+eval_command.register(app)
+recipes_command.register(app)
+
+
+def main() -> None:
+    """The console script: turns what a user can mend into one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        _print_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe has left (`sdcli … | head`): nobody is left to tell.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _print_error(error: UserError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text.assemble(("error: ", "bold red"), (error.wrong, "bold"))
+    for title, line in (("expected:", error.expected), ("fix:     ", error.fix)):
+        if line:
+            text.append(f"\n  {title} ", style="dim").append(line)
+    # Paths and commands are copied from here: never broken, whatever the width.
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text)

@@ -1,0 +1,142 @@
+"""Live progress on stderr; plain lines where it is no terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sdcli.cli.tables import report_rows
+from sdcli.cli.talk import note, talk
+from sdcli.evaluate import Report
+from sdcli.train import Epoch, Finished, Step, Training
+
+PLAIN_EVERY_S = 30.0
+"""How often a long epoch says where it is when nobody watches a terminal."""
+
+
+def follow(training: Training, events: Iterable[Step | Epoch | Finished]) -> None:
+    """Shows a run until it is done."""
+    console = talk()
+    for text in training.notes:
+        note(text)
+    console.print(_heading(training))
+    if console.is_terminal:
+        _follow_live(training, events)
+    else:
+        _follow_plain(training, events)
+
+
+def _heading(training: Training) -> Text:
+    about = training.description
+    return Text.assemble(
+        (about.architecture.model, "bold"),
+        f" on {about.dataset['name']}: {training.num_train:,} training images, "
+        + (f"{training.num_val:,} held out to choose by" if training.num_val else "none held out, so no best is chosen")
+        + f"; {training.epochs} epochs of {training.updates_per_epoch} steps on {training.accelerator.device}"
+        f" -> {training.run.folder}",
+    )
+
+
+def _follow_plain(training: Training, events: Iterable[Step | Epoch | Finished]) -> None:
+    console = talk()
+    told = time.monotonic()
+    for event in events:
+        if isinstance(event, Step):
+            if time.monotonic() - told >= PLAIN_EVERY_S:
+                told = time.monotonic()
+                console.print(
+                    f"epoch {event.epoch}/{training.epochs}  step {event.step}/{event.steps}  "
+                    f"{event.images_per_s:,.0f} images/s  {_losses(event.losses)}",
+                    soft_wrap=True,
+                )
+        elif isinstance(event, Epoch):
+            told = time.monotonic()
+            line = f"epoch {event.epoch}/{training.epochs}  {event.images_per_s:,.0f} images/s  {_losses(event.losses)}"
+            console.print(line + (f"  |  {_scores(event.validation)}" if event.validation else ""), soft_wrap=True)
+        else:
+            _finish(event)
+
+
+def _follow_live(training: Training, events: Iterable[Step | Epoch | Finished]) -> None:
+    console = talk()
+    bar = Progress(
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:,.0f} images/s"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+    steps = training.updates_per_epoch
+    task = bar.add_task("", total=training.epochs * steps, epoch=1, epochs=training.epochs, speed=0.0)
+    epochs: list[Epoch] = []
+    losses = Text()
+    with Live(Group(bar), console=console, refresh_per_second=8) as live:
+        for event in events:
+            if isinstance(event, Step):
+                done = (event.epoch - 1) * steps + event.step
+                bar.update(task, completed=done, epoch=event.epoch, speed=event.images_per_s)
+                losses = Text(f"lr {event.lr:.2g}   {_losses(event.losses)}", style="dim")
+            elif isinstance(event, Epoch):
+                epochs.append(event)
+                bar.update(task, completed=event.epoch * steps, speed=event.images_per_s)
+            else:
+                live.update(Group(_epoch_table(epochs), bar))
+                live.stop()
+                _finish(event)
+                return
+            live.update(Group(_epoch_table(epochs), losses, bar) if epochs else Group(losses, bar))
+
+
+def _epoch_table(epochs: list[Epoch], rows: int = 8) -> Table:
+    """The last epochs: losses by name, accuracy by exit."""
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("epoch", justify="right")
+    for name in epochs[-1].losses:
+        table.add_column(f"{name} loss", justify="right", style="dim")
+    scored = report_rows(epochs[-1].validation) if epochs[-1].validation else []
+    for result in scored:
+        table.add_column(result.point, justify="right")
+    best = max((e.validation.best.top1 for e in epochs if e.validation), default=None)
+    for epoch in epochs[-rows:]:
+        cells = [f"{value:.4f}" for value in epoch.losses.values()]
+        cells += [f"{result.top1:.2f}" for result in (report_rows(epoch.validation) if epoch.validation else [])]
+        is_best = epoch.validation is not None and epoch.validation.best.top1 == best
+        table.add_row(str(epoch.epoch), *cells, style="bold" if is_best else "")
+    return table
+
+
+def _finish(event: Finished) -> None:
+    report = event.report
+    console = talk()
+    which = f"epoch {event.epoch} of {event.checkpoint.name}"
+    console.print(f"{which}, top-1 on {report.split}: {_scores(report)}", soft_wrap=True)
+    console.print(Text.assemble("next: ", (f"sdcli eval {event.checkpoint} --exits all", "bold")), soft_wrap=True)
+
+
+def _losses(losses: dict[str, float]) -> str:
+    return "loss " + " + ".join(f"{name} {value:.3g}" for name, value in losses.items())
+
+
+def _scores(report: Report) -> str:
+    return "  ".join(f"{result.point} {result.top1:.2f}" for result in report_rows(report))
+
+
+@contextlib.contextmanager
+def scoring() -> Iterator[Callable[[int, int], None]]:
+    """A bar while images are scored, on a terminal; nothing elsewhere."""
+    console = talk()
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    bar = Progress(TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+    task = bar.add_task("", total=None)
+    with bar:
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,163 @@
+"""Tables for the terminal, and the same rows as CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from sdcli.evaluate import ExitResult, Report
+
+
+def amount(value: float, units: Sequence[str] = ("", "K", "M", "G", "T")) -> str:
+    """Three digits and a unit, as papers print parameters and MACs: 11.2 M, 555 M, 4.09 G."""
+    for unit in units:
+        if abs(value) < 999.5 or unit == units[-1]:
+            digits = 0 if value == int(value) and not unit else max(0, 3 - len(str(int(abs(value)))))
+            return f"{value:.{digits}f} {unit}".rstrip()
+        value /= 1000
+    raise AssertionError
+
+
+def inspect_table(plan: Mapping[str, Any]) -> Table:
+    """What `inspect` shows: `plan` as `exits.plan_json` gives it."""
+    channels, height, width = plan["input_size"]
+    table = Table(
+        title=f"{plan['model']}  ·  {channels} x {height} x {width}  ·  "
+        f"{amount(plan['params'])} parameters  ·  {amount(plan['macs'])} MACs",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        header_style="dim",
+        pad_edge=False,
+    )
+    table.add_column("exit", style="bold", no_wrap=True)
+    table.add_column("module", no_wrap=True, overflow="ellipsis")
+    table.add_column("shape", no_wrap=True)
+    for title in ("reduction", "params", "MACs", "share", "head params", "head MACs"):
+        table.add_column(title, justify="right", no_wrap=title not in ("head params", "head MACs"))
+    table.add_column("", no_wrap=True)
+    for stage in plan["stages"]:
+        share = stage["macs_fraction"]
+        table.add_row(
+            stage["point"],
+            stage["module"],
+            shape(stage),
+            f"/{stage['reduction']}",
+            amount(stage["params"]),
+            amount(stage["macs"]),
+            f"{share:.1%}",
+            f"+{amount(stage['head_params'])}",
+            f"+{amount(stage['head_macs'])}",
+            Text("█" * max(1, round(share * 16)), style="cyan"),
+        )
+    return table
+
+
+def shape(stage: Mapping[str, Any]) -> str:
+    """A stage's output for one image, in the model's own layout: 64 x 56 x 56, or 197 x 384 (14 x 14 + 1)."""
+    height, width = stage["size"]
+    channels, prefix = stage["num_chs"], stage["num_prefix_tokens"]
+    if stage["output_fmt"] == "NCHW":
+        return f"{channels} x {height} x {width}"
+    if stage["output_fmt"] == "NHWC":
+        return f"{height} x {width} x {channels}"
+    tokens = f"{height} x {width}" + (f" + {prefix}" if prefix else "")
+    return f"{height * width + prefix} x {channels} ({tokens})"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the scores: its title, its field of `ExitResult`, how it reads, and which end is best."""
+
+    title: str
+    field: str
+    best: str  # "max", "min" or ""
+    style: str
+
+
+COLUMNS = (
+    Column("top-1 %", "top1", "max", ".2f"),
+    Column("top-5 %", "top5", "max", ".2f"),
+    Column("NLL", "nll", "min", ".3f"),
+    Column("ECE", "ece", "min", ".3f"),
+    Column("params", "params", "min", "amount"),
+    Column("MACs", "macs", "min", "amount"),
+    Column("speed-up", "speedup", "max", ".2f"),
+)
+
+
+def report_rows(report: Report) -> list[ExitResult]:
+    """All exits, the ensemble last where there is one."""
+    return [*report.exits, *([report.ensemble] if report.ensemble else [])]
+
+
+def report_table(report: Report) -> Table:
+    """What `eval` shows: the best of each column in bold, the ensemble last under a line."""
+    rows = report_rows(report)
+    table = Table(
+        title=f"{report.model}  ·  {report.dataset} ({report.split}, {report.num_images:,} images)",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        header_style="dim",
+        pad_edge=False,
+    )
+    table.add_column("exit", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    for result in rows:
+        cells = [Text(cell(result, c), style="bold" if is_best(result, c, rows) else "") for c in COLUMNS]
+        table.add_row(result.point, *cells, end_section=result is report.exits[-1])
+    return table
+
+
+def cell(result: ExitResult, column: Column) -> str:
+    """One value as it is shown."""
+    value = getattr(result, column.field)
+    if column.style == "amount":
+        return amount(value)
+    return f"{value:{column.style}}" + ("x" if column.field == "speedup" else "")
+
+
+def is_best(result: ExitResult, column: Column, rows: Sequence[ExitResult]) -> bool:
+    """Whether this is the best value of its column; a single row has no best."""
+    values = [getattr(row, column.field) for row in rows]
+    if len(rows) < 2 or not column.best:
+        return False
+    return bool(getattr(result, column.field) == (max(values) if column.best == "max" else min(values)))
+
+
+def report_markdown(report: Report) -> str:
+    """The table for a README."""
+    rows = report_rows(report)
+    lines = [
+        "| exit | " + " | ".join(column.title for column in COLUMNS) + " |",
+        "| --- |" + " ---: |" * len(COLUMNS),
+    ]
+    for result in rows:
+        cells = [f"**{cell(result, c)}**" if is_best(result, c, rows) else cell(result, c) for c in COLUMNS]
+        lines.append(f"| {result.point} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report_csv(report: Report) -> str:
+    """All values in full, one line per exit."""
+    names = ["model", "dataset", "split", "num_images", "point", *(column.field for column in COLUMNS)]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for result in report_rows(report):
+        about = [report.model, report.dataset, report.split, report.num_images, result.point]
+        writer.writerow([*about, *(getattr(result, column.field) for column in COLUMNS)])
+    return text.getvalue().rstrip("\n")

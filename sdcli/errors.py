@@ -1,0 +1,58 @@
+"""What a user can put right: one message that says what was wrong, what was expected and how to fix it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints it without a traceback and leaves with code 2."""
+
+    def __init__(self, wrong: str, expected: str = "", fix: str = "") -> None:
+        super().__init__(wrong)
+        self.wrong, self.expected, self.fix = wrong, expected, fix
+
+    def __str__(self) -> str:
+        lines = [self.wrong]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.fix:
+            lines.append(f"  fix:      {self.fix}")
+        return "\n".join(lines)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known name as a question ("did you mean 'byot'?"), or "" where none is near."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str], fix: str = "", limit: int = 12) -> UserError:
+    """An error for a name that is not among the known ones; long lists are cut, the nearest name is offered."""
+    names = sorted(known)
+    listed = ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
+    return UserError(f"unknown {what} '{name}'", f"one of {listed}", did_you_mean(name, names) or fix)
+
+
+def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Iterable[str], fix: str = "") -> UserError:
+    """The first of pydantic's problems with a table in our words: which key, which value, what it should have been.
+
+    `where` names the table ("losses.soft"), `keys` are those it may have.
+    """
+    # An unknown key first: it is often why another one is missing.
+    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    path, kind, value = [str(part) for part in problem["loc"]], problem["type"], problem["input"]
+    place = ".".join(filter(None, [where, *path]))
+    if kind == "extra_forbidden":
+        table = ".".join(filter(None, [where, *path[:-1]])) or "recipe"
+        names = sorted(keys)
+        return UserError(
+            f"{table}: unknown key '{path[-1]}'", "one of " + ", ".join(names), did_you_mean(path[-1], names) or fix
+        )
+    if kind == "missing":
+        return UserError(f"{place} is missing", "a value: it has no default", fix)
+    if kind in ("model_type", "dict_type"):
+        return UserError(f"{place} = {value!r}", "a table", fix)
+    # "Input should be a valid integer" reads better without its subject.
+    expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return UserError(f"{place} = {value!r}", expected, fix)

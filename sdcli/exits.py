@@ -1,0 +1,205 @@
+"""A timm model with a tap and a head after each of its stages.
+
+B batch, K classes, C channels, H W map, D embedding, P prefix tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdcli.heads import HEADS, build_head, head_cost, suitable_head
+from sdcli.signals import Signal
+from sdcli.stages import Stage, StagePlan, prefix_tokens, to_map
+
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide a point's signal is: C of its map, D of its embedding."""
+
+    num_chs: int
+    embedding_dim: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it takes to run a network up to a point and its head, and nothing else, on one image."""
+
+    params: int
+    macs: int
+
+
+def exit_points(plan: StagePlan) -> list[str]:
+    """`exit1`, `exit2`, … for every stage but the last, whose exit is the model's own classifier."""
+    return [f"exit{number}" for number in range(1, len(plan.stages))]
+
+
+class Tap:
+    """A forward hook that keeps what a stage returned until its head has read it.
+
+    An object that shares its store with the wrapper, not a closure over it: deep copies and pickles of the whole keep
+    working, since both then find the copied store.
+    """
+
+    def __init__(self, store: dict[str, Tensor], point: str, tensor: int | None) -> None:
+        self.store, self.point, self.tensor = store, point, tensor
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.store[self.point] = output if self.tensor is None else output[self.tensor]
+
+
+class InputTap:
+    """A forward pre-hook that keeps what the classifier is given: the final embedding."""
+
+    def __init__(self, store: dict[str, Tensor]) -> None:
+        self.store = store
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.store["embedding"] = args[0]
+
+
+class MultiExit(nn.Module):
+    """An untouched timm model, tapped after its stages, and one head per exit.
+
+    Parameters of `backbone` keep timm's names; those that never reach the output are frozen, so that every parameter
+    that is trained has a gradient.
+    """
+
+    def __init__(self, backbone: nn.Module, plan: StagePlan, heads: dict[str, nn.Module]) -> None:
+        super().__init__()
+        assert list(heads) in (exit_points(plan), []), "one head per exit, or none at all"
+        self.backbone = backbone
+        self.plan = plan
+        self.heads = nn.ModuleDict(heads)
+        self._store: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        stages = {point: stage for point, stage in self.stages.items() if point in heads or point == FINAL}
+        for point, stage in stages.items():
+            tap = Tap(self._store, point, stage.tensor)
+            self._hooks.append(backbone.get_submodule(stage.module).register_forward_hook(tap))
+        if plan.classifier is not None:
+            classifier = backbone.get_submodule(plan.classifier)
+            self._hooks.append(classifier.register_forward_pre_hook(InputTap(self._store)))
+        for name, parameter in backbone.named_parameters():
+            if name in set(plan.unused):
+                parameter.requires_grad_(False)
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stage behind every point, shallowest first."""
+        return dict(zip([*exit_points(self.plan), FINAL], self.plan.stages, strict=True))
+
+    @property
+    def points(self) -> list[str]:
+        """The points that `forward` answers for, shallowest first; `final` comes last."""
+        return [*self.heads, FINAL]
+
+    @property
+    def widths(self) -> dict[str, Width]:
+        """How wide each point's signal is."""
+        widths = {}
+        for point in self.points:
+            stage = self.stages[point]
+            dim = self.plan.embedding_dim
+            if point != FINAL:
+                classifier = self.heads[point].classifier
+                assert isinstance(classifier, nn.Linear)
+                dim = classifier.in_features
+            widths[point] = Width(stage.num_chs, dim)
+        return widths
+
+    def forward(self, images: Tensor) -> dict[str, Signal]:
+        """One pass: images [B, 3, H, W] to the signal of every point."""
+        store = self._store
+        logits = self.backbone(images)
+        # Distilled models answer with one prediction per head while they train; their own forward averages them later.
+        if isinstance(logits, (tuple, list)):
+            logits = torch.stack(list(logits)).mean(dim=0)
+        signals = {}
+        for point, head in self.heads.items():
+            stage = self.stages[point]
+            features = to_map(store[point], stage)
+            embedding, exit_logits = head(features, prefix_tokens(store[point], stage))
+            signals[point] = Signal(features, embedding, exit_logits)
+        features = to_map(store[FINAL], self.stages[FINAL])
+        embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
+        signals[FINAL] = Signal(features, embedding, logits)
+        # Kept tensors would hold on to their graphs, and a deep copy refuses them.
+        store.clear()
+        return signals
+
+    def eject(self) -> nn.Module:
+        """The untouched timm model, taps removed. The heads go with this object, which is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        return self.backbone
+
+
+def choose_heads(plan: StagePlan, head: str = "auto") -> dict[str, str]:
+    """Which head each exit of `plan` gets; raises UserError for an unknown one."""
+    if head != "auto":
+        HEADS.find(head, "networks.student.head")
+    stages = zip(exit_points(plan), plan.stages[:-1], strict=True)
+    return {point: suitable_head(plan, stage) if head == "auto" else head for point, stage in stages}
+
+
+def attach(backbone: nn.Module, plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> MultiExit:
+    """`backbone` with an exit after every stage of `plan` but the last; `heads` names the kind of each."""
+    stages = dict(zip(exit_points(plan), plan.stages, strict=False))
+    return MultiExit(backbone, plan, {p: build_head(kind, plan, stages[p], num_classes) for p, kind in heads.items()})
+
+
+def head_costs(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Cost]:
+    """What each exit's own head costs; for `final`, what comes after the last stage."""
+    costs = {}
+    for (point, kind), stage in zip(heads.items(), plan.stages, strict=False):
+        costs[point] = Cost(*head_cost(kind, plan, stage, num_classes))
+    last = plan.stages[-1]
+    costs[FINAL] = Cost(plan.params - last.params, plan.macs - last.macs)
+    return costs
+
+
+def all_costs(
+    plan: StagePlan, heads: Mapping[str, str], num_classes: int, points: Sequence[str] | None = None
+) -> dict[str, Cost]:
+    """What each exit costs when it is shipped alone, head included, and what the `ensemble` of `points` costs.
+
+    The ensemble (of all points where none are named) needs the network up to the deepest of them, and every one's head.
+    """
+    own = head_costs(plan, heads, num_classes)
+    stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
+    alone = {p: Cost(stages[p].params + cost.params, stages[p].macs + cost.macs) for p, cost in own.items()}
+    *others, deepest = list(own) if points is None else points
+    params, macs = (sum(getattr(own[point], kind) for point in others) for kind in ("params", "macs"))
+    return alone | {"ensemble": Cost(alone[deepest].params + params, alone[deepest].macs + macs)}
+
+
+def plan_json(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Any]:
+    """What `inspect --json` prints of a plan: each stage with what its head costs."""
+    costs = head_costs(plan, heads, num_classes)
+    stages = [
+        {
+            "point": point,
+            **asdict(stage),
+            "macs_fraction": stage.macs / plan.macs if plan.macs else 0.0,
+            "head": heads.get(point),
+            "head_params": costs[point].params,
+            "head_macs": costs[point].macs,
+        }
+        for point, stage in zip([*exit_points(plan), FINAL], plan.stages, strict=True)
+    ]
+    return {
+        "model": plan.model,
+        "input_size": list(plan.input_size),
+        "found_by": plan.found_by,
+        "notes": list(plan.notes),
+        "params": plan.params,
+        "macs": plan.macs,
+        "stages": stages,
+    }

@@ -1,0 +1,151 @@
+"""The `[losses]` tables of a recipe as terms, and their sum: one number and its named parts.
+
+B batch, C channels, D embedding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sdcli.errors import UserError, did_you_mean
+from sdcli.exits import FINAL, Width
+from sdcli.losses import LOSSES
+from sdcli.recipe import Loss
+from sdcli.signals import Batch, Signal
+
+
+@dataclass(frozen=True)
+class Term:
+    """One comparison at one point: what `name` of the recipe asks of `on`."""
+
+    name: str
+    on: str
+    target: str | None
+    """The point that is compared with, or None where the labels are."""
+    reads: str
+    """`logits`, `embedding` or `features`."""
+    weight: float
+    compare: Callable[..., Tensor]
+    """The loss with its recipe keys filled in; a module where it has weights of its own."""
+
+
+def check_losses(losses: Mapping[str, Loss]) -> None:
+    """Raises UserError for an unknown loss, key, type or range: all that shows without a network."""
+    for name, loss in losses.items():
+        LOSSES.find(loss.kind, f"losses.{name}").check(loss.options, f"losses.{name}")
+
+
+class Objective(nn.Module):
+    """All terms of a recipe. Its parameters are those of the losses that have weights of their own (`trained`)."""
+
+    def __init__(self, losses: Mapping[str, Loss], widths: Mapping[str, Width]) -> None:
+        """Builds the terms for a network with the points of `widths`, shallowest first.
+
+        Raises UserError for an unknown loss or key, a point that is not there, weights that do not match the points,
+        and exits that no term teaches.
+        """
+        super().__init__()
+        self.terms: list[Term] = []
+        self.trained = nn.ModuleList()
+        for name, loss in losses.items():
+            self._add(name, loss, widths)
+        self._check_all_taught(widths)
+
+    def _add(self, name: str, loss: Loss, widths: Mapping[str, Width]) -> None:
+        where = f"losses.{name}"
+        entry = LOSSES.find(loss.kind, where)
+        options = entry.check(loss.options, where)
+        is_module = isinstance(entry.call, type)
+        needs_target = is_module or "teacher" in entry.takes
+        points = _points(loss.on, list(widths), where)
+        weights = loss.weight if isinstance(loss.weight, list) else [loss.weight] * len(points)
+        if len(weights) != len(points):
+            raise UserError(
+                f"{where}.weight has {len(weights)} values",
+                f"one number, or one for each of {', '.join(points) or 'no points'}",
+            )
+        if needs_target != (loss.target != "label"):
+            known = "'final', 'next' or an exit" if needs_target else "'label', which is the default"
+            raise UserError(f"{where}.target = '{loss.target}' with kind = '{loss.kind}'", known)
+        for point, weight in zip(points, weights, strict=True):
+            target = _target(loss.target, point, list(widths), where) if needs_target else None
+            if weight == 0:
+                continue
+            compare: Callable[..., Tensor] = partial(entry.call, **options)
+            if is_module and target is not None:
+                side = "embedding_dim" if entry.reads == "embedding" else "num_chs"
+                try:
+                    compare = entry.call(getattr(widths[point], side), getattr(widths[target], side), **options)
+                except UserError as error:
+                    error.wrong = f"{where} at {point}: {error.wrong}"
+                    raise
+                assert isinstance(compare, nn.Module)
+                self.trained.append(compare)
+            self.terms.append(Term(name, point, target, entry.reads, weight, compare))
+
+    def _check_all_taught(self, widths: Mapping[str, Width]) -> None:
+        """An exit whose classifier no term reads would be trained by nothing and still be scored."""
+        taught = {term.on for term in self.terms if term.reads == "logits"}
+        for point in widths:
+            if point not in taught:
+                fix = 'add a loss with on = "all"'
+                if point != FINAL:
+                    fix += ', or set networks.student.exits = "none"'
+                raise UserError(
+                    f"no loss teaches the classifier of {point}", "a loss on the logits of every point", fix
+                )
+
+    def forward(self, signals: Mapping[str, Signal], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms (a scalar) and what each loss of the recipe adds to it, detached."""
+        signals = {point: signal.at_least_float() for point, signal in signals.items()}
+        parts: dict[str, Tensor] = {}
+        for term in self.terms:
+            student = getattr(signals[term.on], term.reads)
+            if term.target is None:
+                value = term.compare(student, batch)
+            else:
+                value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
+            value = value.mean() * term.weight
+            parts[term.name] = parts[term.name] + value if term.name in parts else value
+        total = torch.stack(list(parts.values())).sum()
+        return total, {name: part.detach() for name, part in parts.items()}
+
+
+def _points(on: str | list[str], points: list[str], where: str) -> list[str]:
+    """The points that an `on` stands for; `exits` of a network without any stands for none."""
+    chosen: list[str] = []
+    for name in [on] if isinstance(on, str) else on:
+        if name == "all":
+            chosen += points
+        elif name == "exits":
+            chosen += points[:-1]
+        elif name in points:
+            chosen.append(name)
+        else:
+            raise _no_such_point(name, points, f"{where}.on")
+    return chosen
+
+
+def _target(name: str, point: str, points: list[str], where: str) -> str:
+    if name == "next":
+        if point == FINAL:
+            raise UserError(f"{where}: '{FINAL}' has no next deeper point", 'on = "exits" with target = "next"')
+        return points[points.index(point) + 1]
+    if name not in points:
+        raise _no_such_point(name, points, f"{where}.target")
+    if name == point:
+        raise UserError(f"{where}: {point} is compared with itself", "a target other than the point it teaches")
+    return name
+
+
+def _no_such_point(name: str, points: list[str], where: str) -> UserError:
+    return UserError(
+        f"{where} = '{name}', a point that this network does not have",
+        "one of " + ", ".join(points),
+        did_you_mean(name, points),
+    )

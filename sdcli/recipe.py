@@ -1,0 +1,311 @@
+"""The tables of a recipe file: read, extend, override, check. Knows nothing of torch, so that mistakes show at once.
+
+A recipe is TOML. `extends` names another whose tables this one refines key by key; several recipes given together
+refine each other from left to right; `--set losses.soft.weight=0.5` refines them all. What a table's own keys mean is
+told where they are used; here their names, types and ranges are held.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sdcli.errors import UserError, invalid, unknown
+
+POINT = re.compile(r"final|exits|all|exit[1-9]\d*")
+
+
+class Table(BaseModel):
+    """One table of a recipe: unknown keys and wrong types are errors, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Network(Table):
+    """`[networks.NAME]`: who takes part."""
+
+    weights: str = "random"
+    """`random`, `pretrained` (timm's), or the path of a checkpoint."""
+    exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | list[str] = "auto"
+    """`auto` (one per stage), `none` (the plain model), how many in all with the final one, or the modules to tap."""
+    head: str = "auto"
+    """The exits' heads: a name of `heads.HEADS`."""
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"
+    """`cifar` keeps the resolution that an ImageNet stem throws away; `auto` takes it where images are small."""
+    model_args: dict[str, Any] = {}
+    """More arguments for `timm.create_model`."""
+
+
+class Augment(Table):
+    """`[batch.augment]`: how training images are varied."""
+
+    crop: Literal["auto", "pad", "resized", "none"] = "auto"
+    mirror: Annotated[float, Field(ge=0, le=1)] = 0.5
+    policy: str = "none"
+    cutout: Annotated[int, Field(ge=0)] = 0
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0
+    fill: Annotated[int, Field(ge=0, le=255)] = 0
+
+
+class BatchTable(Table):
+    """`[batch]`: what the networks are shown."""
+
+    size: Annotated[int, Field(ge=1)] = 128
+    augment: Augment = Augment()
+
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Loss(BaseModel):
+    """`[losses.NAME]`: one comparison. Further keys are the loss's own and are checked against its function."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    kind: str
+    on: str | list[str]
+    target: str = "label"
+    weight: Weight | list[Weight] = 1.0
+
+    @field_validator("on")
+    @classmethod
+    def _points(cls, on: str | list[str]) -> str | list[str]:
+        for point in [on] if isinstance(on, str) else on:
+            if not POINT.fullmatch(point):
+                raise ValueError("'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these")
+        return on
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, target: str) -> str:
+        if target not in ("label", "next") and not re.fullmatch(r"final|exit[1-9]\d*", target):
+            raise ValueError("'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'")
+        return target
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The loss's own keys."""
+        return dict(self.model_extra or {})
+
+
+class Optimizer(Table):
+    """`[optimizer]`: timm's optimizers by timm's names."""
+
+    opt: str = "momentum"
+    """`momentum` is SGD with plain momentum, `sgd` adds Nesterov's: timm's names, not ours."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_norm_and_bias: bool = True
+    """Whether weight decay reaches norms and biases too, as in the papers' code; timm's default is that it does not."""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """The largest norm of the gradient."""
+
+
+class Schedule(Table):
+    """`[schedule]`: timm's learning-rate schedules by timm's names.
+
+    Times below 1 are shares of the run, from 1 on epochs: a recipe keeps its shape when `--epochs` changes.
+    """
+
+    sched: Literal["cosine", "multistep", "step", "poly", "tanh", "none"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    milestones: list[Annotated[float, Field(gt=0)]] = []
+    """When `multistep` multiplies the rate by `decay_rate`."""
+    decay_time: Annotated[float, Field(gt=0)] = 0.3
+    """How long `step` waits between two such drops."""
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class Recipe(Table):
+    """A whole recipe, checked."""
+
+    title: str = ""
+    paper: str = ""
+    epochs: Annotated[int, Field(ge=1)] = 200
+    networks: dict[str, Network] = {}
+    batch: BatchTable = BatchTable()
+    losses: dict[str, Loss]
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+
+    @property
+    def student(self) -> Network:
+        """The network that the command line names."""
+        return self.networks.get("student", Network())
+
+
+def recipe_folder() -> Path:
+    """Where the recipes lie that come with sdcli: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names that `--recipe` takes, schedules and other parts aside."""
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def load_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that `names` (of recipes or files) and `KEY=VALUE` overrides make together.
+
+    Raises UserError for a file that is not there or not TOML, and for any key, type or range that is wrong, saying
+    which file brought the value.
+    """
+    tables: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name in names:
+        for source, part in _chain(name, Path()):
+            _merge(tables, part, origins, source)
+    for override in overrides:
+        _merge(tables, _parse_override(override), origins, f"--set {override}")
+    return check_recipe(tables, origins)
+
+
+def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Recipe:
+    """The checked recipe of plain tables. `origins` tells which file or flag brought a dotted key."""
+    try:
+        recipe = Recipe.model_validate(dict(tables))
+    except ValidationError as error:
+        raise _explain(error, origins or {}) from None
+    if not recipe.losses:
+        raise UserError("the recipe has no losses", "at least one [losses.NAME] table", 'add extends = "baseline"')
+    if extra := set(recipe.networks) - {"student"}:
+        raise UserError(
+            f"networks.{min(extra)}: unknown network", "networks.student, the one that the command line names"
+        )
+    return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as a file that `--recipe` takes again."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+
+def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The recipe called `name` and all that it extends, the farthest ancestor first."""
+    links: list[tuple[str, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        path = _find(name, folder)
+        if path in seen:
+            loop = " -> ".join(p.name for p in [*seen, path])
+            raise UserError(f"{path}: 'extends' goes round in a circle: {loop}", "a chain that ends")
+        seen.append(path)
+        tables = _read(path)
+        parent = tables.pop("extends", None)
+        links.append((_short(path), tables))
+        if parent is None:
+            return iter(reversed(links))
+        if not isinstance(parent, str):
+            raise UserError(f"{_short(path)}: extends = {parent!r}", "the name of one recipe, or its path")
+        name, folder = parent, path.parent
+
+
+def _find(name: str, folder: Path) -> Path:
+    """The file of a recipe: a path (relative to the file that extends it), else one of our own."""
+    if name.endswith(".toml") or name.startswith((".", "/", "~")):
+        path = folder / Path(name).expanduser()
+        if path.is_dir():
+            raise UserError(f"recipe '{name}' is a folder", "a .toml file")
+        if not path.is_file():
+            raise UserError(f"recipe file '{path}' does not exist", "a path, or one of " + ", ".join(recipe_names()))
+        return path.resolve()
+    path = recipe_folder() / f"{name}.toml"
+    if not path.is_file():
+        raise unknown("recipe", name, recipe_names(), f"for a file of your own write its path: ./{name}.toml")
+    return path
+
+
+def _short(path: Path) -> str:
+    """How messages call a recipe file: our own by name, others by path."""
+    folder = recipe_folder().resolve()
+    inside = path.resolve().is_relative_to(folder)
+    return f"recipes/{path.resolve().relative_to(folder)}" if inside else str(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{_short(path)} is not TOML: {error}", "a recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{_short(path)} cannot be read: {error}", "a recipe file") from None
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """`losses.soft.weight=0.5` as nested tables; a value that is not TOML is taken as a string."""
+    key, equals, value = text.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
+        raise UserError(f"--set {text!r}", "KEY=VALUE", "for example --set losses.soft.weight=0.5")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(parts):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _merge(into: dict[str, Any], part: Mapping[str, Any], origins: dict[str, str], source: str, at: str = "") -> None:
+    """Refines `into` by `part`, table by table; notes where each value comes from."""
+    for key, value in part.items():
+        place = f"{at}.{key}" if at else key
+        origins[place] = source
+        if isinstance(value, Mapping):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+            _merge(into[key], value, origins, source, place)
+        else:
+            into[key] = value
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
+    """Pydantic's complaint as one of ours, with the file or flag that brought the value."""
+    problems = error.errors(include_url=False)
+    # A union reports each of its branches: the branch's name is no part of the key.
+    for problem in problems:
+        problem["loc"] = tuple(
+            p for p in problem["loc"] if isinstance(p, int) or (re.fullmatch(r"[\w-]+", p) and p not in _BRANCHES)
+        )
+    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    path = [str(p) for p in first["loc"]]
+    result = invalid([first], "", _keys_at(path[:-1]))
+    same = [p for p in problems if p["loc"] == first["loc"]]
+    if len(same) > 1:
+        said = dict.fromkeys(str(p["msg"]).removeprefix("Value error, ").removeprefix("Input should be ") for p in same)
+        result.expected = ", or ".join(said)
+    if "." not in (key := ".".join(path)) and first["type"] == "missing":
+        result.fix = f'add a [{key}.NAME] table, or extends = "baseline"'
+    while path and ".".join(path) not in origins:
+        path.pop()
+    if path:
+        result.wrong = f"{origins['.'.join(path)]}: {result.wrong}"
+    return result
+
+
+_BRANCHES = {"int", "float", "str", "constrained-int", "constrained-float"}
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    """The keys that the table at `path` may have."""
+    model: type[BaseModel] | None = Recipe
+    path = list(path)
+    tables: dict[str, type[BaseModel]] = {
+        "networks": Network, "losses": Loss, "batch": BatchTable, "augment": Augment,
+        "optimizer": Optimizer, "schedule": Schedule,
+    }  # fmt: skip
+    if path:
+        model = tables.get(path[0] if path[0] in ("networks", "losses") else path[-1])
+    keys = sorted(model.model_fields) if model else []
+    return [*keys, "extends"] if not path else keys

@@ -1,0 +1,89 @@
+"""Names that a recipe may use, and the functions behind them.
+
+The keyword-only arguments of a registered function or class are its recipe keys: their annotations are the types and
+ranges that a recipe is checked against, their defaults what holds where a recipe is silent. Nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from sdcli.errors import invalid, unknown
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name: what it builds or calls, what it reads of a signal, and its keys."""
+
+    name: str
+    call: Callable[..., Any]
+    reads: str = ""
+
+    @cached_property
+    def parameters(self) -> tuple[inspect.Parameter, ...]:
+        return tuple(inspect.signature(self.call).parameters.values())
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """Names of the positional arguments: what the caller has to bring."""
+        return frozenset(p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY)
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The recipe keys and their defaults; `inspect.Parameter.empty` marks one that must be given."""
+        return {p.name: p.default for p in self.parameters if p.kind is p.KEYWORD_ONLY}
+
+    @cached_property
+    def _model(self) -> type[BaseModel]:
+        function = self.call.__init__ if inspect.isclass(self.call) else self.call
+        hints = get_type_hints(function, include_extras=True)
+        fields: dict[str, Any] = {
+            name: (hints[name], ... if default is inspect.Parameter.empty else default)
+            for name, default in self.options.items()
+        }
+        config = ConfigDict(extra="forbid", strict=True)
+        return create_model(self.name, __config__=config, **fields)
+
+    def check(self, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`options` with the defaults filled in; raises UserError for an unknown key, a wrong type or range."""
+        try:
+            checked = self._model.model_validate(dict(options))
+        except ValidationError as error:
+            raise invalid(error.errors(include_url=False), where, self.options) from None
+        return {name: getattr(checked, name) for name in self.options}
+
+
+@dataclass
+class Registry:
+    """Names of one kind (losses, heads, …) in the order in which they were registered."""
+
+    what: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def register(self, name: str, *, reads: str = "") -> Callable[[Any], Any]:
+        """Decorator: makes a function or class known under `name`."""
+
+        def add(call: Any) -> Any:
+            assert name not in self.entries, f"{self.what} '{name}' is registered twice"
+            self.entries[name] = Entry(name, call, reads)
+            return call
+
+        return add
+
+    def find(self, name: str, where: str = "") -> Entry:
+        """The entry called `name`; raises UserError with the nearest name where there is none."""
+        if name not in self.entries:
+            error = unknown(self.what, name, self.entries)
+            if where:
+                error.wrong = f"{where}: {error.wrong}"
+            raise error
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries.values())

@@ -1,0 +1,102 @@
+"""The run folder: resolved recipe, log, checkpoints, report. The only place that writes a run's files.
+
+recipe.toml        the resolved recipe: `--recipe RUN/recipe.toml` trains the same again
+run.json           the command's other choices: model, data set, seed
+log.jsonl          one line per epoch
+summary.csv        the same for a spreadsheet, in timm's columns plus one per exit
+last.safetensors   after the last epoch
+best.safetensors   the best on the validation split, where there is one
+report.json        how that checkpoint scores
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdcli.checkpoint import Description, save_checkpoint
+from sdcli.errors import UserError
+from sdcli.evaluate import Report
+
+
+class Run:
+    """An open run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder; raises UserError where it already holds anything."""
+        check_output(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output '{folder}' cannot be made: {error.strerror}", "a folder to write to") from None
+        self.folder = folder
+        self._rows: list[dict[str, Any]] = []
+        self._log = ""
+
+    def write_recipe(self, text: str) -> None:
+        """The resolved recipe, which `--recipe` takes again."""
+        write_text(self.folder / "recipe.toml", text)
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """What the command line chose beside the recipe."""
+        write_text(self.folder / "run.json", json.dumps(settings, indent=2) + "\n")
+
+    def log_epoch(self, line: Mapping[str, Any]) -> None:
+        """Adds an epoch to `log.jsonl` and `summary.csv`."""
+        self._log += json.dumps(line) + "\n"
+        write_text(self.folder / "log.jsonl", self._log)
+        self._rows.append(_summary_row(line))
+        columns = list(dict.fromkeys(column for row in self._rows for column in row))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(self.folder / "summary.csv", table.getvalue())
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], description: Description) -> Path:
+        """Writes `last` or `best`."""
+        path = self.folder / f"{name}.safetensors"
+        save_checkpoint(path, tensors, description)
+        return path
+
+    def write_report(self, report: Report, checkpoint: str) -> None:
+        """How `checkpoint` scores."""
+        write_text(
+            self.folder / "report.json", json.dumps({"checkpoint": checkpoint, **report.to_dict()}, indent=2) + "\n"
+        )
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError where a run's folder already holds anything: nothing is ever overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "holds a run already" if (folder / "recipe.toml").exists() else "is not an empty folder"
+        raise UserError(
+            f"output '{folder}' {what}", "a new or empty folder", f"another --output, or remove it: rm -r {folder}"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the place and renames, so that no reader ever finds half a file."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _summary_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """An epoch in timm's columns: `epoch, train_*, eval_*, lr`, and one `eval_top1_POINT` per exit."""
+    row: dict[str, Any] = {"epoch": line["epoch"], "train_loss": line["loss"]}
+    row |= {f"train_loss_{name}": value for name, value in line["losses"].items()}
+    validation = line.get("validation")
+    if validation:
+        scored = [*validation["exits"], *([validation["ensemble"]] if validation["ensemble"] else [])]
+        final = validation["exits"][-1]
+        row |= {"eval_loss": final["nll"], "eval_top1": final["top1"], "eval_top5": final["top5"]}
+        row |= {f"eval_top1_{result['point']}": result["top1"] for result in scored}
+    return row | {"lr": line["lr"]}

@@ -1,0 +1,93 @@
+"""A checkpoint's exits, scored on a data set that is opened for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sdcli import data
+from sdcli.devices import accelerator_for
+from sdcli.errors import UserError, unknown
+from sdcli.evaluate import Report, evaluate
+from sdcli.exits import all_costs
+from sdcli.networks import rebuild
+
+
+def score_checkpoint(
+    path: Path,
+    *,
+    points: list[str] | None = None,
+    dataset: str | None = None,
+    split: str = "test",
+    image_key: str | None = None,
+    label_key: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+    device: str | None = None,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Report, list[str]]:
+    """Scores `points` (all where None) of a checkpoint, on the data set it was trained on or on another one.
+
+    Returns the report and what is to be said about it. Raises UserError for a point that the checkpoint does not
+    have, a split that the data set does not have, and classes that do not match.
+    """
+    network, about = rebuild(path)
+    if points is not None:
+        for point in points:
+            if point not in network.points:
+                raise unknown("exit", point, network.points)
+        points = [point for point in network.points if point in points]
+    trained_on = about.dataset
+    own = dataset is None
+    opened = data.open_dataset(
+        trained_on["source"] if dataset is None else dataset,
+        image_key=image_key or (trained_on["image_key"] if own else None),
+        label_key=label_key or (trained_on["label_key"] if own else None),
+    )
+    notes = [*opened.notes, *_compare_classes(about.classes, list(opened.classes), path)]
+    splits = dict(opened.splits)
+    if own:
+        # What was held out of training is the validation split here too.
+        train_split, val_split = data.training_splits(opened, trained_on["val_fraction"], trained_on["seed"])
+        splits |= {"train": train_split} | ({"validation": val_split} if val_split else {})
+    if split not in splits:
+        raise UserError(f"{opened.name} has no split '{split}'", "one of " + ", ".join(splits))
+    chosen = splits[split]
+    chosen = data.limit(chosen, limit, 0)
+    preprocess = data.Preprocess.from_dict(about.preprocess)
+    loader = data.make_loader(
+        chosen, data.eval_transform(preprocess), batch_size=batch_size, train=False, seed=0, workers=workers
+    )
+    accelerator = accelerator_for(device)
+    points = points or network.points
+    total = len(chosen)
+    report = evaluate(
+        network.to(accelerator.device),
+        loader,
+        points=points,
+        costs=all_costs(about.plan, about.heads, about.architecture.num_classes, points),
+        device=accelerator.device,
+        model=about.architecture.model,
+        dataset=trained_on["name"] if own else data.short_name(opened),
+        split=split,
+        progress=lambda done: progress(done, total),
+    )
+    return report, notes
+
+
+def _compare_classes(ours: list[str], theirs: list[str], path: Path) -> list[str]:
+    """Raises UserError where the numbers of classes differ; tells where only the names do."""
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"'{path}' knows {len(ours)} classes, the data set has {len(theirs)}",
+            "a data set with the classes that the checkpoint was trained on",
+            "choose another --dataset, or another column with --label-key",
+        )
+    if ours != theirs:
+        number = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        return [
+            f"class {number} is '{ours[number]}' in the checkpoint and '{theirs[number]}' in the data set: "
+            "scores mean something only if both are the same thing"
+        ]
+    return []

@@ -1,0 +1,912 @@
+"""Where a timm model can be tapped: one traced forward, no weights and no data needed.
+
+The model runs once (on the meta device it costs neither memory nor arithmetic) while every tensor operation and every
+module call is recorded. The record answers all questions: which modules return maps and in which layout, what each map
+cost so far, and which of them are *clean cuts*, that is, tensors on which everything later depends and on nothing
+else earlier (dominators of the logits in the dataflow graph). Exits, truncation and early exit are exact there.
+
+B batch, C channels, H W map, N tokens, P prefix tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sdcli.errors import UserError, unknown
+
+NUM_STAGES = 4
+MIN_STAGES = 3
+# A boundary before this share of the work is the stem, and two of them closer than this are one.
+SMALLEST_SHARE = 0.02
+MOST_PREFIX_TOKENS = 16
+
+
+# Models, by class, whose boundaries nothing tells. Each entry says why.
+_QUIRKS: dict[str, tuple[str, ...]] = {
+    # Its branches run side by side to the end; `feature_info` has other names and leaves out the layers that join them.
+    "HighResolutionNet": ("layer1", "stage2", "stage3", "final_layer"),
+    # As announced, but for a misspelt name ("block.0").
+    "Twins": ("blocks.0", "blocks.1", "blocks.2", "blocks.3"),
+    # Three scales run side by side after the serial blocks, and `feature_info` announces all of them at the very end.
+    "CoaT": ("serial_blocks1.1", "serial_blocks2.1", "parallel_blocks.2", "parallel_blocks.5"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One boundary: a module whose output an exit can read."""
+
+    module: str
+    """Path inside the timm model. A forward hook there fires exactly once per forward."""
+    tensor: int | None
+    """Which entry of a returned tuple; None where the module returns the tensor itself."""
+    num_chs: int
+    size: tuple[int, int]
+    """H, W of its map; for tokens, of their grid."""
+    reduction: int
+    output_fmt: str
+    """"NCHW", "NHWC" or "NLC" (tokens)."""
+    num_prefix_tokens: int
+    clean: bool
+    """Everything later depends on this one tensor only."""
+    params: int
+    """Of everything up to and including the stage."""
+    macs: int
+    """Likewise, for one image."""
+    inner: tuple[str, ...] = ()
+    """Modules inside it that return the very same tensor, outermost first. See `tap_modules`."""
+    windows: int = 0
+    """Tokens lie in windows nested this many times (Hiera's `Unroll`) rather than row by row."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Every stage of one model at one input size."""
+
+    model: str
+    input_size: tuple[int, int, int]
+    stages: tuple[Stage, ...]
+    """Shallowest first; the last one is the model's own end."""
+    found_by: str
+    notes: tuple[str, ...]
+    """One sentence each about what is unusual."""
+    params: int
+    """Of the whole model, whether the forward pass uses them or not."""
+    macs: int
+    unused: tuple[str, ...]
+    """Parameters whose value never reaches the output: they get no gradient and must not be trained."""
+    classifier: str | None
+    """The module that turns the embedding ([B, D] or [B, D, 1, 1]) into the logits; None where no single one does."""
+    embedding_dim: int
+    """D; the channels of the last stage where there is no classifier."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the equal plan back."""
+        return {
+            name: [_plain(asdict(stage)) for stage in self.stages] if name == "stages" else value
+            for name, value in _plain(asdict(self)).items()
+        }
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> StagePlan:
+        """The plan that `to_dict` described."""
+        stages = tuple(Stage(**_frozen(stage)) for stage in table["stages"])
+        return cls(**{**_frozen(table), "stages": stages})
+
+
+def _plain(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+
+
+def _frozen(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+# What exits do with a tapped tensor
+
+
+def to_map(tensor: Tensor, stage: Stage) -> Tensor:
+    """A stage's tensor, in the model's own layout, as a map [B, C, H, W].
+
+    Tokens of another number than traced are taken for a grid of the same proportions.
+    """
+    if stage.output_fmt == "NCHW":
+        return tensor
+    if stage.output_fmt == "NHWC":
+        return tensor.permute(0, 3, 1, 2)
+    tokens = tensor[:, stage.num_prefix_tokens :]
+    batch, length, num_chs = tokens.shape
+    height, width = stage.size
+    if length != height * width:
+        height = round(math.sqrt(length * height / width))
+        width = length // height
+    for _ in range(stage.windows):
+        # [B, 2*2 places in a window, windows, C] with the windows themselves nested: the outermost pair first.
+        height, width = height // 2, width // 2
+    grid = tokens.reshape(batch, *(2, 2) * stage.windows, height, width, num_chs)
+    if stage.windows:
+        last = 2 * stage.windows + 1
+        rows, columns = [*range(1, last, 2)], [*range(2, last, 2)]
+        grid = grid.permute(0, last, *reversed(rows), last + 1, *reversed(columns), last + 2)
+        grid = grid.reshape(batch, height << stage.windows, width << stage.windows, num_chs)
+    return grid.permute(0, 3, 1, 2)
+
+
+def prefix_tokens(tensor: Tensor, stage: Stage) -> Tensor:
+    """The class and register tokens of a stage's tensor [B, P, C]; P is 0 where it has none."""
+    if stage.output_fmt != "NLC":
+        return tensor.new_empty(tensor.shape[0], 0, stage.num_chs)
+    return tensor[:, : stage.num_prefix_tokens]
+
+
+def tap_modules(stage: Stage) -> list[str]:
+    """The stage's module and those inside it that return the same tensor, outermost first.
+
+    timm's gradient checkpointing runs the blocks of a stage one by one and never calls the stage itself (47 of 98
+    families), but always calls one of these: tap them all and read whichever fired.
+    """
+    return [stage.module, *stage.inner]
+
+
+def count(module: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+    """Parameters of `module`, and the multiply-adds of one call with `inputs`."""
+    record = _run(module, inputs)
+    return sum(parameter.numel() for parameter in module.parameters()), record.macs
+
+
+# The record of one forward pass
+
+
+@dataclass
+class _Call:
+    """One call of a module: what it was given and what it returned, as nodes of the dataflow graph."""
+
+    path: str
+    inputs: list[int]
+    outputs: list[tuple[int | None, int]] = field(default_factory=list)
+    """(entry of the returned tuple, node), in order."""
+    params: int = 0
+    macs: int = 0
+
+    @property
+    def depth(self) -> int:
+        return self.path.count(".")
+
+
+@dataclass
+class _Operation:
+    name: str
+    args: tuple[Any, ...]
+    sources: list[int]
+    """Nodes of the tensor arguments, in order."""
+    results: list[int]
+
+
+class _Recorder(TorchDispatchMode):
+    """The dataflow graph of a forward pass, and its multiply-adds.
+
+    A node is one value of one tensor: writing in place makes a new node for each tensor that shares the memory, a
+    view is a node that depends on its base. Nodes are numbered as they appear, so the order is topological.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+        self.params = 0
+        self.values: list[Tensor] = []  # by node; also keeps every tensor alive, so that no id is used twice
+        self.sources: list[list[int]] = []
+        self.rewritten: set[int] = set()
+        self.operations: list[_Operation] = []
+        self._node_of: dict[int, int] = {}
+        self._sharing: dict[int, list[Tensor]] = {}
+        self._seen: set[int] = set()
+
+    def node(self, tensor: Tensor) -> int:
+        """The node of a tensor's present value."""
+        if id(tensor) not in self._node_of:
+            self._add(tensor, [])
+            if isinstance(tensor, nn.Parameter):
+                self.params += tensor.numel()
+        return self._node_of[id(tensor)]
+
+    def _add(self, tensor: Tensor, sources: list[int]) -> int:
+        node = len(self.values)
+        self.values.append(tensor)
+        self.sources.append(sources)
+        if id(tensor) in self._node_of:
+            self.rewritten.add(self._node_of[id(tensor)])
+        else:
+            self._sharing.setdefault(_memory(tensor), []).append(tensor)
+        self._node_of[id(tensor)] = node
+        return node
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in flop_registry and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        result = func(*args, **kwargs)
+        if packet in flop_registry:
+            self.macs += int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
+
+        sources = [self.node(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = _written(func, args, kwargs)
+        for tensor in {id(sharing): sharing for target in written for sharing in self._sharing[_memory(target)]}.values():
+            self._add(tensor, [self._node_of[id(tensor)], *sources])
+        results = []
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                results.append(self._node_of[id(leaf)] if id(leaf) in self._node_of else self._add(leaf, sources))
+        self.operations.append(_Operation(packet.__name__, args, sources, results))
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes in place."""
+    written: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return written
+
+
+@dataclass
+class _Record:
+    calls: list[_Call]
+    graph: _Recorder
+    inputs: list[int]
+    outputs: list[int]
+    macs: int
+
+
+def _run(module: nn.Module, inputs: Sequence[Tensor]) -> _Record:
+    """One forward pass in eval mode and without gradients, recorded; leaves `module` as it was."""
+    graph = _Recorder()
+    calls: list[_Call] = []
+    stack: list[_Call] = []
+    hooks: list[Any] = []
+
+    def entered(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [graph.node(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            stack.append(_Call(path, given))
+
+        return hook
+
+    def returned(module: nn.Module, args: Any, output: Any) -> None:
+        call = stack.pop()
+        entries = [(None, output)] if isinstance(output, Tensor) else []
+        if isinstance(output, (tuple, list)):
+            entries = [(index, entry) for index, entry in enumerate(output) if isinstance(entry, Tensor)]
+        call.outputs = [(index, graph.node(entry)) for index, entry in entries]
+        call.params, call.macs = graph.params, graph.macs
+        calls.append(call)
+
+    training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        for path, part in module.named_modules():
+            hooks.append(part.register_forward_pre_hook(entered(path), with_kwargs=True))
+            hooks.append(part.register_forward_hook(returned))
+        with torch.no_grad(), graph:
+            given = [graph.node(tensor) for tensor in inputs]
+            output = module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part, flag in training:
+            part.training = flag
+    outputs = [graph.node(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return _Record(calls, graph, given, outputs, graph.macs)
+
+
+def _reaching(sources: list[list[int]], targets: Iterable[int]) -> set[int]:
+    """The nodes from which one of `targets` can be reached, themselves included."""
+    found = set(targets)
+    for node in range(len(sources) - 1, -1, -1):
+        if node in found:
+            found.update(sources[node])
+    return found
+
+
+def _clean_cuts(record: _Record) -> set[int]:
+    """The nodes that every path from the input to the logits runs through.
+
+    Among the nodes that lie on such a path, taken in topological order, a node is one exactly when no edge jumps
+    over it.
+    """
+    sources = record.graph.sources
+    fed = set(record.inputs)
+    for node, before in enumerate(sources):
+        if not fed.isdisjoint(before):
+            fed.add(node)
+    path = sorted(fed & _reaching(sources, record.outputs))
+    cuts, reach = set(), -1
+    furthest = {node: node for node in path}
+    for node in path:
+        for source in sources[node]:
+            if source in furthest:
+                furthest[source] = max(furthest[source], node)
+    for node in path:
+        if reach <= node:
+            cuts.add(node)
+        reach = max(reach, furthest[node])
+    return cuts
+
+
+# Which axis of a tensor holds the channels
+
+_AXIS_1 = ("convolution", "native_batch_norm", "cudnn_batch_norm", "native_group_norm", "max_pool2d", "avg_pool2d")
+_AXIS_1 += ("adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample", "pixel_unshuffle", "grid_sampler")
+_LAST_AXIS = ("native_layer_norm", "_fused_rms_norm", "mm", "addmm")
+
+
+def _channel_axes(graph: _Recorder) -> dict[int, int]:
+    """The channel axis of every node where the operations that follow tell it: the axis that the next one mixes.
+
+    Convolutions, batch norms and poolings mix axis 1, layer norms and linear layers the last; through permutations, views
+    and elementwise operations the axis is followed back. The earliest operation that tells is believed.
+    """
+    axes: dict[int, int] = {}
+    for operation in reversed(graph.operations):
+        for source in operation.sources:
+            axis = _axis_of(operation, source, graph.values, axes)
+            if axis is not None:
+                axes[source] = axis
+    return axes
+
+
+def _axis_of(operation: _Operation, source: int, values: list[Tensor], axes: dict[int, int]) -> int | None:
+    name, before = operation.name, values[source].shape
+    if len(before) < 2 or not operation.results:
+        return None
+    if any(part in name for part in _AXIS_1):
+        return 1 if source == operation.sources[0] else None
+    if name in _LAST_AXIS:
+        return len(before) - 1
+    if name in ("mean", "sum", "linalg_vector_norm") and len(before) == 4:
+        dims = operation.args[2] if name == "linalg_vector_norm" else operation.args[1] if len(operation.args) > 1 else ()
+        left = {1, 2, 3} - {dim % 4 for dim in dims or ()}
+        return left.pop() if len(left) == 1 else None
+    after, axis = values[operation.results[0]].shape, axes.get(operation.results[0])
+    if axis is None:
+        return None
+    if name == "permute":
+        return int(operation.args[1][axis]) % len(before)
+    if name == "transpose":
+        first, second = (dim % len(before) for dim in operation.args[1:3])
+        return {first: second, second: first}.get(axis, axis)
+    if name == "t":
+        return 1 - axis
+    if "view" in name or name == "reshape":
+        if axis == len(after) - 1 and before[-1] == after[-1]:
+            return len(before) - 1
+        return axis if before[: axis + 1] == after[: axis + 1] else None
+    if name in ("bmm", "baddbmm", "expand", "unsqueeze", "select"):
+        return None
+    return axis if len(before) == len(after) else None
+
+
+# Maps
+
+
+@dataclass(frozen=True)
+class _Layout:
+    output_fmt: str
+    num_chs: int
+    size: tuple[int, int]
+    num_prefix_tokens: int = 0
+
+
+def _grid(length: int, image: tuple[int, int]) -> tuple[int, int] | None:
+    """H, W of `length` tokens with the proportions of `image`; None where no grid has them."""
+    height = round(math.sqrt(length * image[0] / image[1]))
+    for rows in (height, height - 1, height + 1):
+        if rows > 0 and length % rows == 0 and _proportional((rows, length // rows), image):
+            return rows, length // rows
+    return None
+
+
+def _proportional(size: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether one reduction, rounded up or down, takes `image` to `size`."""
+    height, width = size
+    return height <= image[0] and width <= image[1] and abs(image[1] * height / image[0] - width) < 1
+
+
+def _reduction(image: int, map: int) -> int:
+    """How many rows of the image a row of the map stands for: 64 rather than 56 where 224 rows became 4."""
+    power: int = 2 ** round(math.log2(image / map))
+    if map in (image // power, -(-image // power)):
+        return power
+    # 299 rows that became 37 were halved three times, without padding.
+    near = image % map and abs(math.log2(image / map / power)) < 0.25
+    return power if near else round(image / map)
+
+
+def _layout(shape: Sequence[int], axis: int | None, image: tuple[int, int], prefixes: Iterable[int]) -> _Layout | None:
+    """How a tensor of this shape is a map of `image`; None where it is none."""
+    if len(shape) == 3 and shape[2] > 1:
+        for prefix in prefixes:
+            grid = _grid(shape[1] - prefix, image) if prefix < shape[1] else None
+            if grid is not None:
+                return _Layout("NLC", shape[2], grid, prefix)
+    if len(shape) != 4 or shape[0] != 1:
+        return None
+    channels_first, channels_last = _proportional((shape[2], shape[3]), image), _proportional((shape[1], shape[2]), image)
+    if channels_first and (axis == 1 or (axis is None and not channels_last) or not channels_last):
+        return _Layout("NCHW", shape[1], (shape[2], shape[3]))
+    if channels_last and axis != 1:
+        return _Layout("NHWC", shape[3], (shape[1], shape[2]))
+    return None
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A tensor on which a stage could end."""
+
+    node: int
+    paths: tuple[tuple[str, int | None], ...]
+    """The modules that return it, each once per forward, outermost first, with the entry of their tuple."""
+    layout: _Layout
+    reduction: int
+    clean: bool
+    params: int
+    macs: int
+
+    @property
+    def depth(self) -> int:
+        return self.paths[0][0].count(".")
+
+
+def find_stages(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    *,
+    exits: int | Sequence[str] | None = None,
+    name: str = "",
+) -> StagePlan:
+    """Where to put exits in `model`, which may be on the meta device.
+
+    `exits` asks for a number of stages, the deepest included, or names the modules after which to read (the deepest stage
+    is added by itself); by default four, or three where the model has only three of its own.
+
+    The boundaries are those that timm announces in `feature_info` where it describes a pyramid and each entry is a
+    clean cut. A trunk of equal blocks is cut into equal shares of the work. What remains is cut after the last
+    outermost module of each resolution. Stages beyond these come from halving the heaviest one.
+
+    Raises UserError where the model refuses the input size, where a named module cannot be tapped and where the model has
+    not as many places as asked for.
+    """
+    search = _Search(model, input_size, name or type(model).__name__)
+    if exits is None or isinstance(exits, int):
+        points, found_by = search.numbered(exits)
+    else:
+        points, found_by = search.named(exits), "named"
+    return search.plan(points, found_by)
+
+
+class _Search:
+    """One model's record, and the choices made from it."""
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int, int], name: str) -> None:
+        self.model, self.input_size, self.name = model, input_size, name
+        parameter = next(model.parameters(), None)
+        image = torch.zeros(1, *input_size, **({} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}))
+        try:
+            self.record = _run(model, [image])
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            size = "x".join(map(str, input_size))
+            raise UserError(f"{name} does not run on an image of {size}: {reason}") from error
+        self.calls = {path: calls for path, calls in _grouped(self.record.calls).items() if path}
+        self.points = self._find_points()
+        self.by_path = {path: point for point in self.points for path, _ in point.paths}
+
+    def _find_points(self) -> list[_Point]:
+        graph, image = self.record.graph, self.input_size[1:]
+        clean, axes = _clean_cuts(self.record), _channel_axes(graph)
+        own = getattr(self.model, "num_prefix_tokens", None)
+        prefixes = [*([own] if isinstance(own, int) else []), *range(MOST_PREFIX_TOKENS + 1)]
+        returned: dict[int, list[list[tuple[_Call, int | None]]]] = {}
+        for path, calls in self.calls.items():
+            if len(calls) > 1:
+                continue
+            for entry, node in calls[0].outputs:
+                groups = returned.setdefault(node, [[]])
+                if node not in calls[0].inputs:
+                    groups[-1].append((calls[0], entry))
+                elif _is_random(self.model.get_submodule(path)):
+                    # In training a dropout does not return what it was given: its container and the module before it differ.
+                    groups.append([])
+        points = []
+        for node in sorted(returned.keys() - graph.rewritten):
+            groups = [sorted(group, key=lambda tap: tap[0].depth) for group in returned[node] if group]
+            layout = _layout(graph.values[node].shape, axes.get(node), image, prefixes)
+            if not groups or layout is None or math.prod(layout.size) == 1:
+                continue
+            taps = min(groups, key=lambda group: group[0][0].depth)
+            paths = tuple((call.path, entry) for call, entry in taps)
+            reduction = _reduction(image[0], layout.size[0])
+            points.append(_Point(node, paths, layout, reduction, node in clean, taps[0][0].params, taps[0][0].macs))
+        return points
+
+    # Choosing
+
+    def numbered(self, exits: int | None) -> tuple[list[_Point], str]:
+        points, found_by = self._natural()
+        wanted = NUM_STAGES if exits is None else exits
+        points = self._merged(points, wanted)
+        return self._split(points, wanted, lopsided_only=exits is None), found_by
+
+    def _natural(self) -> tuple[list[_Point], str]:
+        """The model's own boundaries, however many, and what told them."""
+        clean = [point for point in self.points if point.clean]
+        for choose, points, found_by in (
+            (self._quirk, self.points, "quirk"),
+            (self._announced, clean, "feature_info"),
+            (self._equal_shares, clean, "equal shares"),
+            (self._by_resolution, clean, "resolution"),
+            (self._announced, self.points, "feature_info"),
+            (self._by_resolution, self.points, "resolution"),
+            (self._equal_shares, self.points, "equal shares"),
+        ):
+            chosen = choose(points)
+            if self._sane(self._merged(chosen, NUM_STAGES)):
+                return chosen, found_by
+        raise UserError(
+            f"{self.name} has no place for exits: none of its modules returns a map once per image",
+            "a network of stages or blocks",
+            "name the modules with --exits",
+        )
+
+    def _sane(self, points: list[_Point]) -> bool:
+        """At least three stages that together do most of the work, and none that does nearly all of it."""
+        shares = self._shares(points)
+        return len(points) >= MIN_STAGES and sum(shares) > 0.5 and max(shares) < 0.85
+
+    def _shares(self, points: list[_Point]) -> list[float]:
+        """Each stage's part of all the work."""
+        ends = [0, *(point.macs for point in points)]
+        return [(after - before) / max(self.record.macs, 1) for before, after in pairwise(ends)]
+
+    def _merged(self, points: list[_Point], most: int) -> list[_Point]:
+        """At most `most` of the boundaries: the stem goes first, then the one between the two lightest neighbours."""
+        points = list(points)
+        while len(points) > most:
+            if _is_stem(points[0], points[-1]):
+                del points[0]
+                continue
+            shares = self._shares(points)
+            joint = [before + after for before, after in pairwise(shares)]
+            del points[joint.index(min(joint))]
+        return points
+
+    def _quirk(self, points: list[_Point]) -> list[_Point]:
+        """The boundaries that `_QUIRKS` has for this model; of several maps that a module returns, the smallest."""
+        named = _QUIRKS.get(type(self.model).__name__, ())
+        found = [self._find(name, self.input_size[1], points) for name in named]
+        return [point for point in found if point is not None] if None not in found else []
+
+    def _announced(self, points: list[_Point]) -> list[_Point]:
+        """The pyramid that timm's `feature_info` describes."""
+        announced = self._apart(self._resolved(points))
+        if not 3 <= len(announced) <= 8 or len({point.layout.size for point in announced}) == 1:
+            return []
+        moved = []
+        for point, following in pairwise([*announced, None]):
+            moved.append(self._last_sibling(point, points, following))
+        return moved
+
+    def _resolved(self, points: list[_Point]) -> list[_Point]:
+        """The points that `feature_info` names, shallowest first; none where one of them cannot be tapped."""
+        resolved = {}
+        for info in getattr(self.model, "feature_info", ()):
+            point = self._find(info["module"], info["reduction"], points)
+            if point is not None:
+                resolved[point.node] = point
+            elif info["reduction"] > 2:
+                return []
+        return [resolved[node] for node in sorted(resolved)]
+
+    def _find(self, path: str, reduction: int, points: list[_Point]) -> _Point | None:
+        """The point that `feature_info` means by `path`.
+
+        A name may lack a prefix. Where the module itself cannot be tapped (a container that is never called, or one that
+        returns two tensors), the last one inside it is meant.
+        """
+        taps = [(known, point) for point in points for known, _ in point.paths]
+        # By the tensor rather than the name: an identity may be announced.
+        nodes = [node for call in self.calls.get(path, []) for _, node in call.outputs]
+        meant = [point for point in points if point.node in nodes]
+        meant = meant or [point for known, point in taps if known.endswith(f".{path}")]
+        meant = meant or [point for known, point in taps if path and known.startswith(f"{path}.")]
+        if not meant:
+            return None
+        # Of several maps that one module returns, the one of the announced reduction.
+        return min(meant, key=lambda point: (abs(point.reduction - reduction), -point.node))
+
+    def _last_sibling(self, point: _Point, points: list[_Point], following: _Point | None) -> _Point:
+        """The last of the numbered modules beside the point's own with a map of its size, before the next boundary.
+
+        GhostNet announces the first block of a resolution.
+        """
+        families = {_family(path) for path, _ in point.paths} - {""}
+        for other in reversed(points):
+            if following is not None and other.node >= following.node:
+                continue
+            same_size = other.node > point.node and other.layout.size == point.layout.size
+            if same_size and any(_family(path) in families for path, _ in other.paths):
+                return other
+        return point
+
+    def _equal_shares(self, points: list[_Point]) -> list[_Point]:
+        """The blocks of a trunk of one resolution nearest to equal shares of the work; the last block is the end.
+
+        Hybrids have a convolutional trunk in front: a share that ends there ends after one of its stages.
+        """
+        blocks = self._blocks(points)
+        if len(blocks) < MIN_STAGES:
+            return []
+        end = blocks[-1]
+        before = [point for point in points if point.node < blocks[0].node and _family(point.paths[0][0])]
+        outermost = min((point.depth for point in before), default=0)
+        places = [*(point for point in before if point.depth == outermost), *blocks]
+        goals = [end.macs * part / NUM_STAGES for part in range(1, NUM_STAGES)]
+        chosen = [min(places, key=lambda point: abs(point.macs - goal)) for goal in goals]
+        return list(dict.fromkeys([*chosen, end]))
+
+    def _blocks(self, points: list[_Point]) -> list[_Point]:
+        """The numbered siblings with equal maps that do much of the work; none where the map shrinks after them."""
+        families: dict[tuple[str, int, tuple[int, int]], list[_Point]] = {}
+        for point in points:
+            for path, _ in point.paths:
+                if _family(path):
+                    alike = (_family(path), point.layout.num_chs, point.layout.size)
+                    families.setdefault(alike, []).append(point)
+        work = {key: family[-1].macs - family[0].macs for key, family in families.items()}
+        largest = max(work, key=lambda key: (work[key], key[1]), default=None)
+        if largest is None or work[largest] < 0.4 * self.record.macs:
+            return []
+        blocks = families[largest]
+        shrinks = any(point.node > blocks[-1].node and point.layout.size < blocks[-1].layout.size for point in points)
+        return [] if shrinks else blocks
+
+    def _by_resolution(self, points: list[_Point]) -> list[_Point]:
+        """After each resolution: the last of the outermost modules that return a map of it.
+
+        The norm that closes a transformer is not one of them, the block before it is.
+        """
+        least = SMALLEST_SHARE * self.record.macs
+        points = [point for point in points if point.macs >= least]
+        chosen = []
+        for size in dict.fromkeys(point.layout.size for point in points):
+            same = [point for point in points if point.layout.size == size]
+            outermost = min(point.depth for point in same)
+            last = [point for point in same if point.depth == outermost][-1]
+            if last.layout.output_fmt != "NCHW":
+                last = self._before_norm(last, same)
+            chosen.append(last)
+        chosen.sort(key=lambda point: point.node)
+        return self._apart([point for point in chosen if not _is_stem(point, chosen[-1])])
+
+    def _before_norm(self, last: _Point, same: list[_Point]) -> _Point:
+        """The block that costs as much as `last`, which then is only the norm that closes a transformer."""
+        blocks = [point for point in same if point.macs == last.macs and point.clean >= last.clean]
+        blocks = [point for point in blocks if any(True for _ in self.model.get_submodule(point.paths[0][0]).children())]
+        return min(blocks, key=lambda block: (block.depth, -block.node), default=last)
+
+    def _apart(self, points: list[_Point]) -> list[_Point]:
+        """Without the stem, and without those that have next to no work before the following one."""
+        least = SMALLEST_SHARE * self.record.macs
+        apart: list[_Point] = []
+        for point in reversed(points):
+            if point.macs >= least and (not apart or apart[-1].macs - point.macs >= least):
+                apart.append(point)
+        return apart[::-1]
+
+    def _split(self, points: list[_Point], wanted: int, lopsided_only: bool) -> list[_Point]:
+        """As many stages as wanted: the heaviest that can be is cut at the block nearest to its middle, again and again.
+
+        `lopsided_only` leaves a model with fewer stages of its own as it is unless one of them does most of the work.
+        """
+        points = list(points)
+        while len(points) < wanted:
+            shares = self._shares(points)
+            if lopsided_only and max(shares) < 0.5:
+                break
+            heaviest_first = sorted(range(len(points)), key=lambda index: -shares[index])
+            for index in heaviest_first[:1] if lopsided_only else heaviest_first:
+                middle = self._middle(points[index - 1] if index else None, points[index], beside=lopsided_only)
+                if middle is not None:
+                    points.insert(index, middle)
+                    break
+            else:
+                if lopsided_only:
+                    break
+                raise UserError(
+                    f"{self.name} cannot be cut into {wanted} stages",
+                    f"at most {len(points)}",
+                    f"--exits {len(points)}",
+                )
+        return points
+
+    def _middle(self, before: _Point | None, after: _Point, *, beside: bool) -> _Point | None:
+        """The outermost clean point nearest to half the work between two boundaries.
+
+        `beside` keeps to the same container, so that a stem is not made a stage.
+        """
+        start = before.macs if before else 0
+        least = SMALLEST_SHARE * self.record.macs
+        container = after.paths[0][0].rpartition(".")[0]
+        inside = [
+            point
+            for point in self.points
+            if point.clean and start + least <= point.macs <= after.macs - least and point.node < after.node
+            if not (beside and container) or point.paths[0][0].startswith(f"{container}.")
+        ]
+        goal, slack = (start + after.macs) / 2, (after.macs - start) / 4
+        near = [point for point in inside if abs(point.macs - goal) <= slack]
+        if not near and (beside or not inside):
+            return None
+        outermost = min(point.depth for point in near or inside)
+        return min((p for p in near or inside if p.depth == outermost), key=lambda point: abs(point.macs - goal))
+
+    def named(self, names: Sequence[str]) -> list[_Point]:
+        end = self._natural()[0][-1]
+        points = [self._tappable(name) for name in names]
+        deepest = max((point.node for point in points), default=0)
+        if deepest < end.node:
+            points.append(end)
+        return sorted(dict.fromkeys(points), key=lambda point: point.node)
+
+    def _tappable(self, name: str) -> _Point:
+        if name in self.by_path:
+            return self.by_path[name]
+        known = [path for path, _ in self.model.named_modules() if path]
+        if name not in known:
+            raise unknown(f"module of {self.name}", name, known)
+        calls = self.calls.get(name, [])
+        if not calls:
+            why = "is never called in a forward pass"
+        elif len(calls) > 1:
+            why = f"is called {len(calls)} times in a forward pass"
+        elif any(node in self.record.graph.rewritten for _, node in calls[0].outputs):
+            why = "returns a tensor that is changed in place afterwards"
+        else:
+            shapes = [tuple(self.record.graph.values[node].shape) for _, node in calls[0].outputs]
+            why = "returns no map" + (f" but a tensor of shape {list(shapes[0])}" if shapes else "")
+        fit = [point.paths[0][0] for point in self._natural()[0]]
+        raise UserError(f"module '{name}' of {self.name} {why}", "a module that returns a map once", f"for example {', '.join(fit)}")
+
+    # Describing
+
+    def plan(self, points: list[_Point], found_by: str) -> StagePlan:
+        stages = tuple(self._stage(point, points) for point in points)
+        classifier, embedding_dim = self._classifier()
+        unused = self._unused()
+        return StagePlan(
+            model=self.name,
+            input_size=self.input_size,
+            stages=stages,
+            found_by=found_by,
+            notes=tuple(self._notes(stages, unused, classifier)),
+            params=sum(parameter.numel() for parameter in self.model.parameters()),
+            macs=self.record.macs,
+            unused=unused,
+            classifier=classifier,
+            embedding_dim=embedding_dim or stages[-1].num_chs,
+        )
+
+    def _stage(self, point: _Point, points: list[_Point]) -> Stage:
+        others = [path for other in points if other is not point for path, _ in other.paths]
+        # A container of several stages returns what the last of them does; the stage is that last one.
+        own = [tap for tap in point.paths if not any(path.startswith(f"{tap[0]}.") for path in others)] or point.paths[-1:]
+        (module, entry), layout = own[0], point.layout
+        return Stage(
+            module=module,
+            tensor=entry,
+            num_chs=layout.num_chs,
+            size=layout.size,
+            reduction=point.reduction,
+            output_fmt=layout.output_fmt,
+            num_prefix_tokens=layout.num_prefix_tokens,
+            clean=point.clean,
+            params=point.params,
+            macs=point.macs,
+            inner=tuple(path for path, inner in own[1:] if inner == entry and path.startswith(f"{module}.")),
+            windows=self._windows(layout),
+        )
+
+    def _windows(self, layout: _Layout) -> int:
+        """How often the tokens of a stage are still folded into windows of 2x2: Hiera keeps its own schedule of it."""
+        schedule = getattr(getattr(self.model, "reroll", None), "schedule", {})
+        return next((len(left) for left, size in schedule.values() if tuple(size) == layout.size), 0)
+
+    def _unused(self) -> tuple[str, ...]:
+        graph = self.record.graph
+        used = {id(graph.values[node]) for node in _reaching(graph.sources, self.record.outputs)}
+        return tuple(name for name, parameter in self.model.named_parameters() if id(parameter) not in used)
+
+    def _classifier(self) -> tuple[str | None, int | None]:
+        """The innermost module that makes the logits of one vector, and the width of that vector."""
+        if len(self.record.outputs) != 1 or getattr(self.model, "num_classes", None) == 0:
+            return None, None
+        values = self.record.graph.values
+        logits = {self.record.outputs[0]}
+        for operation in reversed(self.record.graph.operations):
+            if not logits.isdisjoint(operation.results) and operation.name in ("view", "_unsafe_view", "squeeze", "alias"):
+                logits.update(operation.sources)
+        for path, (call, *more) in self.calls.items():
+            if more or len(call.inputs) != 1 or len(call.outputs) != 1 or call.outputs[0][1] not in logits:
+                continue
+            shape = values[call.inputs[0]].shape
+            if call.inputs[0] not in logits and shape.numel() == shape[1]:
+                return path, int(shape[1])
+        return None, None
+
+    def _notes(self, stages: Sequence[Stage], unused: Sequence[str], classifier: str | None) -> Iterator[str]:
+        unclean = [stage.module for stage in stages if not stage.clean]
+        if unclean:
+            yield (
+                f"What follows {_listed(unclean)} also reads earlier tensors: exits there can be trained and read, but the "
+                "network can neither be stopped nor cut off there."
+            )
+        several = [stage.module for stage in stages if stage.tensor is not None and not stage.clean]
+        if several:
+            yield f"{_listed(several)} return several maps, of which one is read."
+        if stages[0].windows:
+            yield "The tokens lie in nested windows, not row by row; maps are put back in order."
+        if classifier is None:
+            yield "No single module turns an embedding into the logits: the last stage's map, pooled, stands for it."
+        if unused:
+            few = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+            yield f"{len(unused)} parameters never reach the output and are not trained: {few}."
+
+
+def _is_stem(point: _Point, end: _Point) -> bool:
+    """Whether a map is of the resolution before a pyramid's first stage: pyramids shrink by 8, and by 16 with their stem.
+
+    The ratio keeps the first stages of networks for small images, which shrink the image by less than 4.
+    """
+    return point.reduction < 4 and point.layout.size[0] > 12 * end.layout.size[0]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _family(path: str) -> str:
+    """The container of a numbered module ("blocks" of "blocks.3"); "" where it has no number."""
+    parent, _, number = path.rpartition(".")
+    return parent if number.isdigit() else ""
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module that returned what it was given is a dropout, rather than an identity by any name."""
+    return not isinstance(module, nn.Identity) and not any(True for _ in module.children()) and type(module) is not nn.Sequential
+
+
+def _grouped(calls: Iterable[_Call]) -> dict[str, list[_Call]]:
+    grouped: dict[str, list[_Call]] = {}
+    for call in calls:
+        grouped.setdefault(call.path, []).append(call)
+    return grouped

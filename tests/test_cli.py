@@ -1,0 +1,343 @@
+"""The commands as a user types them: whole runs, the words on the screen, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from sdcli.cli import main
+
+QUICK = ("--dataset", "digits", "--recipe", "quick", "--epochs", "2", "--limit-train", "120", "--limit-val", "40",
+         "--workers", "0", "--device", "cpu", "--image-size", "32")  # fmt: skip
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def sdcli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["sdcli", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return Result(code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run that several tests look at."""
+    folder = tmp_path_factory.mktemp("run") / "first"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sdcli", "train", "test_resnet", *QUICK, "--output", str(folder)])
+        main_without_exit()
+    return folder
+
+
+def main_without_exit() -> None:
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+
+
+def refused(result: Result, message: str) -> None:
+    """Exit code 2, one message, nothing on stdout, no traceback."""
+    assert (result.code, result.out) == (2, "")
+    assert "Traceback" not in result.err
+    assert result.err.strip() == f"error: {message}"
+
+
+def test_training_fills_the_run_folder(trained):
+    assert sorted(file.name for file in trained.iterdir()) == [
+        "best.safetensors", "last.safetensors", "log.jsonl", "recipe.toml", "report.json", "run.json", "summary.csv",
+    ]  # fmt: skip
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2]
+    assert set(log[0]["losses"]) == {"task", "exits", "soft", "hint"}
+    assert log[0]["loss"] == pytest.approx(sum(log[0]["losses"].values()))
+    assert log[0]["num_images"] > 100
+    rows = list(csv.DictReader(io.StringIO((trained / "summary.csv").read_text())))
+    assert {
+        "epoch",
+        "train_loss",
+        "train_loss_soft",
+        "eval_top1",
+        "eval_top1_exit1",
+        "eval_top1_ensemble",
+        "lr",
+    } <= set(rows[0])
+    report = json.loads((trained / "report.json").read_text())
+    best = max(log, key=lambda line: (line["validation"]["ensemble"]["top1"], -line["validation"]["ensemble"]["nll"]))
+    assert report["checkpoint"] == "best.safetensors"
+    assert report["exits"] == best["validation"]["exits"]
+
+
+def test_the_same_seed_gives_the_same_log_and_weights(trained, tmp_path, sdcli):
+    again = sdcli("train", "test_resnet", *QUICK, "--output", tmp_path / "again")
+    assert again.code == 0
+    assert log_without_times(tmp_path / "again") == log_without_times(trained)
+    first, second = (load_file(folder / "last.safetensors") for folder in (trained, tmp_path / "again"))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_another_seed_gives_another_log(trained, tmp_path, sdcli):
+    sdcli("train", "test_resnet", *QUICK, "--epochs", 1, "--seed", 1, "--output", tmp_path / "other")
+    assert log_without_times(tmp_path / "other")[0] != log_without_times(trained)[0]
+
+
+def log_without_times(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
+
+
+def test_the_resolved_recipe_trains_the_same_again(trained, tmp_path, sdcli):
+    options = [option for option in QUICK if option not in ("--recipe", "quick", "--epochs", "2")]
+    sdcli("train", "test_resnet", *options, "--recipe", trained / "recipe.toml", "--output", tmp_path / "again")
+    assert log_without_times(tmp_path / "again") == log_without_times(trained)
+
+
+def test_eval_prints_a_table_of_all_exits_and_the_ensemble(trained, sdcli):
+    result = sdcli("eval", trained / "best.safetensors", "--exits", "all", "-j", 0)
+    assert result.code == 0
+    words = [line.split()[0] for line in result.out.splitlines() if line.strip()]
+    assert [word for word in words if word.startswith(("exit", "final", "ensemble"))] == [
+        "exit", "exit1", "exit2", "exit3", "final", "ensemble",
+    ]  # fmt: skip
+    assert "digits (test, 359 images)" in result.out
+    for title in ("top-1 %", "top-5 %", "NLL", "ECE", "params", "MACs", "speed-up"):
+        assert title in result.out
+
+
+def test_eval_needs_the_checkpoint_alone(trained, tmp_path, sdcli, monkeypatch):
+    moved = tmp_path / "model.safetensors"
+    moved.write_bytes((trained / "best.safetensors").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert sdcli("eval", "model.safetensors", "-j", 0).code == 0
+
+
+def test_eval_json_has_all_fields(trained, sdcli):
+    report = json.loads(sdcli("eval", trained / "best.safetensors", "--json", "-j", 0).out)
+    assert (report["model"], report["dataset"], report["split"], report["num_images"]) == (
+        "test_resnet",
+        "digits",
+        "test",
+        359,
+    )
+    assert [result["point"] for result in report["exits"]] == ["exit1", "exit2", "exit3", "final"]
+    assert set(report["ensemble"]) == {"point", "top1", "top5", "nll", "ece", "params", "macs", "speedup"}
+    assert all(0 <= result["top1"] <= result["top5"] <= 100 for result in report["exits"])
+    assert report["exits"][-1]["speedup"] == 1.0
+
+
+def test_eval_of_the_validation_split_repeats_what_training_saw(trained, sdcli):
+    scored = json.loads(
+        sdcli("eval", trained / "best.safetensors", "--split", "validation", "--limit", 40, "--json", "-j", 0).out
+    )
+    noted = json.loads((trained / "report.json").read_text())
+    assert scored["num_images"] == noted["num_images"] == 40
+    assert [r["top1"] for r in scored["exits"]] == [r["top1"] for r in noted["exits"]]
+
+
+def test_eval_of_some_exits_scores_the_ensemble_of_just_these(trained, sdcli):
+    every = json.loads(sdcli("eval", trained / "best.safetensors", "--json", "-j", 0).out)
+    some = json.loads(sdcli("eval", trained / "best.safetensors", "--exits", "exit3,exit1", "--json", "-j", 0).out)
+    assert some["exits"] == [every["exits"][0], every["exits"][2]]
+    assert some["ensemble"]["macs"] < every["ensemble"]["macs"]
+    assert some["ensemble"]["macs"] > every["exits"][2]["macs"]
+
+
+def test_eval_of_the_final_exit_alone_has_no_ensemble(trained, sdcli):
+    assert (
+        json.loads(sdcli("eval", trained / "best.safetensors", "--exits", "final", "--json", "-j", 0).out)["ensemble"]
+        is None
+    )
+
+
+def test_eval_csv_and_markdown_have_a_row_per_exit(trained, sdcli):
+    rows = list(csv.DictReader(io.StringIO(sdcli("eval", trained / "best.safetensors", "--csv", "-j", 0).out)))
+    assert [row["point"] for row in rows] == ["exit1", "exit2", "exit3", "final", "ensemble"]
+    lines = sdcli("eval", trained / "best.safetensors", "--markdown", "-j", 0).out.splitlines()
+    assert lines[0].startswith("| exit | top-1 % |") and len(lines) == 7
+    assert "**" in "".join(lines)
+
+
+def test_without_validation_nothing_is_chosen_and_the_last_epoch_is_scored_on_test(tmp_path, sdcli):
+    result = sdcli("train", "test_resnet", *QUICK, "--epochs", 1, "--val-fraction", 0, "--output", tmp_path / "all")
+    assert result.code == 0 and "no best is chosen" in result.err.replace("\n", " ")
+    assert not (tmp_path / "all" / "best.safetensors").exists()
+    report = json.loads((tmp_path / "all" / "report.json").read_text())
+    assert (report["split"], report["num_images"], report["checkpoint"]) == ("test", 359, "last.safetensors")
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "deep-supervision", "byot", "byot-journal", "byot-scan", "default"])
+def test_every_recipe_trains_and_is_scored(recipe, tmp_path, sdcli):
+    options = ["--recipe", recipe, "--epochs", 1, "--limit-train", 64, "--lr", 0.01, "-b", 32]
+    result = sdcli("train", "test_resnet", *QUICK, *options, "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    report = json.loads(sdcli("eval", tmp_path / "run" / "best.safetensors", "--json", "--limit", 50, "-j", 0).out)
+    assert len(report["exits"]) == (1 if recipe == "baseline" else 4)
+
+
+def test_a_transformer_trains(tmp_path, sdcli):
+    options = ["--recipe", "schedules/transformer", "--epochs", 1]
+    assert sdcli("train", "test_vit", *QUICK, *options, "--output", tmp_path / "run").code == 0
+    assert sdcli("eval", tmp_path / "run" / "best.safetensors", "-j", 0, "--limit", 20).code == 0
+
+
+def test_weights_start_a_run(trained, tmp_path, sdcli):
+    options = ["--weights", trained / "best.safetensors", "--epochs", 1, "--lr", 1e-9]
+    result = sdcli("train", "test_resnet", *QUICK, *options, "--output", tmp_path / "run")
+    assert result.code == 0 and f"weights from {trained / 'best.safetensors'}" in result.err.replace("\n", "")
+
+
+def test_inspect_prints_a_table(sdcli):
+    result = sdcli("inspect", "resnet18")
+    assert result.code == 0
+    for word in ("resnet18", "layer1", "layer4", "64 x 56 x 56", "11.7 M parameters", "1.81 G MACs", "exit3", "final"):
+        assert word in result.out
+
+
+def test_inspect_json_has_the_fields_of_the_plan(sdcli):
+    plan = json.loads(sdcli("inspect", "resnet18", "--json", "--num-classes", 10).out)
+    assert set(plan) == {"model", "input_size", "found_by", "notes", "params", "macs", "stages"}
+    assert {"module", "num_chs", "reduction", "output_fmt", "num_prefix_tokens", "params", "macs", "macs_fraction",
+            "head_params", "head_macs"} <= set(plan["stages"][0])  # fmt: skip
+    assert [stage["module"] for stage in plan["stages"]] == ["layer1", "layer2", "layer3", "layer4"]
+    assert plan["stages"][-1]["head_params"] == 512 * 10 + 10
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["train"], ["eval"], ["recipes", "show"], ["recipes", "list"]])
+def test_help_ends_with_an_example_that_parses(command, sdcli):
+    result = sdcli(*command, "--help")
+    assert result.code == 0
+    text = " ".join(result.out.split())
+    assert ("Example: sdcli " + " ".join(command) if command else "Start with:") in text
+
+
+def test_recipes_are_listed_and_shown(sdcli):
+    listed = sdcli("recipes", "list").out
+    assert "byot-journal" in listed and "https://arxiv.org/abs/1905.08094" in listed
+    shown = sdcli("recipes", "show", "byot").out
+    assert "[losses.hint]" in shown and "weight_decay = 0.0005" in shown
+
+
+def test_version_is_printed(sdcli):
+    assert sdcli("--version").out.startswith("sdcli ")
+
+
+def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
+    before = {file.name: file.read_bytes() for file in trained.iterdir()}
+    result = sdcli("train", "test_resnet", *QUICK, "--output", trained)
+    refused(
+        result,
+        f"output '{trained}' holds a run already\n  expected: a new or empty folder\n"
+        f"  fix:      another --output, or remove it: rm -r {trained}",
+    )
+    assert {file.name: file.read_bytes() for file in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of baseline, byot, byot-journal, byot-scan, deep-supervision, "
+         "default, quick\n  fix:      did you mean 'byot'?"),
+        (["--set", "losses.soft.temprature=3"], "losses.soft: unknown key 'temprature'\n  expected: one of rescale, temperature\n"
+         "  fix:      did you mean 'temperature'?"),
+        (["--set", "losses.soft.kind=kll"], "losses.soft: unknown loss 'kll'\n  expected: one of cross_entropy, hint, kl, "
+         "soft_cross_entropy\n  fix:      did you mean 'kl'?"),
+        (["--set", "losses.soft.on=exit9"], "losses.soft.on = 'exit9', a point that this network does not have\n"
+         "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
+        (["--set", "schedule.warmup=5"], "schedule.warmup = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
+         "run has, or a share of it below 1\n  fix:      --set schedule.warmup=0.05"),
+        (["--pretrained", "--weights", "x.safetensors"], "--pretrained and --weights exclude each other\n  expected: one of them"),
+        (["--weights", "no.safetensors"], "checkpoint 'no.safetensors' does not exist\n  expected: a .safetensors file, such as "
+         "RUN/best.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_before_anything_is_written(options, message, tmp_path, sdcli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(sdcli("train", "test_resnet", *QUICK, *options, "--output", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_optimizer_is_explained(tmp_path, sdcli):
+    result = sdcli("train", "test_resnet", *QUICK, "--set", "optimizer.opt=sdg", "--output", tmp_path / "run")
+    assert result.code == 2 and "optimizer.opt: unknown optimizer 'sdg'" in result.err
+    assert "did you mean 'sgd'?" in result.err
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path, sdcli):
+    result = sdcli(
+        "train", "test_resnet", *QUICK, "--lr", 1e30, "--set", "optimizer.clip_grad=1e30", "--output", tmp_path / "run"
+    )
+    assert result.code == 2
+    assert "became nan in epoch" in result.err or "became inf in epoch" in result.err
+    assert "at learning rate" in result.err and "Traceback" not in result.err
+
+
+def test_a_device_that_is_not_there_is_explained(tmp_path, sdcli):
+    result = sdcli("train", "test_resnet", *QUICK, "--device", "cuda:7", "--output", tmp_path / "run")
+    assert result.code == 2 and result.err.startswith("error: --device cuda:7 cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--exits", "exit9"], "unknown exit 'exit9'\n  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
+        (["--exits", ","], "--exits names no exit\n  expected: all, final, or some of them: exit1,exit3"),
+        (["--json", "--csv"], "--json, --csv and --markdown exclude each other\n  expected: one of them"),
+        (["--split", "tset"], "digits has no split 'tset'\n  expected: one of train, test, validation"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_eval_is_explained(options, message, trained, sdcli):
+    refused(sdcli("eval", trained / "best.safetensors", "-j", 0, *options), message)
+
+
+def test_classes_that_do_not_match_are_explained(trained, tmp_path, sdcli):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "1.png")
+    path = trained / "best.safetensors"
+    refused(
+        sdcli("eval", path, "--dataset", tmp_path, "-j", 0),
+        f"'{path}' knows 10 classes, the data set has 2\n"
+        "  expected: a data set with the classes that the checkpoint was trained on\n"
+        "  fix:      choose another --dataset, or another column with --label-key",
+    )
+
+
+def test_an_unknown_model_gets_the_nearest_name(sdcli):
+    result = sdcli("inspect", "resnet81")
+    assert result.code == 2 and "unknown model 'resnet81'" in result.err and "did you mean 'resnet18'?" in result.err
+
+
+def test_ctrl_c_leaves_with_130(sdcli, monkeypatch):
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdcli.backbones.resolve", stop)
+    assert sdcli("inspect", "test_resnet").code == 130

@@ -1,0 +1,1027 @@
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdcli import data
+from sdcli.data import Preprocess, Split
+from sdcli.errors import UserError
+from sdcli.signals import Batch
+
+datasets = pytest.importorskip("datasets")
+
+CIFAR_100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
+PREPROCESS = Preprocess((3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+PHOTO = Preprocess((3, 64, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), interpolation="bilinear", crop_pct=0.9)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def noise(number: int, height: int = 12, width: int = 12) -> Image.Image:
+    pixels = np.random.RandomState(number).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def table(labels: list[Any], label: Any = None, **columns: Any) -> Any:
+    """A table of images with a column of labels, the way the hub's are."""
+    label = label or datasets.ClassLabel(names=["cat", "dog"])
+    features = {"img": datasets.Image(), "label": label}
+    rows = {"img": [{"bytes": png(noise(i)), "path": None} for i in range(len(labels))], "label": labels}
+    for name, (feature, values) in columns.items():
+        features[name], rows[name] = feature, values
+    return datasets.Dataset.from_dict(rows, datasets.Features(features))
+
+
+def parquet(folder: Path, **splits: Any) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for name, rows in splits.items():
+        rows.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def class_folders(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(number).save(path)
+    return folder
+
+
+class Noise:
+    """Images that need no file."""
+
+    def read(self, row: int) -> Image.Image:
+        return noise(row, 32, 32)
+
+
+def split_of(labels: list[int]) -> Split:
+    return Split("train", Noise(), np.array(labels, dtype=np.int64), np.arange(len(labels), dtype=np.int64))
+
+
+def message(call: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    return str(caught.value)
+
+
+def pass_over(loader: data.Loader, epoch: int, skip_batches: int = 0) -> Batch:
+    """All the batches of an epoch as one."""
+    loader.set_epoch(epoch, skip_batches)
+    batches = list(loader)
+    columns = [(batch.images, batch.labels, batch.index) for batch in batches]
+    return Batch(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def by_index(batch: Batch) -> dict[int, torch.Tensor]:
+    return dict(zip(batch.index.tolist(), batch.images, strict=True))
+
+
+# Opening
+
+
+def test_digits_open_without_network_torchvision_or_datasets() -> None:
+    code = (
+        "import sys; from sdcli.data import open_dataset; digits = open_dataset('digits');"
+        "print(len(digits.splits['train']), len(digits.splits['test']), sorted({'datasets', 'timm', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1438 359 []\n"
+
+
+def test_digits_hold_a_fifth_of_each_class_for_testing() -> None:
+    digits = data.open_dataset("digits")
+    train, test = (np.bincount(digits.splits[name].labels) for name in ("train", "test"))
+    np.testing.assert_array_equal(test, np.round((train + test) / 5))
+    assert digits.classes == tuple("0123456789")
+
+
+def test_digits_are_grey_on_the_full_scale_and_not_to_be_mirrored() -> None:
+    digits = data.open_dataset("digits")
+    pixels = np.stack([np.asarray(digits.splits["train"].image(i)) for i in range(50)])
+    assert pixels.shape == (50, 8, 8, 3)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert not digits.mirror
+
+
+@pytest.mark.slow
+def test_digits_are_scikit_learns() -> None:
+    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    digits = data.open_dataset("digits")
+    ours = {
+        (part.labels[i], np.asarray(part.image(i))[..., 0].tobytes())
+        for part in digits.splits.values()
+        for i in range(len(part))
+    }
+    theirs = sklearn_datasets.load_digits()
+    scaled = (theirs.images.astype(int) * 255 // 16).astype(np.uint8)
+    assert ours == {(label, image.tobytes()) for label, image in zip(theirs.target, scaled, strict=True)}
+
+
+def test_parquet_folder_opens_with_columns_and_classes_found(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1, 1]), test=table([1, 0]))
+    opened = data.open_dataset(str(folder))
+    assert (opened.image_key, opened.label_key, opened.classes) == ("img", "label", ("cat", "dog"))
+    assert {name: split.labels.tolist() for name, split in opened.splits.items()} == {
+        "train": [0, 1, 1],
+        "test": [1, 0],
+    }
+    np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(2)), np.asarray(noise(2)))
+
+
+def test_opening_a_folder_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1]), test=table([1, 0]))
+    capfd.readouterr()
+    data.open_dataset(str(folder))
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_opening_leaves_the_progress_bars_of_datasets_on(tmp_path: Path) -> None:
+    before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    data.open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]))))
+    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
+
+
+def test_source_opens_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet(tmp_path / "set", train=table([0, 1]))
+    monkeypatch.chdir(tmp_path)
+    opened = data.open_dataset("set/")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert opened.name == "set/"
+    assert len(data.open_dataset(opened.source).splits["train"]) == 2
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_folder_of_save_to_disk_opens(tmp_path: Path, as_dict: bool) -> None:
+    rows = table([0, 1, 1])
+    (datasets.DatasetDict(train=rows) if as_dict else rows).save_to_disk(tmp_path / "saved")
+    opened = data.open_dataset(str(tmp_path / "saved"))
+    assert opened.splits["train"].labels.tolist() == [0, 1, 1]
+    np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(1)), np.asarray(noise(1)))
+
+
+def test_class_folders_open_with_sorted_names_and_without_hidden_files(tmp_path: Path) -> None:
+    names = [
+        "train/dog/a.png",
+        "train/cat/b.png",
+        "train/cat/._b.png",
+        "train/.trash/c.png",
+        "val/dog/d.png",
+        "test/cat/e.png",
+    ]
+    opened = data.open_dataset(str(class_folders(tmp_path / "set", *names)))
+    assert opened.classes == ("cat", "dog")
+    assert {name: split.labels.tolist() for name, split in opened.splits.items()} == {
+        "train": [0, 1],
+        "validation": [1],
+        "test": [0],
+    }
+    np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(1)), np.asarray(noise(0)))
+    assert (opened.image_key, opened.label_key) == (None, None)
+
+
+def test_class_folders_without_splits_are_for_training(tmp_path: Path) -> None:
+    # "train" is a class here: it holds images, not class folders.
+    opened = data.open_dataset(str(class_folders(tmp_path / "set", "train/a.png", "truck/b.png")))
+    assert opened.classes == ("train", "truck")
+    assert list(opened.splits) == ["train"]
+
+
+def test_class_folder_that_train_does_not_have_is_an_error(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/a.png", "test/cats/a.png")
+    assert message(lambda: data.open_dataset(str(folder))) == (
+        f"'{folder}/test/cats': there is no such class in '{folder}/train'\n"
+        "  expected: the same folder names in every split\n"
+        "  fix:      did you mean 'cat'?"
+    )
+
+
+def test_key_for_class_folders_is_an_error_since_it_would_have_no_effect(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
+    assert message(lambda: data.open_dataset(str(folder), label_key="label")) == (
+        f"--label-key label: '{folder}' has no columns\n"
+        "  expected: a data set of tables\n"
+        "  fix:      leave --label-key out"
+    )
+
+
+def test_validation_is_scored_where_there_is_no_test_split(tmp_path: Path) -> None:
+    opened = data.open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]), validation=table([1]))))
+    assert list(opened.splits) == ["train", "test"]
+    assert opened.splits["test"].name == "validation"
+    assert opened.notes == ("there is no test split with labels: split 'validation' takes its place",)
+
+
+def test_test_split_with_secret_labels_is_left_out(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1]), validation=table([1]), test=table([-1, -1]))
+    opened = data.open_dataset(str(folder))
+    assert opened.splits["test"].name == "validation"
+    assert opened.notes == (
+        "split 'test' is left out: it has no labels",
+        "there is no test split with labels: split 'validation' takes its place",
+    )
+
+
+def test_set_without_any_label_is_an_error(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "set", test=table([-1, None]))
+    assert message(lambda: data.open_dataset(str(folder))) == (
+        f"{folder}: there is no image with a 'label'\n  expected: labelled images\n  fix:      try another --label-key"
+    )
+
+
+def test_splits_go_by_many_names_and_others_are_noted(tmp_path: Path) -> None:
+    saved = datasets.DatasetDict(Training=table([0, 1]), dev=table([0]), eval=table([1]), extra=table([1]))
+    saved.save_to_disk(tmp_path / "saved")
+    opened = data.open_dataset(str(tmp_path / "saved"))
+    assert {name: split.name for name, split in opened.splits.items()} == {
+        "train": "Training",
+        "validation": "dev",
+        "test": "eval",
+    }
+    assert opened.notes == ("split 'extra' is not used",)
+
+
+def test_fine_label_is_taken_before_coarse_label(tmp_path: Path) -> None:
+    rows = table([0, 1], coarse_label=(datasets.ClassLabel(names=["a", "b"]), [0, 1])).rename_column(
+        "label", "fine_label"
+    )
+    assert data.open_dataset(str(parquet(tmp_path / "set", train=rows))).label_key == "fine_label"
+
+
+def test_only_column_of_whole_numbers_is_the_label(tmp_path: Path) -> None:
+    rows = table([7, 3, 7], datasets.Value("int32"), caption=(datasets.Value("string"), ["a", "b", "c"]))
+    opened = data.open_dataset(str(parquet(tmp_path / "set", train=rows.rename_column("label", "species"))))
+    assert (opened.label_key, opened.classes) == ("species", ("3", "7"))
+    assert opened.splits["train"].labels.tolist() == [1, 0, 1]
+
+
+def test_text_labels_are_numbered_in_sorted_order(tmp_path: Path) -> None:
+    rows = table(["owl", "bat", "owl"], datasets.Value("string"))
+    opened = data.open_dataset(str(parquet(tmp_path / "set", train=rows)))
+    assert opened.classes == ("bat", "owl")
+    assert opened.splits["train"].labels.tolist() == [1, 0, 1]
+
+
+def test_keys_choose_other_columns(tmp_path: Path) -> None:
+    photos = [{"bytes": png(noise(i + 10)), "path": None} for i in range(2)]
+    rows = table([0, 1], photo_2=(datasets.Image(), photos), other=(datasets.ClassLabel(names=["x", "y"]), [1, 0]))
+    folder = parquet(tmp_path / "set", train=rows)
+    opened = data.open_dataset(str(folder), image_key="photo_2", label_key="other")
+    assert opened.classes == ("x", "y")
+    np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(0)), np.asarray(noise(10)))
+
+
+def test_images_as_plain_bytes_open(tmp_path: Path) -> None:
+    """As pandas writes them, without the hub's own types."""
+    rows = datasets.Dataset.from_dict({"image": [png(noise(0)), png(noise(1))], "label": [0, 1]})
+    opened = data.open_dataset(str(parquet(tmp_path / "set", train=rows)))
+    np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(1)), np.asarray(noise(1)))
+
+
+# Errors of opening, word for word
+
+
+def test_unknown_name_is_answered_with_the_nearest() -> None:
+    assert message(lambda: data.open_dataset("cifar-100")) == (
+        "unknown data set 'cifar-100'\n  expected: one of cifar10, cifar100, digits\n  fix:      did you mean 'cifar100'?"
+    )
+
+
+@pytest.mark.parametrize("name", ["{parent}/picturs/set", "./picturs", "picturs/set"])
+def test_mistyped_path_is_said_not_to_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "picturs").mkdir() if name == "picturs/set" else None
+    (tmp_path / "picturs" / "sets").mkdir() if name == "picturs/set" else None
+    monkeypatch.chdir(tmp_path)
+    name = name.format(parent=tmp_path)
+    missing, parent, near = (
+        ("set", tmp_path / "picturs", "sets") if name == "picturs/set" else ("picturs", tmp_path, "pictures")
+    )
+    assert message(lambda: data.open_dataset(name)) == (
+        f"the path '{name}' does not exist: there is no '{missing}' in '{parent}'\n"
+        f"  expected: {data.LAYOUTS}\n"
+        f"  fix:      did you mean '{near}'?"
+    )
+
+
+def test_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    path.touch()
+    assert message(lambda: data.open_dataset(str(path))) == (
+        f"'{path}' is a file\n  expected: {data.LAYOUTS}\n  fix:      give its folder, '{tmp_path}'"
+    )
+
+
+def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert message(lambda: data.open_dataset(str(tmp_path / "empty"))) == (
+        f"'{tmp_path}/empty' holds no images\n  expected: {data.LAYOUTS}\n  fix:      check the path"
+    )
+
+
+def test_folder_with_a_single_class_is_an_error(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "images/a.png", "images/b.png")
+    assert message(lambda: data.open_dataset(str(folder))) == (
+        f"'{folder}' has a single class, 'images'\n"
+        "  expected: two classes or more\n"
+        "  fix:      give the folder of class folders"
+    )
+
+
+def test_damaged_parquet_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1]))
+    file = next((folder / "data").iterdir())
+    file.write_bytes(file.read_bytes()[:-100])
+    capfd.readouterr()
+    assert message(lambda: data.open_dataset(str(folder))).startswith(f"'{folder}' cannot be opened: ")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["cifar10", "uoft-cs/cifar10"])
+def test_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyPatch, capfd: Any, name: str) -> None:
+    monkeypatch.setattr(data, "_hub_answers", lambda hub: False)
+    before = datasets.config.HF_HUB_OFFLINE
+    assert message(lambda: data.open_dataset(name)) == (
+        f"'{name}' has not been downloaded yet, and the Hugging Face hub cannot be reached\n"
+        "  expected: a network connection, or a local folder\n"
+        "  fix:      elsewhere: hf download --repo-type dataset uoft-cs/cifar10 --local-dir FOLDER; "
+        "then here: --dataset FOLDER"
+    )
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert before == datasets.config.HF_HUB_OFFLINE
+
+
+def test_downloaded_hub_set_opens_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1]), test=table([1]))
+    load = datasets.load_dataset
+    monkeypatch.setattr(data, "_hub_answers", lambda hub: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda hub: load(str(folder)) if hub == "uoft-cs/cifar10" else None)
+    opened = data.open_dataset("cifar10")
+    assert (opened.name, opened.source, opened.mirror) == ("cifar10", "cifar10", True)
+    assert data.measure(opened) == ((32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+COLUMN_ERRORS = [
+    (
+        {"label_key": "lable"},
+        "there is no column 'lable'\n  expected: one of label, text\n  fix:      did you mean 'label'?",
+    ),
+    (
+        {"label_key": "img"},
+        "column 'img' does not hold labels\n  expected: one of label, text\n  fix:      leave --label-key out",
+    ),
+    (
+        {"image_key": "label"},
+        "column 'label' does not hold images\n  expected: one of img\n  fix:      leave --image-key out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "expected"), COLUMN_ERRORS)
+def test_column_that_does_not_fit_is_an_error(tmp_path: Path, keys: dict[str, str], expected: str) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1], text=(datasets.Value("string"), ["a", "b"])))
+    assert message(lambda: data.open_dataset(str(folder), **keys)) == f"{folder}: {expected}"
+
+
+def test_missing_label_column_lists_the_others(tmp_path: Path) -> None:
+    rows = table([0, 1], width=(datasets.Value("float32"), [1.0, 2.0])).remove_columns("label")
+    folder = parquet(tmp_path / "set", train=rows)
+    assert message(lambda: data.open_dataset(str(folder))) == (
+        f"{folder}: no column of labels was found\n"
+        "  expected: another column than img, width\n"
+        "  fix:      choose another data set"
+    )
+
+
+def test_two_possible_labels_are_the_users_choice(tmp_path: Path) -> None:
+    rows = table([0, 1], size=(datasets.Value("int64"), [4, 4])).rename_column("label", "kind")
+    folder = parquet(tmp_path / "set", train=rows)
+    assert message(lambda: data.open_dataset(str(folder))) == (
+        f"{folder}: kind and size may each be the column of labels\n  expected: one\n  fix:      --label-key kind"
+    )
+
+
+def test_column_of_row_numbers_is_not_taken_for_labels(tmp_path: Path) -> None:
+    rows = table([0, 1, 2], datasets.Value("int64")).rename_column("label", "id")
+    folder = parquet(tmp_path / "set", train=rows)
+    assert message(lambda: data.open_dataset(str(folder))) == (
+        f"{folder}: every image has another 'id'\n"
+        "  expected: a column of labels, shared by many images\n"
+        "  fix:      give --label-key"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ([0, -1, 1], "label = -1: the label is missing"),
+        ([0, None, None], "label = None: the label is missing (2 such rows in all)"),
+    ],
+)
+def test_missing_label_is_named_by_its_row(tmp_path: Path, labels: list[int], wrong: str) -> None:
+    folder = parquet(tmp_path / "set", train=table(labels))
+    assert message(lambda: data.open_dataset(str(folder))) == (
+        f"{folder}, split 'train', row 1: {wrong}\n"
+        "  expected: one of the 2 classes in every row\n"
+        "  fix:      remove the row, or choose another column with --label-key"
+    )
+
+
+def test_label_that_train_does_not_have_is_named_by_its_row(tmp_path: Path) -> None:
+    text = datasets.Value("string")
+    folder = parquet(tmp_path / "set", train=table(["owl", "bat", "owl"], text), test=table(["bat", "ant"], text))
+    assert message(lambda: data.open_dataset(str(folder))).splitlines()[0] == (
+        f"{folder}, split 'test', row 1: label = 'ant': 'ant' is none of the classes"
+    )
+
+
+# Images
+
+
+def saved(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def palette_with_transparency() -> bytes:
+    image = noise(0).quantize(8)
+    return saved(image, transparency=bytes([0, 128, 255]))
+
+
+IMAGES = {
+    "grey": (saved(Image.new("L", (2, 2), 100)), (100, 100, 100)),
+    "grey and alpha": (saved(Image.new("LA", (2, 2), (100, 7))), (100, 100, 100)),
+    "one bit": (saved(Image.new("1", (2, 2), 1)), (255, 255, 255)),
+    "16 bits": (saved(Image.fromarray(np.full((2, 2), 100 * 257, dtype=np.uint16))), (100, 100, 100)),
+    "RGBA": (saved(Image.new("RGBA", (2, 2), (10, 20, 30, 0))), (10, 20, 30)),
+    "palette": (saved(Image.new("RGB", (2, 2), (10, 20, 30)).quantize(2)), (10, 20, 30)),
+    "CMYK": (saved(Image.new("CMYK", (2, 2), (0, 255, 0, 0)), "tiff"), (255, 0, 255)),
+    "WebP": (saved(Image.new("RGB", (2, 2), (10, 20, 30)), "webp", lossless=True), (10, 20, 30)),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_every_kind_of_image_becomes_rgb(kind: str) -> None:
+    source, colour = IMAGES[kind]
+    image = data.read_image(source, "here")
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == colour
+
+
+def test_palette_with_transparency_becomes_rgb_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.read_image(palette_with_transparency(), "here").mode == "RGB"
+
+
+def test_photo_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise to see it upright
+    sideways = Image.fromarray(np.array([[[255] * 3, [0] * 3]] * 8, dtype=np.uint8).repeat(8, axis=1))
+    image = data.read_image(saved(sideways, "jpeg", exif=exif), "here")
+    assert image.size == (8, 16)
+    assert np.asarray(image)[0, 0, 0] > 200 > 50 > np.asarray(image)[-1, 0, 0]
+
+
+def test_floating_point_image_is_refused_since_its_range_is_unknown() -> None:
+    source = saved(Image.new("F", (2, 2), 0.5), "tiff")
+    assert message(lambda: data.read_image(source, "here")) == (
+        "here: the image cannot be read (32-bit values without a known range)\n"
+        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  fix:      replace or remove it"
+    )
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Split:
+    """Row 2 of four is no image."""
+    rows = {"image": [png(noise(0)), png(noise(1)), b"not an image", png(noise(3))], "label": [0, 1, 0, 1]}
+    folder = parquet(tmp_path / "broken", train=datasets.Dataset.from_dict(rows))
+    return data.open_dataset(str(folder)).splits["train"]
+
+
+def test_broken_image_in_a_table_is_named_by_its_row(broken: Split, tmp_path: Path) -> None:
+    # The place in the original split, not in the selection.
+    assert message(lambda: broken.select([3, 2]).image(1)) == (
+        f"{tmp_path}/broken, split 'train', row 2: the image cannot be read (unknown format)\n"
+        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  fix:      replace or remove it"
+    )
+
+
+def test_broken_image_file_is_named_by_its_path(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
+    path = folder / "dog" / "b.png"
+    path.write_bytes(path.read_bytes()[:200])
+    split = data.open_dataset(str(folder)).splits["train"]
+    assert message(lambda: split.image(1)).startswith(f"'{path}': the image cannot be read (")
+
+
+def test_row_without_an_image_is_an_error(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict(
+        {"image": [None, {"bytes": png(noise(1)), "path": None}], "label": [0, 1]},
+        datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    folder = parquet(tmp_path / "set", train=rows)
+    split = data.open_dataset(str(folder)).splits["train"]
+    assert message(lambda: split.image(0)).splitlines()[0] == f"{folder}, split 'train', row 0: there is no image"
+
+
+@pytest.mark.parametrize("kind", ["table", "files"])
+def test_split_pickles_without_its_pixels(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "set"
+    if kind == "table":
+        parquet(folder, train=table([0, 1] * 20))
+    else:
+        class_folders(folder, "cat/a.png", "dog/b.png")
+    split = data.open_dataset(str(folder)).splits["train"]
+    first = np.asarray(split.image(1))
+    copy = pickle.dumps(split)
+    assert len(copy) < 10_000
+    np.testing.assert_array_equal(np.asarray(pickle.loads(copy).image(1)), first)
+
+
+# Sharing out
+
+
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    fraction=st.floats(0.01, 0.9),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=60, deadline=None)
+def test_hold_out_takes_a_share_of_every_class(counts: list[int], fraction: float, seed: int) -> None:
+    split = split_of([label for label, count in enumerate(counts) for _ in range(count)])
+    if max(counts) == 1:
+        with pytest.raises(UserError):
+            data.hold_out(split, fraction, seed)
+        return
+    train, validation = data.hold_out(split, fraction, seed)
+    assert validation is not None
+    together = np.concatenate([train.index, validation.index])
+    assert sorted(together.tolist()) == list(range(len(split)))
+    for label, count in enumerate(counts):
+        held = int((validation.labels == label).sum())
+        assert held == 0 if count == 1 else 1 <= held < count
+        assert count == 1 or held == 1 or held == count - 1 or abs(held - fraction * count) < 2
+
+
+def test_hold_out_depends_on_the_seed_alone() -> None:
+    split = split_of([0, 1] * 50)
+    held = [data.hold_out(split, 0.1, seed)[1] for seed in (1, 1, 2)]
+    assert all(part is not None for part in held)
+    first, again, other = (part.index.tolist() for part in held if part is not None)
+    assert first == again != other
+
+
+def test_hold_out_stays_what_it_was_when_it_was_released() -> None:
+    """Written down: a checkpoint names its validation images by fraction and seed alone."""
+    _, validation = data.hold_out(split_of([0, 1] * 10), 0.2, 42)
+    assert validation is not None
+    assert validation.index.tolist() == [1, 2, 3, 16]
+
+
+def test_hold_out_of_nothing_keeps_all() -> None:
+    split = split_of([0, 1])
+    assert data.hold_out(split, 0.0, 0) == (split, None)
+
+
+def test_hold_out_of_more_than_all_is_an_error() -> None:
+    assert message(lambda: data.hold_out(split_of([0, 1]), 1.5, 0)) == (
+        "validation fraction 1.5\n  expected: at least 0 and less than 1\n  fix:      --val-fraction 0.1"
+    )
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.integers(1, 70), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_limit_keeps_the_share_of_every_class(labels: list[int], n: int, seed: int) -> None:
+    split = split_of(labels)
+    some = data.limit(split, n, seed)
+    assert len(some) == min(n, len(split))
+    assert len(set(some.index.tolist())) == len(some)
+    for label in set(labels):
+        assert abs((some.labels == label).sum() - labels.count(label) * len(some) / len(labels)) < 1
+    assert data.limit(split, n, seed).index.tolist() == some.index.tolist()
+
+
+def test_limit_of_none_is_the_split() -> None:
+    split = split_of([0, 1])
+    assert data.limit(split, None, 0) is split
+
+
+def test_validation_split_of_its_own_is_taken_before_a_fraction(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1] * 5), validation=table([0]), test=table([1]))
+    train, validation = data.training_splits(data.open_dataset(str(folder)), 0.2, 0)
+    assert validation is not None
+    assert (len(train), validation.name) == (10, "validation")
+
+
+def test_set_without_a_training_split_cannot_be_trained_on(tmp_path: Path) -> None:
+    opened = data.open_dataset(str(parquet(tmp_path / "set", test=table([0, 1]))))
+    assert message(lambda: data.training_splits(opened, 0.1, 0)) == (
+        f"'{tmp_path}/set' has no training split\n"
+        "  expected: a split named train or training\n"
+        "  fix:      give another data set"
+    )
+
+
+def test_something_is_left_to_score(tmp_path: Path) -> None:
+    opened = data.open_dataset(str(class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")))
+    assert message(lambda: data.training_splits(opened, 0.0, 0)) == (
+        f"'{tmp_path}/set' has nothing to score\n"
+        "  expected: a test split, or a part of train\n"
+        "  fix:      --val-fraction 0.1"
+    )
+
+
+# Measuring
+
+
+def test_mean_and_spread_are_those_of_all_pixels(tmp_path: Path) -> None:
+    # Half the pixels 0 and half 255 in red, all 51 in green: mean 0.5, 0.2; standard deviation 0.5, 0.
+    for name, red in (("cat/a.png", 0), ("dog/b.png", 255)):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (4, 6), (red, 51, 255)).save(path)
+    size, mean, std = data.measure(data.open_dataset(str(tmp_path / "set")))
+    assert size == (6, 4)
+    assert mean == (0.5, 0.2, 1.0)
+    assert std == (0.5, 0.001, 0.001)
+
+
+def test_images_of_different_sizes_have_no_common_size(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
+    noise(0, 20, 12).save(folder / "cat" / "c.png")
+    assert data.measure(data.open_dataset(str(folder)))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "natural"),
+    [((8, 8), 8), ((33, 20), 33), ((96, 96), 96), ((97, 50), None), (None, None)],
+)
+def test_small_images_have_a_natural_input_size(size: tuple[int, int] | None, natural: int | None) -> None:
+    assert data.natural_size(size) == natural
+
+
+# Transforms
+
+
+def test_preprocess_survives_json() -> None:
+    assert Preprocess.from_dict(json.loads(json.dumps(PHOTO.to_dict()))) == PHOTO
+
+
+def test_small_image_of_the_input_size_is_only_normalised() -> None:
+    image = noise(0, 32, 32)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(data.eval_transform(PREPROCESS)(image), (pixels - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 30), (90, 90)])
+def test_small_image_is_evaluated_whole(size: tuple[int, int]) -> None:
+    # Black with a white border: a crop would lose it.
+    pixels = np.zeros((*size, 3), dtype=np.uint8)
+    pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1] = 255, 255, 255, 255
+    seen = data.eval_transform(PREPROCESS)(Image.fromarray(pixels))
+    assert seen.shape == (3, 32, 32)
+    centre = seen[:, 16, 16].max()
+    assert min(edge.min() for edge in (seen[:, 0], seen[:, -1], seen[:, :, 0], seen[:, :, -1])) > centre
+
+
+def test_large_image_is_evaluated_as_timm_does() -> None:
+    from timm.data import create_transform
+
+    image = noise(0, 120, 200)
+    timms = create_transform((3, 64, 64), interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=0.9)
+    torch.testing.assert_close(data.eval_transform(PHOTO)(image), timms(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(10, 10), (32, 32), (50, 80), (120, 100), (70, 300)])
+@pytest.mark.parametrize("crop", ["auto", "pad", "resized", "none"])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 32, 48)])
+def test_every_crop_gives_the_input_size(size: tuple[int, int], crop: Any, shape: tuple[int, int, int]) -> None:
+    preprocess = Preprocess(shape, PREPROCESS.mean, PREPROCESS.std)
+    image = noise(0, *size)
+    assert data.train_transform(preprocess, crop=crop)(image).shape == shape
+    assert data.eval_transform(preprocess)(image).shape == shape
+
+
+def test_without_variation_training_sees_what_evaluation_sees() -> None:
+    image = noise(0, 32, 32)
+    plain = data.train_transform(PREPROCESS, crop="none", mirror=0.0)
+    torch.testing.assert_close(plain(image), data.eval_transform(PREPROCESS)(image), rtol=0, atol=0)
+
+
+def test_mirror_swaps_left_and_right() -> None:
+    image = noise(0, 32, 32)
+    mirrored = data.train_transform(PREPROCESS, crop="none", mirror=1.0)
+    torch.testing.assert_close(mirrored(image), data.eval_transform(PREPROCESS)(image).flip(2), rtol=0, atol=0)
+
+
+def test_padded_crop_moves_the_image_by_an_eighth_at_most_and_fills_with_grey() -> None:
+    image = noise(0, 32, 32)
+    transform = data.train_transform(PREPROCESS, crop="pad", mirror=0.0, fill=255)
+    plain = data.eval_transform(PREPROCESS)(image)
+    framed = torch.full((3, 40, 40), 2.0)  # (1 - mean) / std
+    framed[:, 4:36, 4:36] = plain
+    windows = {framed[:, y : y + 32, x : x + 32].numpy().tobytes(): (y, x) for y in range(9) for x in range(9)}
+    places = {windows[transform(image).numpy().tobytes()] for _ in range(300)}
+    assert {y for y, _ in places} == {x for _, x in places} == set(range(9))
+
+
+def test_cutout_paints_a_square_with_the_mean_and_cuts_it_off_at_the_border() -> None:
+    ones = torch.ones(3, 32, 32)
+    areas = set()
+    for _ in range(300):
+        painted = data.Cutout(16)(ones.clone())
+        zeros = painted[0] == 0
+        rows, columns = zeros.any(1).nonzero().flatten(), zeros.any(0).nonzero().flatten()
+        assert zeros[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert 8 <= len(rows) <= 16 and 8 <= len(columns) <= 16
+        areas.add((len(rows), len(columns)))
+    assert (16, 16) in areas and len(areas) > 20
+
+
+def test_cutout_has_its_centre_on_every_pixel() -> None:
+    covered = sum(data.Cutout(1)(torch.ones(1, 4, 4)) == 0 for _ in range(500))
+    assert bool((covered > 0).all())
+
+
+def test_erase_replaces_a_rectangle_by_noise() -> None:
+    grey = Image.new("RGB", (32, 32), (128, 128, 128))
+    seen = data.train_transform(PREPROCESS, crop="none", mirror=0.0, erase=1.0)(grey)
+    values, counts = seen.unique(return_counts=True)
+    assert 0.02 < 1 - counts.max().item() / seen.numel() < 0.4
+    assert len(values) > 50
+
+
+POLICIES = [
+    *data.POLICIES,
+    *data.TIMM_POLICIES,
+    "rand-m9-mstd0.5-inc1",
+    "rand-m5-tweights",
+    "augmix-m3-w2",
+    "v0-mstd0.5",
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_varies_images(policy: str) -> None:
+    data.check_policy(policy)
+    transform = data.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy)
+    assert len({transform(noise(0, 32, 32)).numpy().tobytes() for _ in range(20)}) > 1
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "cifar",
+        "rand-m",
+        "rand-x9",
+        "rand-mm9.5",
+        "rand-m0.5",
+        "rand-mstdinf",
+        "rand-tweigths",
+        "Rand-m9",
+        "v1",
+        "",
+        "3b",
+    ],
+)
+def test_policy_that_there_is_not_is_an_error(policy: str) -> None:
+    with pytest.raises(UserError):
+        data.check_policy(policy)
+
+
+def test_timm_policy_makes_an_image_black_where_pillow_would_raise() -> None:
+    """At magnitude 10 "Posterize" keeps no bit."""
+    transform = data.train_transform(PREPROCESS, crop="none", mirror=0.0, policy="rand-m10-n1-p1-inc1")
+    image = noise(0, 32, 32)
+    assert any((transform(image) == -2).all() for _ in range(200))
+
+
+def test_unknown_policy_is_answered_with_the_known_ones() -> None:
+    assert message(lambda: data.check_policy("cifar100")) == (
+        "unknown augmentation policy 'cifar100'\n"
+        "  expected: none, cifar10, trivial, or timm's rand, augmix, original, originalr, v0, v0r, 3a "
+        "with their options (rand-m9-mstd0.5-inc1)\n"
+        "  fix:      did you mean 'cifar10'?"
+    )
+
+
+@pytest.mark.parametrize("policy", ["cifar10", "trivial", "rand-m9-n1-p1"])
+def test_policy_fills_with_the_given_grey(policy: str) -> None:
+    white = Image.new("RGB", (32, 32), (255, 255, 255))
+    transform = data.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy, fill=77)
+    filled = (77 / 255 - 0.5) / 0.25
+    assert any(torch.isclose(transform(white), torch.tensor(filled)).any() for _ in range(100))
+
+
+def test_unknown_crop_is_an_error() -> None:
+    wrong: Any = "padd"
+    assert message(lambda: data.train_transform(PREPROCESS, crop=wrong)) == (
+        "unknown crop 'padd'\n  expected: one of auto, none, pad, resized\n  fix:      did you mean 'pad'?"
+    )
+
+
+# Loaders
+
+VARIED = {"policy": "rand-m9-mstd0.5", "cutout": 8, "erase": 0.5}
+"""Draws from Python's, NumPy's and torch's generators."""
+
+
+def loader_of(split: Split, *, workers: int = 0, seed: int = 5, batch_size: int = 4, train: bool = True) -> data.Loader:
+    transform = data.train_transform(PREPROCESS, **VARIED) if train else data.eval_transform(PREPROCESS)
+    return data.make_loader(split, transform, batch_size=batch_size, train=train, seed=seed, workers=workers)
+
+
+def test_batch_holds_images_labels_and_places(tmp_path: Path) -> None:
+    split = split_of([0, 1, 1, 0, 1, 1]).select([5, 3, 2])
+    batch = next(iter(loader_of(split, train=False)))
+    assert batch.images.shape == (3, 3, 32, 32) and batch.images.dtype == torch.float32
+    assert batch.labels.tolist() == [1, 0, 1] and batch.labels.dtype == torch.int64
+    assert batch.index.tolist() == [5, 3, 2] and batch.index.dtype == torch.int64
+    torch.testing.assert_close(batch.images[1], data.eval_transform(PREPROCESS)(noise(3, 32, 32)), rtol=0, atol=0)
+
+
+def test_workers_change_nothing() -> None:
+    alone, with_workers = (loader_of(split_of([0, 1] * 9), workers=workers) for workers in (0, 2))
+    for epoch in (1, 2):
+        ours, theirs = pass_over(alone, epoch), pass_over(with_workers, epoch)
+        assert torch.equal(ours.index, theirs.index)
+        assert torch.equal(ours.images, theirs.images)
+
+
+def test_epochs_differ_in_order_and_variation() -> None:
+    loader = loader_of(split_of([0, 1] * 9))
+    first, second = pass_over(loader, 1), pass_over(loader, 2)
+    assert sorted(first.index.tolist()) == sorted(second.index.tolist()) == list(range(18))
+    assert first.index.tolist() != second.index.tolist()
+    later = by_index(second)
+    assert not any(torch.equal(image, later[number]) for number, image in by_index(first).items())
+
+
+def test_an_epoch_comes_back_the_same() -> None:
+    loader = loader_of(split_of([0, 1] * 9))
+    first, _, again = pass_over(loader, 1), pass_over(loader, 2), pass_over(loader, 1)
+    assert torch.equal(first.images, again.images)
+
+
+def test_variation_of_an_image_depends_on_seed_epoch_and_index_alone() -> None:
+    split = split_of([0, 1] * 9)
+    whole = by_index(pass_over(loader_of(split), 3))
+    part = by_index(pass_over(loader_of(split.select([16, 2, 7, 4]), batch_size=2), 3))
+    other = by_index(pass_over(loader_of(split, seed=6), 3))
+    assert len(part) == 4
+    for number, image in part.items():
+        assert torch.equal(image, whole[number])
+        assert not torch.equal(image, other[number])
+
+
+def test_images_of_a_batch_vary_each_on_its_own() -> None:
+    class Same:
+        def read(self, row: int) -> Image.Image:
+            return noise(0, 32, 32)
+
+    split = Split("train", Same(), np.zeros(16, dtype=np.int64), np.arange(16, dtype=np.int64))
+    transform = data.train_transform(PREPROCESS, crop="pad", mirror=0.5)
+    batch = next(iter(data.make_loader(split, transform, batch_size=16, train=True, seed=0, workers=0)))
+    assert len({image.numpy().tobytes() for image in batch.images}) > 12
+
+
+def test_run_goes_on_in_the_middle_of_an_epoch() -> None:
+    loader = loader_of(split_of([0, 1] * 9))
+    whole, rest = pass_over(loader, 2), pass_over(loader, 2, skip_batches=3)
+    assert torch.equal(rest.index, whole.index[12:])
+    assert torch.equal(rest.images, whole.images[12:])
+    assert len(loader) == 5
+
+
+def test_other_random_numbers_are_not_disturbed() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def after_seeding() -> None:
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    after_seeding()
+    expected = draw()
+    after_seeding()
+    pass_over(loader_of(split_of([0, 1] * 3)), 1)
+    assert draw() == expected
+
+
+def test_evaluation_keeps_order_and_every_image() -> None:
+    batches = list(loader_of(split_of([0, 1, 0, 1, 0]), train=False))
+    assert [batch.index.tolist() for batch in batches] == [[0, 1, 2, 3], [4]]
+
+
+def test_last_training_batch_of_one_image_is_left_out() -> None:
+    loader = loader_of(split_of([0, 1] * 4 + [0]))
+    assert len(loader) == 2
+    assert [len(batch.labels) for batch in loader] == [4, 4]
+
+
+def test_drop_last_leaves_out_the_rest() -> None:
+    split = split_of([0, 1] * 3)
+    loader = data.make_loader(
+        split, data.eval_transform(PREPROCESS), batch_size=4, train=False, seed=0, workers=0, drop_last=True
+    )
+    assert [batch.index.tolist() for batch in loader] == [[0, 1, 2, 3]]
+
+
+def test_single_training_image_is_an_error() -> None:
+    assert message(lambda: loader_of(split_of([0]))) == (
+        "split 'train' has too few images: 1\n  expected: at least 2\n  fix:      use more of the data set"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_image_arrives_as_the_same_error_from_every_process(broken: Split, tmp_path: Path, workers: int) -> None:
+    loader = loader_of(broken, workers=workers, train=False)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    assert str(caught.value) == (
+        f"{tmp_path}/broken, split 'train', row 2: the image cannot be read (unknown format)\n"
+        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  fix:      replace or remove it"
+    )
+
+
+def test_loader_can_be_read_again_after_an_error() -> None:
+    class Broken:
+        def read(self, row: int) -> Image.Image:
+            if row == 5:
+                raise UserError("broken")
+            return noise(row)
+
+    split = Split("train", Broken(), np.zeros(8, dtype=np.int64), np.arange(8, dtype=np.int64))
+    loader = loader_of(split, workers=2, batch_size=2, train=False)
+    for _ in range(2):
+        seen = []
+        with pytest.raises(UserError, match="broken"):
+            for batch in loader:
+                seen += batch.index.tolist()
+        assert seen == [0, 1, 2, 3]
+
+
+def test_loader_pickles_for_workers_that_are_not_forked() -> None:
+    loader = loader_of(split_of([0, 1] * 4))
+    copy = pickle.loads(pickle.dumps(loader.dataset))
+    places = [(1, 3), (1, 0)]
+    assert torch.equal(copy.__getitems__(places).images, loader.dataset.__getitems__(places).images)
+
+
+def test_accelerate_serves_the_same_batches() -> None:
+    from accelerate import Accelerator
+
+    split = split_of([0, 1] * 9)
+    prepared = Accelerator(cpu=True).prepare(loader_of(split))
+    prepared.set_epoch(2)
+    ours = pass_over(loader_of(split), 2)
+    assert torch.equal(torch.cat([batch.images for batch in prepared]), ours.images)
+
+
+def test_accelerate_lets_a_broken_image_out_as_its_error(broken: Split) -> None:
+    from accelerate import Accelerator
+
+    prepared = Accelerator(cpu=True).prepare(loader_of(broken, workers=1, train=False))
+    with pytest.raises(UserError, match="row 2: the image cannot be read"):
+        list(prepared)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR_100.is_dir(), reason="needs ../shared/data/cifar100")
+def test_cifar_100_opens_and_is_measured_as_published() -> None:
+    opened = data.open_dataset(str(CIFAR_100))
+    assert {name: len(split) for name, split in opened.splits.items()} == {"train": 50_000, "test": 10_000}
+    assert (opened.image_key, opened.label_key, len(opened.classes)) == ("img", "fine_label", 100)
+    size, mean, std = data.measure(opened)
+    _, published_mean, published_std = data.NAMED["cifar100"].measured or (None, None, None)
+    assert size == (32, 32)
+    assert mean == pytest.approx(published_mean, abs=0.01)
+    assert std == pytest.approx(published_std, abs=0.01)

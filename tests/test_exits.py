@@ -1,0 +1,167 @@
+"""Exits on timm models: the backbone untouched, every trained parameter taught, costs as published."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sdcli.backbones import create, resolve
+from sdcli.errors import UserError
+from sdcli.exits import MultiExit, all_costs, attach, choose_heads
+from sdcli.heads import HEADS
+from sdcli.networks import plan_network
+from sdcli.objective import Objective
+from sdcli.recipe import Network, load_recipe, recipe_names
+from sdcli.signals import Batch
+
+MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout", "test_vit4"]
+
+
+def build(name: str, head: str = "auto", *, exits: object = "auto", num_classes: int = 7, image_size: int | None = None) -> MultiExit:
+    torch.manual_seed(0)
+    architecture = resolve(name, num_classes=num_classes, image_size=image_size)
+    plan = plan_network(Network(exits=exits), architecture)
+    return attach(create(architecture, device="cpu"), plan, choose_heads(plan, head), num_classes)
+
+
+def images_for(network: MultiExit, number: int = 2) -> torch.Tensor:
+    return torch.randn(number, *network.plan.input_size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_final_logits_equal_the_plain_models_bit_for_bit(name):
+    network = build(name).eval()
+    plain = timm.create_model(name, num_classes=7).eval()
+    plain.load_state_dict(network.backbone.state_dict())
+    with torch.no_grad():
+        images = images_for(network)
+        assert torch.equal(network(images)["final"].logits, plain(images))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_point_answers_with_the_announced_shapes(name):
+    network = build(name)
+    signals = network(images_for(network))
+    assert list(signals) == network.points == [*(f"exit{i}" for i in range(1, len(signals))), "final"]
+    assert len(signals) >= 3
+    for point, signal in signals.items():
+        stage, width = network.stages[point], network.widths[point]
+        assert signal.features.shape == (2, stage.num_chs, *stage.size)
+        assert width.num_chs == stage.num_chs
+        assert signal.embedding.shape == (2, width.embedding_dim)
+        assert signal.logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("head", [entry.name for entry in HEADS])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_every_head_fits_every_stage(name, head):
+    network = build(name, head)
+    for point, signal in network(images_for(network)).items():
+        assert signal.logits.shape == (2, 7), point
+        if head != "linear":
+            assert signal.embedding.shape[1] == network.plan.embedding_dim
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_every_trained_parameter_gets_a_gradient(name, recipe):
+    loaded = load_recipe([recipe])
+    network = build(name, loaded.student.head, exits=loaded.student.exits)
+    objective = Objective(loaded.losses, network.widths)
+    images = images_for(network)
+    total, _ = objective(network(images), Batch(images, torch.tensor([0, 1]), torch.arange(2)))
+    total.backward()
+    for module in (network, objective):
+        for parameter_name, parameter in module.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
+
+
+def test_a_parameter_that_never_reaches_the_output_is_not_trained():
+    network = build("test_resnet")
+    network.plan = network.plan
+    frozen = [name for name, p in network.backbone.named_parameters() if not p.requires_grad]
+    assert frozen == list(network.plan.unused)
+
+
+def test_a_network_without_exits_is_the_plain_model():
+    network = build("test_resnet", exits="none")
+    assert network.points == ["final"]
+    assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in network.backbone.parameters())
+
+
+def test_backbone_names_are_timms():
+    network = build("test_resnet")
+    plain = timm.create_model("test_resnet", num_classes=7)
+    assert set(network.backbone.state_dict()) == set(plain.state_dict())
+
+
+def test_eject_gives_back_the_model_without_taps():
+    network = build("test_resnet")
+    backbone = network.eject()
+    assert isinstance(backbone, nn.Module)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_answers_for_itself(duplicate):
+    network = build("test_resnet").eval()
+    images = images_for(network)
+    with torch.no_grad():
+        before = network(images)
+        twin = duplicate(network)
+        for parameter in network.parameters():
+            parameter.zero_()
+        after = twin(images)
+    for point in before:
+        assert torch.equal(before[point].logits, after[point].logits)
+
+
+def test_a_forward_pass_keeps_nothing():
+    network = build("test_resnet")
+    network(images_for(network))
+    assert network._store == {}
+
+
+def test_an_unknown_head_is_explained():
+    with pytest.raises(UserError) as error:
+        build("test_resnet", "bottelneck")
+    assert str(error.value) == (
+        "networks.student.head: unknown head 'bottelneck'\n"
+        "  expected: one of bottleneck, bottleneck+attention, linear, sepconv, sepconv+attention, tokens\n"
+        "  fix:      did you mean 'bottleneck'?"
+    )
+
+
+def speedups(name: str, head: str) -> list[float]:
+    architecture = resolve(name, num_classes=100, image_size=32)
+    plan = plan_network(Network(), architecture)
+    costs = all_costs(plan, choose_heads(plan, head), 100)
+    return [costs["final"].macs / costs[point].macs for point in ("exit1", "exit2", "exit3", "ensemble")]
+
+
+# Ratios of MACs that reproduce BYOT's Table 5 (arXiv:1905.08094), and the same for the journal code's heads.
+@pytest.mark.parametrize(
+    ("name", "head", "expected"),
+    [
+        ("resnet18", "bottleneck", [3.10, 1.87, 1.31, 0.933]),
+        ("resnet50", "bottleneck", [4.73, 2.23, 1.24, 0.933]),
+        ("resnet101", "bottleneck", [9.14, 4.32, 1.11, 0.964]),
+        ("resnet18", "sepconv+attention", [3.36, 1.88, 1.30, 0.954]),
+        ("resnet50", "sepconv+attention", [3.18, 1.88, 1.16, 0.761]),
+    ],
+)
+def test_speedups_are_the_papers(name, head, expected):
+    assert speedups(name, head) == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("resnet18", 12.28), ("resnet50", 38.43)])
+def test_journal_heads_have_the_authors_number_of_parameters(name, millions):
+    architecture = resolve(name, num_classes=100, image_size=32)
+    plan = plan_network(Network(), architecture)
+    costs = all_costs(plan, choose_heads(plan, "sepconv+attention"), 100)
+    assert costs["ensemble"].params / 1e6 == pytest.approx(millions, abs=0.005)

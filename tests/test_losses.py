@@ -1,0 +1,264 @@
+"""Losses against values from the papers' formulas, and what must hold for every one of them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdcli.errors import UserError
+from sdcli.exits import Width
+from sdcli.losses import LOSSES
+from sdcli.losses.features import Hint
+from sdcli.losses.labels import cross_entropy
+from sdcli.losses.logits import kl, soft_cross_entropy
+from sdcli.objective import Objective
+from sdcli.recipe import load_recipe
+from sdcli.signals import Batch, Signal
+
+
+def tensor(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def batch_of(labels: list[int]) -> Batch:
+    number = len(labels)
+    return Batch(torch.zeros(number, 3, 1, 1), torch.tensor(labels), torch.arange(number))
+
+
+def exit_signals(inputs: dict) -> dict[str, Signal]:
+    points = ["exit1", "exit2", "exit3", "final"]
+    parts = zip(points, inputs["exit_logits"], inputs["exit_feats"], strict=True)
+    return {p: Signal(torch.zeros(2, 1, 1, 1), tensor(feats), tensor(logits)) for p, logits, feats in parts}
+
+
+def total_of(recipe: str, inputs: dict, *overrides: str) -> float:
+    signals = exit_signals(inputs)
+    objective = Objective(load_recipe([recipe], overrides).losses, {p: Width(1, 2) for p in signals})
+    total, parts = objective(signals, batch_of(inputs["y"]))
+    assert math.isclose(total.item(), sum(part.item() for part in parts.values()), rel_tol=1e-12)
+    return total.item()
+
+
+def test_cross_entropy_equals_the_formula(vectors):
+    inputs, expected = vectors["ce"]["inputs"], vectors["ce"]["expected"]
+    assert cross_entropy(tensor(inputs["S"]), batch_of(inputs["y"])).mean().item() == pytest.approx(
+        expected["ce"], abs=1e-9
+    )
+
+
+def test_label_smoothing_is_uniform_over_all_classes(vectors):
+    inputs, expected = vectors["label_smoothing"]["inputs"], vectors["label_smoothing"]["expected"]
+    value = cross_entropy(tensor(inputs["S"]), batch_of(inputs["y"]), smoothing=0.1).mean().item()
+    assert value == pytest.approx(expected["uniform_over_all_C"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("T1", {"temperature": 1.0}),
+        ("T3_T2", {"temperature": 3.0}),
+        ("T4_T2", {"temperature": 4.0}),
+        ("T4_noT2", {"temperature": 4.0, "rescale": False}),
+    ],
+)
+def test_kl_equals_the_formula(vectors, name, options):
+    inputs, expected = vectors["kl"]["inputs"], vectors["kl"]["expected"]
+    student = tensor(inputs["S"]).requires_grad_()
+    value = kl(student, tensor(inputs["T"]), batch_of(inputs["y"]), **options).mean()
+    assert value.item() == pytest.approx(expected[name], abs=1e-9)
+    if name == "T4_T2":
+        value.backward()
+        assert torch.allclose(student.grad, tensor(expected["grad_S of T4_T2"]), atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "rescale"), [("no_T2", False), ("with_T2", True)])
+def test_soft_cross_entropy_equals_the_authors_code(vectors, name, rescale):
+    inputs, expected = vectors["soft_ce_T3"]["inputs"], vectors["soft_ce_T3"]["expected"]
+    compare = partial(soft_cross_entropy, temperature=3.0, rescale=rescale)
+    value = compare(tensor(inputs["S"]), tensor(inputs["T"]), batch_of(inputs["y"])).mean().item()
+    assert value == pytest.approx(expected[name], abs=1e-9)
+
+
+def test_soft_cross_entropy_has_the_gradient_of_kl():
+    torch.manual_seed(0)
+    teacher, batch = torch.randn(4, 5, dtype=torch.float64), batch_of([0, 1, 2, 3])
+    gradients = []
+    for loss in (kl, soft_cross_entropy):
+        student = torch.ones(4, 5, dtype=torch.float64, requires_grad=True)
+        loss(student, teacher, batch, temperature=3.0).sum().backward()
+        gradients.append(student.grad)
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_hint_is_a_sum_of_squares_or_its_root():
+    student, teacher = tensor([[1.0, 2.0], [0.0, 0.0]]), tensor([[1.0, 0.0], [4.0, 4.0]])
+    # differences 0, 2, 4, 4: squares 4 + 16 + 16
+    assert Hint(2, 2)(student, teacher, batch_of([0, 0])).item() == 36.0
+    assert Hint(2, 2, norm="l2")(student, teacher, batch_of([0, 0])).item() == 6.0
+
+
+@pytest.mark.parametrize("norm", ["squared", "l2"])
+def test_hint_has_a_finite_gradient_where_both_are_equal(norm):
+    student = torch.ones(2, 3, requires_grad=True)
+    Hint(3, 3, norm=norm)(student, torch.ones(2, 3), batch_of([0, 0])).backward()
+    assert torch.equal(student.grad, torch.zeros(2, 3))
+
+
+def test_byot_equals_the_papers_equation(vectors):
+    entry = vectors["byot_paper_form"]
+    paper = ("losses.soft.weight=0.3", "losses.hint.weight=0.03")
+    warm = total_of("byot", entry["inputs"], *paper, "losses.soft.temperature=1.0")
+    hot = total_of("byot", entry["inputs"], *paper)
+    assert warm == pytest.approx(entry["expected"]["T1"], abs=1e-9)
+    assert hot == pytest.approx(entry["expected"]["T3_with_T2"], abs=1e-9)
+
+
+def test_byot_journal_equals_the_authors_code(vectors):
+    entry = vectors["byot_journal_code"]
+    # The vector has the identity for the adaptation layers.
+    total = total_of("byot-journal", entry["inputs"], "losses.hint.adapt=none")
+    assert total == pytest.approx(entry["expected"]["total"], abs=1e-9)
+
+
+def test_byot_scan_equals_the_authors_code(vectors):
+    entry = vectors["scan_code"]
+    assert total_of("byot-scan", entry["inputs"]) == pytest.approx(entry["expected"]["total"], abs=1e-9)
+
+
+def test_deep_supervision_is_the_sum_of_cross_entropies(vectors):
+    entry = vectors["dsn_total"]
+    assert total_of("deep-supervision", entry["inputs"]) == pytest.approx(entry["expected"]["total"], abs=1e-9)
+
+
+def built(entry) -> nn.Module | partial:
+    return entry.call(6, 6) if isinstance(entry.call, type) else entry.call
+
+
+def compare(entry, loss, student: Tensor, teacher: Tensor) -> Tensor:
+    batch = batch_of([index % 6 for index in range(len(student))])
+    return loss(student, teacher, batch) if needs_teacher(entry) else loss(student, batch)
+
+
+def needs_teacher(entry) -> bool:
+    return isinstance(entry.call, type) or "teacher" in entry.takes
+
+
+@pytest.mark.parametrize("entry", list(LOSSES), ids=lambda entry: entry.name)
+def test_every_loss_is_finite_on_extreme_inputs(entry):
+    student = (torch.eye(6) * 2e4 - 1e4).requires_grad_()
+    compare(entry, built(entry), student, student.detach().roll(1, 0)).mean().backward()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("entry", list(LOSSES), ids=lambda entry: entry.name)
+def test_every_loss_gives_a_scalar_or_one_value_per_image(entry):
+    assert compare(entry, built(entry), torch.randn(4, 6), torch.randn(4, 6)).shape in ((), (4,))
+
+
+@pytest.mark.parametrize("entry", [e for e in LOSSES if needs_teacher(e)], ids=lambda entry: entry.name)
+def test_every_loss_is_least_where_student_equals_teacher(entry):
+    torch.manual_seed(0)
+    teacher, loss = torch.randn(4, 6), built(entry)
+    same = compare(entry, loss, teacher.clone(), teacher).mean()
+    assert all(same < compare(entry, loss, teacher + torch.randn(4, 6), teacher).mean() for _ in range(5))
+    if entry.name != "soft_cross_entropy":
+        assert same.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_no_gradient_reaches_a_target():
+    torch.manual_seed(0)
+    signals = {p: Signal(*(torch.randn(2, 4, requires_grad=True) for _ in range(3))) for p in ("exit1", "final")}
+    losses = load_recipe(["byot"], ["losses.task.weight=1e-30", "losses.hint.weight=1.0"]).losses
+    total, _ = Objective(losses, {p: Width(4, 4) for p in signals})(signals, batch_of([0, 1]))
+    total.backward()
+    assert signals["exit1"].logits.grad.abs().max() > 1e-3
+    assert signals["final"].logits.grad.abs().max() < 1e-20
+    assert signals["final"].embedding.grad is None
+
+
+def test_losses_are_worked_out_in_float32():
+    signals = {p: Signal(*(torch.randn(2, 4).bfloat16() for _ in range(3))) for p in ("exit1", "final")}
+    total, _ = Objective(load_recipe(["byot"]).losses, {p: Width(4, 4) for p in signals})(signals, batch_of([0, 1]))
+    assert total.dtype == torch.float32
+
+
+WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["losses.soft.kind=kll"],
+            "losses.soft: unknown loss 'kll'\n"
+            "  expected: one of cross_entropy, hint, kl, soft_cross_entropy\n"
+            "  fix:      did you mean 'kl'?",
+        ),
+        (
+            ["losses.soft.temprature=3.0"],
+            "losses.soft: unknown key 'temprature'\n"
+            "  expected: one of rescale, temperature\n"
+            "  fix:      did you mean 'temperature'?",
+        ),
+        (["losses.soft.temperature=0.0"], "losses.soft.temperature = 0.0\n  expected: greater than 0"),
+        (
+            ["losses.soft.on=exit4"],
+            "losses.soft.on = 'exit4', a point that this network does not have\n"
+            "  expected: one of exit1, exit2, final\n"
+            "  fix:      did you mean 'exit2'?",
+        ),
+        (
+            ["losses.exits.weight=[0.5]"],
+            "losses.exits.weight has 1 values\n  expected: one number, or one for each of exit1, exit2",
+        ),
+        (
+            ["losses.soft.target=label"],
+            "losses.soft.target = 'label' with kind = 'kl'\n  expected: 'final', 'next' or an exit",
+        ),
+        (
+            ["losses.task.target=exit1"],
+            "losses.task.target = 'exit1' with kind = 'cross_entropy'\n  expected: 'label', which is the default",
+        ),
+        (
+            ["losses.soft.on=all"],
+            "losses.soft: final is compared with itself\n  expected: a target other than the point it teaches",
+        ),
+        (
+            ["losses.soft.on=all", "losses.soft.target=next"],
+            'losses.soft: \'final\' has no next deeper point\n  expected: on = "exits" with target = "next"',
+        ),
+        (
+            ["losses.hint.on=exit1"],
+            "losses.hint at exit1: a hint compares embeddings of 16 and 32 values\n"
+            "  expected: two of the same width\n"
+            '  fix:      adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
+        ),
+        (
+            ["losses.exits.on=exit2", "losses.soft.on=exit2", "losses.hint.on=exit2"],
+            "no loss teaches the classifier of exit1\n"
+            "  expected: a loss on the logits of every point\n"
+            '  fix:      add a loss with on = "all", or set networks.student.exits = "none"',
+        ),
+    ],
+)
+def test_a_mistake_in_a_loss_is_explained(overrides, message):
+    with pytest.raises(UserError) as error:
+        Objective(load_recipe(["byot"], overrides).losses, WIDTHS)
+    assert str(error.value) == message
+
+
+def test_next_is_the_next_deeper_point():
+    losses = load_recipe(["byot"], ["losses.soft.target=next", "losses.hint.weight=0.0"]).losses
+    objective = Objective(losses, WIDTHS)
+    assert [(t.on, t.target) for t in objective.terms if t.name == "soft"] == [("exit1", "exit2"), ("exit2", "final")]
+
+
+def test_weights_are_given_per_exit():
+    objective = Objective(
+        load_recipe(["byot"], ["losses.exits.weight=[0.25, 0.5]", "losses.hint.weight=0.0"]).losses, WIDTHS
+    )
+    assert [t.weight for t in objective.terms if t.name == "exits"] == [0.25, 0.5]

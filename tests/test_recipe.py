@@ -1,0 +1,176 @@
+"""Reading, extending, overriding and checking recipes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sdcli.errors import UserError
+from sdcli.recipe import Recipe, check_recipe, load_recipe, recipe_folder, recipe_names, to_toml
+
+TASK = '[losses.task]\nkind = "cross_entropy"\non = "final"\n'
+
+
+def write(folder: Path, text: str, name: str = "mine.toml") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def message(names: list[str], overrides: list[str] | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        load_recipe(names, overrides or [])
+    return str(error.value)
+
+
+def test_every_recipe_that_comes_with_sdcli_is_valid():
+    names = recipe_names()
+    assert {"byot", "byot-journal", "byot-scan", "deep-supervision", "baseline", "quick", "default"} <= set(names)
+    for name in names:
+        assert load_recipe([name]).title, name
+
+
+def test_every_recipe_says_where_its_numbers_come_from():
+    files = list(recipe_folder().rglob("*.toml"))
+    assert files
+    for file in files:
+        header = file.read_text().split("\n\n")[0]
+        assert "# Sources " in header, file
+        if file.parent == recipe_folder():
+            assert (
+                "sdcli train" in file.read_text()
+                and "# Measured " in file.read_text()
+                and "# Differs " in file.read_text()
+            )
+
+
+def test_extends_refines_table_by_table(tmp_path):
+    write(tmp_path, "epochs = 7\n[optimizer]\nlr = 0.3\nmomentum = 0.5\n" + TASK, "parent.toml")
+    recipe = load_recipe([write(tmp_path, 'extends = "./parent.toml"\n[optimizer]\nlr = 0.2\n')])
+    assert (recipe.epochs, recipe.optimizer.lr, recipe.optimizer.momentum) == (7, 0.2, 0.5)
+
+
+def test_recipes_given_together_refine_from_left_to_right(tmp_path):
+    mine = write(tmp_path, "epochs = 3\n")
+    assert load_recipe(["byot", mine]).epochs == 3
+    assert load_recipe([mine, "byot"]).epochs == 200
+
+
+def test_set_overrides_everything_else():
+    recipe = load_recipe(["byot"], ["losses.soft.weight=0.5", "networks.student.head=linear", "epochs=2"])
+    assert (recipe.losses["soft"].weight, recipe.student.head, recipe.epochs) == (0.5, "linear", 2)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_resolved_recipe_reads_as_itself(name, tmp_path):
+    recipe = load_recipe([name])
+    assert load_recipe([write(tmp_path, to_toml(recipe))]) == recipe
+    assert check_recipe(recipe.model_dump(exclude_none=True)) == recipe
+
+
+def test_a_recipe_cannot_be_changed_once_it_is_read():
+    recipe = load_recipe(["byot"])
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of augment, size\n  fix:      did you mean 'size'?"),
+        ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, epochs, extends, losses, networks, optimizer, "
+         "paper, schedule, title\n  fix:      did you mean 'epochs'?"),
+        ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer"),
+        ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1"),
+        ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'"),
+        ("optimizer.lr=-1.0", "optimizer.lr = -1.0\n  expected: greater than 0"),
+        ("optimizer=3", "optimizer = 3\n  expected: a table"),
+        ("losses.task.kind=3", "losses.task.kind = 3\n  expected: a valid string"),
+        ("losses.task.on=exit0", "losses.task.on = 'exit0'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"),
+        ("losses.task.target=exits", "losses.task.target = 'exits'\n  expected: 'label', 'next' (the next deeper point), "
+         "'final', or one exit such as 'exit1'"),
+        ("losses.new.weight=1", "losses.new.kind is missing\n  expected: a value: it has no default"),
+        ("losses.task.weight=-1", "losses.task.weight = -1\n  expected: greater than or equal to 0, or a valid list"),
+        ("networks.student.exits=some", "networks.student.exits = 'some'\n  expected: 'auto' or 'none', or a valid integer, or a valid list"),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_its_source_key_value_and_what_was_expected(override, expected):
+    assert message(["byot"], [override]) == f"--set {override}: {expected}"
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    file = write(tmp_path, TASK + "[schedule]\nwarm = 3\n")
+    assert message([file]).startswith(f"{file}: schedule: unknown key 'warm'\n")
+
+
+def test_a_mistake_in_a_parent_names_the_parent(tmp_path):
+    parent = write(tmp_path, TASK + "[batch]\nsize = 0\n", "parent.toml")
+    assert message([write(tmp_path, 'extends = "./parent.toml"\n')]).startswith(f"{parent}: batch.size = 0\n")
+
+
+def test_an_unknown_network_is_refused():
+    assert message(["byot"], ["networks.teacher.head=linear"]) == (
+        "networks.teacher: unknown network\n  expected: networks.student, the one that the command line names"
+    )
+
+
+def test_an_unknown_recipe_gets_the_nearest_name():
+    said = message(["byott"])
+    assert said.startswith("unknown recipe 'byott'\n  expected: one of baseline, byot, ")
+    assert said.endswith("\n  fix:      did you mean 'byot'?")
+
+
+def test_a_missing_recipe_file_is_named(tmp_path):
+    assert message([str(tmp_path / "no.toml")]).startswith(f"recipe file '{tmp_path / 'no.toml'}' does not exist\n")
+
+
+def test_a_circle_of_extends_is_refused(tmp_path):
+    write(tmp_path, 'extends = "./b.toml"\n', "a.toml")
+    write(tmp_path, 'extends = "./a.toml"\n', "b.toml")
+    assert "goes round in a circle: a.toml -> b.toml -> a.toml" in message([str(tmp_path / "a.toml")])
+
+
+def test_a_file_that_is_not_toml_says_where(tmp_path):
+    assert message([write(tmp_path, "epochs = \n")]).startswith(f"{tmp_path / 'mine.toml'} is not TOML: Invalid value")
+
+
+def test_a_repeated_key_is_an_error(tmp_path):
+    assert "is not TOML" in message([write(tmp_path, "epochs = 1\nepochs = 2\n" + TASK)])
+
+
+@pytest.mark.parametrize("text", ["x", "=3", "a b=3"])
+def test_a_malformed_override_is_refused(text):
+    assert (
+        message(["byot"], [text])
+        == f"--set '{text}'\n  expected: KEY=VALUE\n  fix:      for example --set losses.soft.weight=0.5"
+    )
+
+
+def test_a_recipe_without_losses_says_how_to_get_some(tmp_path):
+    assert message([write(tmp_path, "epochs = 3\n")]) == (
+        "losses is missing\n  expected: a value: it has no default\n"
+        '  fix:      add a [losses.NAME] table, or extends = "baseline"'
+    )
+
+
+def test_recipe_files_are_short():
+    lengths = []
+    for file in recipe_folder().glob("*.toml"):
+        lines = [line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
+        lengths.append(len(lines))
+    assert sorted(lengths)[len(lengths) // 2] < 25
+
+
+def test_defaults_are_valid():
+    assert Recipe.model_validate(tomllib.loads(TASK)).epochs == 200
+
+
+def test_reading_a_recipe_loads_neither_torch_nor_timm():
+    code = "import sys; from sdcli.recipe import load_recipe; load_recipe(['byot']); print({'torch', 'timm'} & set(sys.modules))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )

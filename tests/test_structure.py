@@ -1,0 +1,83 @@
+"""Who may import whom, and what must stay quick to start."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "sdcli"
+
+ROWS = [
+    {"errors"},
+    {"registry", "recipe", "signals", "stages", "metrics"},
+    {"losses", "derived", "heads"},
+    {"backbones"},
+    {"exits", "checkpoint", "devices"},
+    {"objective", "networks", "data", "evaluate", "runs"},
+    {"train", "scoring"},
+    {"cli"},
+]
+
+
+def imports_of(file: Path) -> set[str]:
+    """Our own modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sdcli."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "sdcli":
+            found |= {alias.name for alias in node.names if not alias.name.startswith("__")}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sdcli.")}
+    return found
+
+
+def module_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_a_module_imports_only_from_rows_below_its_own():
+    row_of = {name: number for number, names in enumerate(ROWS) for name in names}
+    files = [file for file in PACKAGE.rglob("*.py") if module_of(file) not in ("__init__", "__main__")]
+    assert {module_of(file) for file in files} == set(row_of), (
+        "every module has its row here and in docs/architecture.md"
+    )
+    for file in files:
+        for name in imports_of(file) - {module_of(file)}:
+            assert row_of[name] < row_of[module_of(file)], f"{file.name} imports {name}"
+
+
+def test_only_the_command_line_prints():
+    for file in PACKAGE.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        if module_of(file) != "cli":
+            called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+            assert "print" not in called, file
+            imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+            imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+            assert not imported & {"typer", "rich"}, file
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    code = (
+        f"import sys; sys.argv = ['sdcli', *{list(arguments)!r}]\n"
+        "from sdcli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return set(out.rsplit("LOADED", 1)[1].split())
+
+
+def test_help_and_recipes_load_neither_torch_nor_timm():
+    heavy = {"torch", "timm", "datasets", "accelerate", "torchvision", "numpy"}
+    for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["inspect", "--help"]):
+        assert not loaded_by(*arguments) & heavy, arguments
+    assert not loaded_by("recipes", "list") & heavy
+
+
+def test_inspect_loads_neither_datasets_nor_accelerate():
+    assert not loaded_by("inspect", "test_resnet") & {"datasets", "accelerate", "torchmetrics"}
