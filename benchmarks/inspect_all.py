@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from sdcli.errors import UserError
 from sdcli.stages import StagePlan, find_stages
 
 COLUMNS = (
-    "model family input_size found_by num_stages clean stages reductions num_chs shares params_m macs_g classifier unused "
-    "seconds notes forward error"
-).split()
+    *("model", "family", "input_size", "found_by", "num_stages", "clean", "stages", "reductions", "num_chs", "shares"),
+    *("params_m", "macs_g", "classifier", "unused", "seconds", "notes", "forward", "error"),
+)
 
 
 def inspect(name: str, forward: bool) -> dict[str, Any]:
@@ -52,12 +53,14 @@ def inspect(name: str, forward: bool) -> dict[str, Any]:
 
 def describe(plan: StagePlan) -> dict[str, Any]:
     ends = [0, *(stage.macs for stage in plan.stages)]
-    shares = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    shares = [after - before for before, after in pairwise(ends)]
     return {
         "found_by": plan.found_by,
         "num_stages": len(plan.stages),
         "clean": sum(stage.clean for stage in plan.stages),
-        "stages": " ".join(stage.module + ("" if stage.tensor is None else f"[{stage.tensor}]") for stage in plan.stages),
+        "stages": " ".join(
+            stage.module + ("" if stage.tensor is None else f"[{stage.tensor}]") for stage in plan.stages
+        ),
         "reductions": " ".join(str(stage.reduction) for stage in plan.stages),
         "num_chs": " ".join(f"{stage.num_chs}:{stage.output_fmt}+{stage.num_prefix_tokens}" for stage in plan.stages),
         "shares": " ".join(f"{100 * share / plan.macs:.0f}" for share in shares),
@@ -116,7 +119,12 @@ def main() -> None:
         writer.writerows(rows[name] for name in sorted(rows))
     done = [row for row in rows.values() if not row.get("error")]
     print(f"{len(done)} of {len(rows)} inspected")
-    for title, column in (("found by", "found_by"), ("stages", "num_stages"), ("error", "error"), ("forward", "forward")):
+    for title, column in (
+        ("found by", "found_by"),
+        ("stages", "num_stages"),
+        ("error", "error"),
+        ("forward", "forward"),
+    ):
         for value, count in Counter(str(row[column]) for row in rows.values() if row.get(column)).most_common():
             print(f"  {title}: {value}: {count}")
 

@@ -1,4 +1,4 @@
-"""Data sets: opened by name or path, shared out into splits, varied, and served as loaders of `Batch`.
+"""Data sets: opened by name or path, measured, and shared out into splits.
 
 B batch, C channels, H W an image's height and width in pixels, N images of a split, K classes
 """
@@ -7,33 +7,22 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from sdcli.errors import UserError, did_you_mean, unknown
-from sdcli.signals import Batch
-
-Size: TypeAlias = tuple[int, int]
-"""Height and width."""
-Colour: TypeAlias = tuple[float, float, float]
-"""One value per channel, where 1 is the brightest."""
-Transform: TypeAlias = Callable[[Image.Image], Tensor]
+from sdcli.transforms import SMALL, Colour, Size
 
 
 @dataclass(frozen=True)
@@ -54,9 +43,6 @@ NAMED = {
     "digits": Named(None, mirror=False),
 }
 
-SMALL = 96
-"""Images of at most this many pixels a side are shown whole: cropping would cost too much of them."""
-
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -71,12 +57,6 @@ LAYOUTS = (
     "a folder with one folder of images per class (train/CLASS/*.png), with parquet files that have a column of "
     "images, or made by Dataset.save_to_disk"
 )
-
-POLICIES = {
-    "cifar10": "AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019, arXiv:1805.09501), torchvision's",
-    "trivial": "TrivialAugment Wide (Müller and Hutter 2021, arXiv:2103.10158), torchvision's",
-}
-TIMM_POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -726,367 +706,3 @@ def natural_size(size: Size | None) -> int | None:
 def short_name(data: ImageData) -> str:
     """What tables and notes call it: a folder by its last part, others as they were typed."""
     return Path(data.source).name if Path(data.source).is_absolute() else data.name
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How images are brought to a model, in the words of timm's data config. Stored in the checkpoint."""
-
-    input_size: tuple[int, int, int]
-    """Channels, height, width."""
-    mean: Colour
-    std: Colour
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
-    """Which part of a large image's shorter side is seen in evaluation."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """What `to_dict` gave, also after a way through JSON."""
-        return cls(
-            input_size=tuple(values["input_size"]),
-            mean=tuple(values["mean"]),
-            std=tuple(values["std"]),
-            interpolation=values["interpolation"],
-            crop_pct=values["crop_pct"],
-        )
-
-    @property
-    def size(self) -> Size:
-        """Height and width."""
-        return self.input_size[1], self.input_size[2]
-
-
-@dataclass(frozen=True)
-class _BySize:
-    """One transform for small images (`SMALL`), another for large ones."""
-
-    small: Transform
-    large: Transform
-
-    def __call__(self, image: Image.Image) -> Any:
-        return (self.small if max(image.size) <= SMALL else self.large)(image)
-
-
-class Cutout:
-    """Paints a square grey, with its centre anywhere in the image (DeVries and Taylor 2017, arXiv:1708.04552).
-
-    It is cut off at the border, so it mostly covers less than `side` pixels a side. Comes after normalisation: 0 is the
-    data's mean.
-    """
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-
-    def __call__(self, image: Tensor) -> Tensor:
-        _, height, width = image.shape
-        top = random.randrange(height) - self.side // 2
-        left = random.randrange(width) - self.side // 2
-        image[:, max(top, 0) : max(top + self.side, 0), max(left, 0) : max(left + self.side, 0)] = 0
-        return image
-
-
-def eval_transform(preprocess: Preprocess) -> Transform:
-    """Image to normalised tensor [C, H, W], the same each time.
-
-    Large images as timm does: the shorter side to size / `crop_pct`, then the centre. Small ones (`SMALL`) whole,
-    brought to the input size where they do not have it.
-    """
-    from timm.data import create_transform
-    from torchvision import transforms
-
-    large = create_transform(
-        preprocess.input_size,
-        is_training=False,
-        interpolation=preprocess.interpolation,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        crop_pct=preprocess.crop_pct,
-    )
-    return _BySize(transforms.Compose([_squash(preprocess), *_to_tensor(preprocess)]), large)
-
-
-def train_transform(
-    preprocess: Preprocess,
-    *,
-    crop: Literal["auto", "pad", "resized", "none"] = "auto",
-    mirror: float = 0.5,
-    policy: str = "none",
-    cutout: int = 0,
-    erase: float = 0.0,
-    fill: int = 0,
-) -> Transform:
-    """Image to normalised tensor [C, H, W], different each time: crop, mirror, policy, cutout, erase.
-
-    crop     "pad": a border of an eighth of the size, then a crop of the size; "resized": a part of 8 to 100 % of the
-             area, resized (timm's default); "auto": "pad" for small images (`SMALL`), else "resized"; "none": what
-             evaluation sees of small images, the centre of large ones
-    mirror   how often left and right are swapped, 0 to 1
-    policy   "none", one of `POLICIES`, or timm's `--aa`: "rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "v0", "3a"
-    cutout   the square's side in pixels of the input size; 0: none
-    erase    how often a rectangle is replaced by noise (Zhong et al. 2017, arXiv:1708.04896; timm's `--reprob`), 0 to 1
-    fill     the grey of borders, 0 to 255; for timm's policies too, which themselves would take the data's mean
-
-    Raises UserError for a policy that there is not.
-    """
-    from timm.data.random_erasing import RandomErasing
-    from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
-    from torchvision import transforms
-
-    height, width = preprocess.size
-    squash = _squash(preprocess)
-    shorter = ResizeKeepRatio((height, width), longest=0.0, interpolation=preprocess.interpolation)
-    window = transforms.RandomCrop((height, width), padding=(width // 8, height // 8), fill=fill)
-    pad = transforms.Compose([squash, window]), transforms.Compose([shorter, window])
-    resized = RandomResizedCropAndInterpolation((height, width), interpolation=preprocess.interpolation)
-    crops: dict[str, Transform] = {
-        "auto": _BySize(pad[0], resized),
-        "pad": _BySize(*pad),
-        "resized": resized,
-        "none": _BySize(squash, transforms.Compose([shorter, transforms.CenterCrop((height, width))])),
-    }
-    if crop not in crops:
-        raise unknown("crop", crop, crops)
-    steps: list[Any] = [crops[crop]]
-    if mirror:
-        steps.append(transforms.RandomHorizontalFlip(mirror))
-    steps += [*_policy(policy, preprocess, fill), *_to_tensor(preprocess)]
-    if cutout:
-        steps.append(Cutout(cutout))
-    if erase:
-        steps.append(RandomErasing(erase, mode="pixel", device="cpu"))
-    transform: Transform = transforms.Compose(steps)
-    return transform
-
-
-def check_policy(policy: str) -> None:
-    """Raises UserError for an augmentation policy that there is not; before any data are opened."""
-    _policy(policy, Preprocess((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), fill=0)
-
-
-def _policy(policy: str, preprocess: Preprocess, fill: int) -> list[Any]:
-    from timm.data import create_transform
-    from torchvision import transforms
-
-    if policy == "none":
-        return []
-    if policy == "cifar10":
-        return [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=[fill] * 3)]
-    if policy == "trivial":
-        return [transforms.TrivialAugmentWide(fill=[fill] * 3)]
-    kind, *options = policy.split("-")
-    # timm passes over an option without a number and over an unknown set of operations: what is misspelt has no effect.
-    wrong = [option for option in options if not re.fullmatch(r"[a-z]+\d[\d.]*|t(weights|3aw?)", option)]
-    if kind in TIMM_POLICIES and not wrong:
-        try:
-            # The middle one of timm's three parts; it takes its fill from the mean.
-            _, augment, _ = create_transform(
-                preprocess.input_size,
-                is_training=True,
-                auto_augment=policy,
-                color_jitter=None,
-                interpolation=preprocess.interpolation,
-                mean=(fill / 255,) * 3,
-                separate=True,
-            )
-            _mend_posterize(augment.transforms[0])
-            return [augment]
-        except (AssertionError, ValueError):
-            pass  # an unknown option or a number that is none: the error below says what there is
-    raise UserError(
-        f"unknown augmentation policy '{policy}'",
-        f"none, {', '.join(POLICIES)}, or timm's {', '.join(TIMM_POLICIES)} with their options (rand-m9-mstd0.5-inc1)",
-        did_you_mean(policy, ["none", *POLICIES, *TIMM_POLICIES]) or "see --aa in timm's documentation",
-    )
-
-
-def _mend_posterize(augment: Any) -> None:
-    """Lets timm's policies posterize to no bits at all, as "rand-m9-mstd0.5-inc1" does with one image in a thousand.
-
-    It makes an image black; Pillow 13 raises instead.
-    """
-    from timm.data import auto_augment
-
-    nested = augment.policy if isinstance(augment, auto_augment.AutoAugment) else [augment.ops]
-    for operation in (operation for operations in nested for operation in operations):
-        if operation.aug_fn is auto_augment.posterize:
-            operation.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Any:
-    from timm.data import auto_augment
-
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return auto_augment.posterize(image, bits_to_keep, **options)
-
-
-def _squash(preprocess: Preprocess) -> Any:
-    from timm.data.transforms import str_to_interp_mode
-    from torchvision import transforms
-
-    return transforms.Resize(preprocess.size, interpolation=str_to_interp_mode(preprocess.interpolation))
-
-
-def _to_tensor(preprocess: Preprocess) -> list[Any]:
-    from torchvision import transforms
-
-    return [transforms.ToTensor(), transforms.Normalize(preprocess.mean, preprocess.std)]
-
-
-def make_loader(
-    split: Split,
-    transform: Transform,
-    *,
-    batch_size: int,
-    train: bool,
-    seed: int,
-    workers: int,
-    drop_last: bool = False,
-) -> Loader:
-    """Batches of a split. With `train` shuffled and varied, anew in each epoch: call `set_epoch` before each.
-
-    An epoch's order depends on `seed` and the epoch alone, an image's variation on `seed`, the epoch and its `index`:
-    the number of workers changes nothing, a run can go on in the middle of an epoch, and torch's, NumPy's and Python's
-    generators are left as they were. A last training batch of one image is left out, since batch normalisation cannot
-    train on it. An image that cannot be read raises its UserError while iterating, whichever process read it.
-
-    Raises UserError where no batch would be left.
-    """
-    length = len(split)
-    if drop_last:
-        length -= length % batch_size
-    elif train and batch_size > 1 and length % batch_size == 1:
-        length -= 1
-    if length == 0:
-        at_least = batch_size if drop_last else 2 if train else 1
-        raise UserError(
-            f"split '{split.name}' has too few images: {len(split)}", f"at least {at_least}", "use more of the data set"
-        )
-    return Loader(
-        _Served(split, transform, seed if train else None),
-        sampler=EpochSampler(len(split), length, seed if train else None),
-        batch_size=batch_size,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        # Without its own it draws from torch's global one at the start of each epoch.
-        generator=torch.Generator(),
-    )
-
-
-class Loader(DataLoader[Batch]):
-    """A DataLoader whose epochs are told apart by their number; until `set_epoch` is called it is 0."""
-
-    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """The next pass is this epoch's, without its first batches where a run goes on in the middle of it."""
-        assert isinstance(self.sampler, EpochSampler) and self.batch_size is not None
-        self.sampler.set_epoch(epoch, skip_batches * self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        error = None
-        for batch in super().__iter__():
-            if isinstance(batch, _Failed):
-                error = batch.error
-                break
-            yield batch
-        if error is not None:
-            # Ends the workers while they listen. An error holds on to the frames that it went through; if the workers'
-            # queues go with these, they may be closed first, and ending takes five seconds a worker.
-            self._iterator = None
-            raise error
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """What a worker sends in place of a batch. Raised there, the error would arrive as the text of its traceback."""
-
-    error: UserError
-
-    def to(self, device: torch.device) -> Batch:
-        """Raises the error for those who read without our `Loader`: accelerate moves what it gets to a device."""
-        raise self.error
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, place in the split) of each image of an epoch, in random order where there is a seed.
-
-    The epoch goes with each image, since persistent workers do not hear of a new one.
-    """
-
-    def __init__(self, num_images: int, length: int, seed: int | None) -> None:
-        self.num_images, self.length, self.seed = num_images, length, seed
-        self.epoch = self.start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next pass is this epoch's, from its `start`-th image on. Called by accelerate too."""
-        self.epoch, self.start = epoch, start
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        places = np.arange(self.num_images)
-        if self.seed is not None:
-            places = np.random.RandomState(_key(self.seed, self.epoch) % 2**32).permutation(self.num_images)
-        for place in places[self.start : self.length].tolist():
-            yield self.epoch, place
-
-
-class _Served(Dataset[Batch]):
-    """A split as a DataLoader asks for it: a whole batch at a time. Without a seed the transform draws nothing."""
-
-    def __init__(self, split: Split, transform: Transform, seed: int | None) -> None:
-        self.split, self.transform, self.seed = split, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | _Failed:
-        chosen = np.array([place for _, place in places])
-        index = self.split.index[chosen]
-        images = []
-        try:
-            with _generators_kept():
-                for (epoch, place), number in zip(places, index.tolist(), strict=True):
-                    if self.seed is not None:
-                        _seed_generators(_key(self.seed, epoch, number))
-                    images.append(self.transform(self.split.image(place)))
-        except UserError as error:
-            if get_worker_info() is None:
-                raise
-            return _Failed(error)
-        return Batch(torch.stack(images), torch.from_numpy(self.split.labels[chosen]), torch.from_numpy(index))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _key(*numbers: int) -> int:
-    """64 bits that look random and are the same for the same numbers, everywhere and for good."""
-    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
-
-
-def _seed_generators(key: int) -> None:
-    """Seeds all that transforms draw from: torchvision's use torch, timm's use Python and NumPy."""
-    random.seed(key)
-    np.random.seed(key % 2**32)
-    # torch.manual_seed would seed the GPU's generator too, which dropout draws from.
-    torch.default_generator.manual_seed(key)
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Puts the generators back: in the main process others draw from them too."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sdcli import data
+from sdcli import data, loaders, transforms
 from sdcli.devices import accelerator_for
 from sdcli.errors import UserError, unknown
 from sdcli.evaluate import Report, evaluate
@@ -24,7 +24,7 @@ def score_checkpoint(
     limit: int | None = None,
     batch_size: int = 256,
     device: str | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Report, list[str]]:
     """Scores `points` (all where None) of a checkpoint, on the data set it was trained on or on another one.
@@ -54,12 +54,14 @@ def score_checkpoint(
     if split not in splits:
         raise UserError(f"{opened.name} has no split '{split}'", "one of " + ", ".join(splits))
     chosen = splits[split]
-    chosen = data.limit(chosen, limit, 0)
-    preprocess = data.Preprocess.from_dict(about.preprocess)
-    loader = data.make_loader(
-        chosen, data.eval_transform(preprocess), batch_size=batch_size, train=False, seed=0, workers=workers
-    )
+    chosen = data.limit(chosen, limit, trained_on["seed"])
+    preprocess = transforms.Preprocess.from_dict(about.preprocess)
     accelerator = accelerator_for(device)
+    if workers is None:
+        workers = loaders.suitable_workers(accelerator.device, preprocess)
+    loader = loaders.make_loader(
+        chosen, transforms.eval_transform(preprocess), batch_size=batch_size, train=False, seed=0, workers=workers
+    )
     points = points or network.points
     total = len(chosen)
     report = evaluate(

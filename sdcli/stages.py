@@ -11,7 +11,6 @@ B batch, C channels, H W map, N tokens, P prefix tokens
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -23,13 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from sdcli.errors import UserError, unknown
+from sdcli.errors import UserError, did_you_mean
 
 NUM_STAGES = 4
 MIN_STAGES = 3
-# A boundary before this share of the work is the stem, and two of them closer than this are one.
+# An exit after less of the work than this has seen next to nothing: what lies before it is the stem.
+SMALLEST_FIRST_SHARE = 0.04
+# Two boundaries with less of the work than this between them are one.
 SMALLEST_SHARE = 0.02
 MOST_PREFIX_TOKENS = 16
+# A map of one position is a pooled vector, except where the image is so small that it may be all that is left of it.
+LARGEST_IMAGE_OF_POINTS = 64
 
 
 # Models, by class, whose boundaries nothing tells. Each entry says why.
@@ -193,7 +196,7 @@ class _Operation:
     results: list[int]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The dataflow graph of a forward pass, and its multiply-adds.
 
     A node is one value of one tensor: writing in place makes a new node for each tensor that shares the memory, a
@@ -201,7 +204,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.macs = 0
         self.params = 0
         self.values: list[Tensor] = []  # by node; also keeps every tensor alive, so that no id is used twice
@@ -245,7 +248,9 @@ class _Recorder(TorchDispatchMode):
 
         sources = [self.node(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = _written(func, args, kwargs)
-        for tensor in {id(sharing): sharing for target in written for sharing in self._sharing[_memory(target)]}.values():
+        for tensor in {
+            id(sharing): sharing for target in written for sharing in self._sharing[_memory(target)]
+        }.values():
             self._add(tensor, [self._node_of[id(tensor)], *sources])
         results = []
         for leaf in tree_leaves(result):
@@ -256,7 +261,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -294,10 +299,12 @@ def _run(module: nn.Module, inputs: Sequence[Tensor]) -> _Record:
 
     def returned(module: nn.Module, args: Any, output: Any) -> None:
         call = stack.pop()
-        entries = [(None, output)] if isinstance(output, Tensor) else []
-        if isinstance(output, (tuple, list)):
-            entries = [(index, entry) for index, entry in enumerate(output) if isinstance(entry, Tensor)]
-        call.outputs = [(index, graph.node(entry)) for index, entry in entries]
+        if isinstance(output, Tensor):
+            call.outputs = [(None, graph.node(output))]
+        elif isinstance(output, (tuple, list)):
+            call.outputs = [
+                (index, graph.node(entry)) for index, entry in enumerate(output) if isinstance(entry, Tensor)
+            ]
         call.params, call.macs = graph.params, graph.macs
         calls.append(call)
 
@@ -355,16 +362,15 @@ def _clean_cuts(record: _Record) -> set[int]:
 
 # Which axis of a tensor holds the channels
 
-_AXIS_1 = ("convolution", "native_batch_norm", "cudnn_batch_norm", "native_group_norm", "max_pool2d", "avg_pool2d")
-_AXIS_1 += ("adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample", "pixel_unshuffle", "grid_sampler")
+_AXIS_1 = ("convolution", "batch_norm", "native_group_norm", "max_pool2d", "avg_pool2d", "upsample", "grid_sampler")
 _LAST_AXIS = ("native_layer_norm", "_fused_rms_norm", "mm", "addmm")
 
 
 def _channel_axes(graph: _Recorder) -> dict[int, int]:
     """The channel axis of every node where the operations that follow tell it: the axis that the next one mixes.
 
-    Convolutions, batch norms and poolings mix axis 1, layer norms and linear layers the last; through permutations, views
-    and elementwise operations the axis is followed back. The earliest operation that tells is believed.
+    Convolutions, batch norms and poolings mix axis 1, layer norms and linear layers the last; through permutations,
+    views and elementwise operations the axis is followed back. The earliest operation that tells is believed.
     """
     axes: dict[int, int] = {}
     for operation in reversed(graph.operations):
@@ -376,28 +382,29 @@ def _channel_axes(graph: _Recorder) -> dict[int, int]:
 
 
 def _axis_of(operation: _Operation, source: int, values: list[Tensor], axes: dict[int, int]) -> int | None:
-    name, before = operation.name, values[source].shape
+    """Which axis of `source` this operation takes for channels, given what is known of its result."""
+    name, args, before = operation.name, operation.args, values[source].shape
     if len(before) < 2 or not operation.results:
         return None
     if any(part in name for part in _AXIS_1):
         return 1 if source == operation.sources[0] else None
     if name in _LAST_AXIS:
         return len(before) - 1
-    if name in ("mean", "sum", "linalg_vector_norm") and len(before) == 4:
-        dims = operation.args[2] if name == "linalg_vector_norm" else operation.args[1] if len(operation.args) > 1 else ()
-        left = {1, 2, 3} - {dim % 4 for dim in dims or ()}
+    if name == "mean" and len(before) == 4 and len(args) > 1:
+        # Global pooling: what is left beside the batch are the channels.
+        left = {1, 2, 3} - {int(dim) % 4 for dim in args[1] or ()}
         return left.pop() if len(left) == 1 else None
     after, axis = values[operation.results[0]].shape, axes.get(operation.results[0])
     if axis is None:
         return None
     if name == "permute":
-        return int(operation.args[1][axis]) % len(before)
+        return int(args[1][axis]) % len(before)
     if name == "transpose":
-        first, second = (dim % len(before) for dim in operation.args[1:3])
+        first, second = int(args[1]) % len(before), int(args[2]) % len(before)
         return {first: second, second: first}.get(axis, axis)
     if name == "t":
         return 1 - axis
-    if "view" in name or name == "reshape":
+    if "view" in name:
         if axis == len(after) - 1 and before[-1] == after[-1]:
             return len(before) - 1
         return axis if before[: axis + 1] == after[: axis + 1] else None
@@ -432,14 +439,14 @@ def _proportional(size: tuple[int, int], image: tuple[int, int]) -> bool:
     return height <= image[0] and width <= image[1] and abs(image[1] * height / image[0] - width) < 1
 
 
-def _reduction(image: int, map: int) -> int:
+def _reduction(image: int, rows: int) -> int:
     """How many rows of the image a row of the map stands for: 64 rather than 56 where 224 rows became 4."""
-    power: int = 2 ** round(math.log2(image / map))
-    if map in (image // power, -(-image // power)):
+    power: int = 2 ** round(math.log2(image / rows))
+    if rows in (image // power, -(-image // power)):
         return power
     # 299 rows that became 37 were halved three times, without padding.
-    near = image % map and abs(math.log2(image / map / power)) < 0.25
-    return power if near else round(image / map)
+    near = image % rows and abs(math.log2(image / rows / power)) < 0.25
+    return power if near else round(image / rows)
 
 
 def _layout(shape: Sequence[int], axis: int | None, image: tuple[int, int], prefixes: Iterable[int]) -> _Layout | None:
@@ -451,7 +458,10 @@ def _layout(shape: Sequence[int], axis: int | None, image: tuple[int, int], pref
                 return _Layout("NLC", shape[2], grid, prefix)
     if len(shape) != 4 or shape[0] != 1:
         return None
-    channels_first, channels_last = _proportional((shape[2], shape[3]), image), _proportional((shape[1], shape[2]), image)
+    channels_first, channels_last = (
+        _proportional((shape[2], shape[3]), image),
+        _proportional((shape[1], shape[2]), image),
+    )
     if channels_first and (axis == 1 or (axis is None and not channels_last) or not channels_last):
         return _Layout("NCHW", shape[1], (shape[2], shape[3]))
     if channels_last and axis != 1:
@@ -486,15 +496,15 @@ def find_stages(
 ) -> StagePlan:
     """Where to put exits in `model`, which may be on the meta device.
 
-    `exits` asks for a number of stages, the deepest included, or names the modules after which to read (the deepest stage
-    is added by itself); by default four, or three where the model has only three of its own.
+    `exits` asks for a number of stages, the deepest included, or names the modules after which to read (the deepest
+    stage is added by itself); by default four, or three where the model has only three of its own.
 
     The boundaries are those that timm announces in `feature_info` where it describes a pyramid and each entry is a
     clean cut. A trunk of equal blocks is cut into equal shares of the work. What remains is cut after the last
     outermost module of each resolution. Stages beyond these come from halving the heaviest one.
 
-    Raises UserError where the model refuses the input size, where a named module cannot be tapped and where the model has
-    not as many places as asked for.
+    Raises UserError where the model refuses the input size, where a named module cannot be tapped and where the model
+    has not as many places as asked for.
     """
     search = _Search(model, input_size, name or type(model).__name__)
     if exits is None or isinstance(exits, int):
@@ -510,7 +520,8 @@ class _Search:
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int], name: str) -> None:
         self.model, self.input_size, self.name = model, input_size, name
         parameter = next(model.parameters(), None)
-        image = torch.zeros(1, *input_size, **({} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}))
+        image = torch.zeros(1, *input_size)
+        image = image if parameter is None else image.to(parameter)
         try:
             self.record = _run(model, [image])
         except Exception as error:
@@ -535,13 +546,13 @@ class _Search:
                 if node not in calls[0].inputs:
                     groups[-1].append((calls[0], entry))
                 elif _is_random(self.model.get_submodule(path)):
-                    # In training a dropout does not return what it was given: its container and the module before it differ.
+                    # In training a dropout returns something else: its container and the module before it differ.
                     groups.append([])
         points = []
         for node in sorted(returned.keys() - graph.rewritten):
             groups = [sorted(group, key=lambda tap: tap[0].depth) for group in returned[node] if group]
             layout = _layout(graph.values[node].shape, axes.get(node), image, prefixes)
-            if not groups or layout is None or math.prod(layout.size) == 1:
+            if not groups or layout is None or (layout.size == (1, 1) and image[0] > LARGEST_IMAGE_OF_POINTS):
                 continue
             taps = min(groups, key=lambda group: group[0][0].depth)
             paths = tuple((call.path, entry) for call, entry in taps)
@@ -552,13 +563,28 @@ class _Search:
     # Choosing
 
     def numbered(self, exits: int | None) -> tuple[list[_Point], str]:
-        points, found_by = self._natural()
-        wanted = NUM_STAGES if exits is None else exits
-        points = self._merged(points, wanted)
-        return self._split(points, wanted, lopsided_only=exits is None), found_by
+        """As many boundaries as asked for, and what told them."""
+        natural, found_by = self._natural()
+        if not natural:
+            raise UserError(
+                f"{self.name} has no stages of its own: no modules return maps between which the work is shared",
+                "a network of stages or blocks",
+                "name the modules to read after with --exits",
+            )
+        if exits is None:
+            return self._split(self._merged(natural, NUM_STAGES), NUM_STAGES, lopsided_only=True), found_by
+        points = self._split(self._merged(natural, max(1, exits)), exits)
+        if len(points) != exits:
+            most = len(self._split(natural, len(self.points)))
+            raise UserError(
+                f"{self.name} cannot be cut into {exits} stages",
+                f"between 1 and {most}",
+                f"--exits {min(NUM_STAGES, most) if exits < 1 else most}",
+            )
+        return points, found_by
 
     def _natural(self) -> tuple[list[_Point], str]:
-        """The model's own boundaries, however many, and what told them."""
+        """The model's own boundaries without its stem, and what told them; none where nothing tells them."""
         clean = [point for point in self.points if point.clean]
         for choose, points, found_by in (
             (self._quirk, self.points, "quirk"),
@@ -570,18 +596,16 @@ class _Search:
             (self._equal_shares, self.points, "equal shares"),
         ):
             chosen = choose(points)
+            while len(chosen) > NUM_STAGES and _is_stem(chosen[0], chosen[-1]):
+                chosen = chosen[1:]
             if self._sane(self._merged(chosen, NUM_STAGES)):
                 return chosen, found_by
-        raise UserError(
-            f"{self.name} has no place for exits: none of its modules returns a map once per image",
-            "a network of stages or blocks",
-            "name the modules with --exits",
-        )
+        return [], ""
 
     def _sane(self, points: list[_Point]) -> bool:
         """At least three stages that together do most of the work, and none that does nearly all of it."""
         shares = self._shares(points)
-        return len(points) >= MIN_STAGES and sum(shares) > 0.5 and max(shares) < 0.85
+        return len(points) >= MIN_STAGES and sum(shares) > 0.5 and max(shares) < 0.9
 
     def _shares(self, points: list[_Point]) -> list[float]:
         """Each stage's part of all the work."""
@@ -589,12 +613,9 @@ class _Search:
         return [(after - before) / max(self.record.macs, 1) for before, after in pairwise(ends)]
 
     def _merged(self, points: list[_Point], most: int) -> list[_Point]:
-        """At most `most` of the boundaries: the stem goes first, then the one between the two lightest neighbours."""
+        """At most `most` of the boundaries: again and again, the two neighbours that do the least work become one."""
         points = list(points)
         while len(points) > most:
-            if _is_stem(points[0], points[-1]):
-                del points[0]
-                continue
             shares = self._shares(points)
             joint = [before + after for before, after in pairwise(shares)]
             del points[joint.index(min(joint))]
@@ -611,10 +632,8 @@ class _Search:
         announced = self._apart(self._resolved(points))
         if not 3 <= len(announced) <= 8 or len({point.layout.size for point in announced}) == 1:
             return []
-        moved = []
-        for point, following in pairwise([*announced, None]):
-            moved.append(self._last_sibling(point, points, following))
-        return moved
+        following = [*announced[1:], None]
+        return [self._last_sibling(*pair, points) for pair in zip(announced, following, strict=True)]
 
     def _resolved(self, points: list[_Point]) -> list[_Point]:
         """The points that `feature_info` names, shallowest first; none where one of them cannot be tapped."""
@@ -630,25 +649,28 @@ class _Search:
     def _find(self, path: str, reduction: int, points: list[_Point]) -> _Point | None:
         """The point that `feature_info` means by `path`.
 
-        A name may lack a prefix. Where the module itself cannot be tapped (a container that is never called, or one that
-        returns two tensors), the last one inside it is meant.
+        A name may lack a prefix. Where the module itself cannot be tapped (a container that is never called, or one
+        that returns two tensors), the last one inside it is meant.
         """
         taps = [(known, point) for point in points for known, _ in point.paths]
         # By the tensor rather than the name: an identity may be announced.
         nodes = [node for call in self.calls.get(path, []) for _, node in call.outputs]
         meant = [point for point in points if point.node in nodes]
         meant = meant or [point for known, point in taps if known.endswith(f".{path}")]
-        meant = meant or [point for known, point in taps if path and known.startswith(f"{path}.")]
         if not meant:
-            return None
+            # A container that is never called, or returns no map itself: the last of the modules right inside it.
+            inside = [point for known, point in taps if path and known.startswith(f"{path}.")]
+            return max(inside, key=lambda point: (-point.depth, point.node), default=None)
         # Of several maps that one module returns, the one of the announced reduction.
         return min(meant, key=lambda point: (abs(point.reduction - reduction), -point.node))
 
-    def _last_sibling(self, point: _Point, points: list[_Point], following: _Point | None) -> _Point:
+    def _last_sibling(self, point: _Point, following: _Point | None, points: list[_Point]) -> _Point:
         """The last of the numbered modules beside the point's own with a map of its size, before the next boundary.
 
         GhostNet announces the first block of a resolution.
         """
+        if following is not None and following.layout.size == point.layout.size:
+            return point
         families = {_family(path) for path, _ in point.paths} - {""}
         for other in reversed(points):
             if following is not None and other.node >= following.node:
@@ -667,12 +689,14 @@ class _Search:
         if len(blocks) < MIN_STAGES:
             return []
         end = blocks[-1]
-        before = [point for point in points if point.node < blocks[0].node and _family(point.paths[0][0])]
-        outermost = min((point.depth for point in before), default=0)
-        places = [*(point for point in before if point.depth == outermost), *blocks]
-        goals = [end.macs * part / NUM_STAGES for part in range(1, NUM_STAGES)]
-        chosen = [min(places, key=lambda point: abs(point.macs - goal)) for goal in goals]
-        return list(dict.fromkeys([*chosen, end]))
+        share = end.macs / NUM_STAGES
+        front = [point for point in points if point.node < blocks[0].node and _family(point.paths[0][0])]
+        outermost = min((point.depth for point in front), default=0)
+        chosen = []
+        for goal in (share * part for part in range(1, NUM_STAGES)):
+            near = [point for point in front if point.depth == outermost and abs(point.macs - goal) < share / 2]
+            chosen.append(min([*blocks, *near], key=lambda point: abs(point.macs - goal)))
+        return list(dict.fromkeys([*sorted(chosen, key=lambda point: point.node), end]))
 
     def _blocks(self, points: list[_Point]) -> list[_Point]:
         """The numbered siblings with equal maps that do much of the work; none where the map shrinks after them."""
@@ -687,13 +711,16 @@ class _Search:
         if largest is None or work[largest] < 0.4 * self.record.macs:
             return []
         blocks = families[largest]
-        shrinks = any(point.node > blocks[-1].node and point.layout.size < blocks[-1].layout.size for point in points)
+        end = blocks[-1]
+        # The encoders of language models end in a layer that merges tokens: that is no further stage.
+        far = end.macs + 0.05 * self.record.macs
+        shrinks = any(point.macs > far and point.layout.size < end.layout.size for point in points)
         return [] if shrinks else blocks
 
     def _by_resolution(self, points: list[_Point]) -> list[_Point]:
         """After each resolution: the last of the outermost modules that return a map of it.
 
-        The norm that closes a transformer is not one of them, the block before it is.
+        Numbered modules come before others: a stage or block before the embedding ahead of it and the norm behind it.
         """
         least = SMALLEST_SHARE * self.record.macs
         points = [point for point in points if point.macs >= least]
@@ -701,52 +728,42 @@ class _Search:
         for size in dict.fromkeys(point.layout.size for point in points):
             same = [point for point in points if point.layout.size == size]
             outermost = min(point.depth for point in same)
-            last = [point for point in same if point.depth == outermost][-1]
-            if last.layout.output_fmt != "NCHW":
-                last = self._before_norm(last, same)
-            chosen.append(last)
+            numbered = [
+                point
+                for point in same
+                if any(_family(path) and path.count(".") <= outermost + 1 for path, _ in point.paths)
+            ]
+            chosen.append((numbered or [point for point in same if point.depth == outermost])[-1])
         chosen.sort(key=lambda point: point.node)
         return self._apart([point for point in chosen if not _is_stem(point, chosen[-1])])
 
-    def _before_norm(self, last: _Point, same: list[_Point]) -> _Point:
-        """The block that costs as much as `last`, which then is only the norm that closes a transformer."""
-        blocks = [point for point in same if point.macs == last.macs and point.clean >= last.clean]
-        blocks = [point for point in blocks if any(True for _ in self.model.get_submodule(point.paths[0][0]).children())]
-        return min(blocks, key=lambda block: (block.depth, -block.node), default=last)
-
     def _apart(self, points: list[_Point]) -> list[_Point]:
         """Without the stem, and without those that have next to no work before the following one."""
-        least = SMALLEST_SHARE * self.record.macs
+        least, first = SMALLEST_SHARE * self.record.macs, SMALLEST_FIRST_SHARE * self.record.macs
         apart: list[_Point] = []
         for point in reversed(points):
-            if point.macs >= least and (not apart or apart[-1].macs - point.macs >= least):
+            if point.macs >= first and (not apart or apart[-1].macs - point.macs >= least):
                 apart.append(point)
         return apart[::-1]
 
-    def _split(self, points: list[_Point], wanted: int, lopsided_only: bool) -> list[_Point]:
-        """As many stages as wanted: the heaviest that can be is cut at the block nearest to its middle, again and again.
+    def _split(self, points: list[_Point], wanted: int, *, lopsided_only: bool = False) -> list[_Point]:
+        """As many stages as wanted, or as can be: the heaviest is cut at the block nearest its middle, again and again.
 
         `lopsided_only` leaves a model with fewer stages of its own as it is unless one of them does most of the work.
         """
         points = list(points)
         while len(points) < wanted:
             shares = self._shares(points)
-            if lopsided_only and max(shares) < 0.5:
-                break
             heaviest_first = sorted(range(len(points)), key=lambda index: -shares[index])
-            for index in heaviest_first[:1] if lopsided_only else heaviest_first:
+            if lopsided_only:
+                heaviest_first = [index for index in heaviest_first if shares[index] > 0.5]
+            for index in heaviest_first:
                 middle = self._middle(points[index - 1] if index else None, points[index], beside=lopsided_only)
                 if middle is not None:
                     points.insert(index, middle)
                     break
             else:
-                if lopsided_only:
-                    break
-                raise UserError(
-                    f"{self.name} cannot be cut into {wanted} stages",
-                    f"at most {len(points)}",
-                    f"--exits {len(points)}",
-                )
+                return points
         return points
 
     def _middle(self, before: _Point | None, after: _Point, *, beside: bool) -> _Point | None:
@@ -771,31 +788,45 @@ class _Search:
         return min((p for p in near or inside if p.depth == outermost), key=lambda point: abs(point.macs - goal))
 
     def named(self, names: Sequence[str]) -> list[_Point]:
-        end = self._natural()[0][-1]
+        """The points of the named modules, and the model's own end unless one of them lies behind it."""
         points = [self._tappable(name) for name in names]
-        deepest = max((point.node for point in points), default=0)
-        if deepest < end.node:
+        end = (self._natural()[0] or self.points)[-1]
+        if all(point.node < end.node for point in points):
             points.append(end)
         return sorted(dict.fromkeys(points), key=lambda point: point.node)
 
     def _tappable(self, name: str) -> _Point:
+        """The point of a module that the user names; raises UserError where it has none, and says why."""
         if name in self.by_path:
             return self.by_path[name]
         known = [path for path, _ in self.model.named_modules() if path]
+        some = ", ".join(point.paths[0][0] for point in (self._natural()[0] or self.points)[:3])
         if name not in known:
-            raise unknown(f"module of {self.name}", name, known)
+            raise UserError(
+                f"{self.name} has no module '{name}'",
+                f"a module's path, such as {some}",
+                did_you_mean(name, known),
+            )
         calls = self.calls.get(name, [])
+        returned = [node for call in calls for _, node in call.outputs]
         if not calls:
             why = "is never called in a forward pass"
         elif len(calls) > 1:
             why = f"is called {len(calls)} times in a forward pass"
-        elif any(node in self.record.graph.rewritten for _, node in calls[0].outputs):
+        elif not self.record.graph.rewritten.isdisjoint(returned):
             why = "returns a tensor that is changed in place afterwards"
+        elif not set(calls[0].inputs).isdisjoint(returned):
+            why = "returns what it is given"
+        elif any(point.node in returned for point in self.points):
+            why = "returns a tensor that a dropout changes in training"
         else:
-            shapes = [tuple(self.record.graph.values[node].shape) for _, node in calls[0].outputs]
-            why = "returns no map" + (f" but a tensor of shape {list(shapes[0])}" if shapes else "")
-        fit = [point.paths[0][0] for point in self._natural()[0]]
-        raise UserError(f"module '{name}' of {self.name} {why}", "a module that returns a map once", f"for example {', '.join(fit)}")
+            shapes = [list(self.record.graph.values[node].shape) for node in returned[:1]]
+            why = f"returns no map but a tensor of shape {shapes[0]}" if shapes else "returns no tensor"
+        raise UserError(
+            f"module '{name}' of {self.name} {why}",
+            "a module that is called once and returns a map",
+            f"name others, such as {some}",
+        )
 
     # Describing
 
@@ -819,7 +850,9 @@ class _Search:
     def _stage(self, point: _Point, points: list[_Point]) -> Stage:
         others = [path for other in points if other is not point for path, _ in other.paths]
         # A container of several stages returns what the last of them does; the stage is that last one.
-        own = [tap for tap in point.paths if not any(path.startswith(f"{tap[0]}.") for path in others)] or point.paths[-1:]
+        own = [tap for tap in point.paths if not any(path.startswith(f"{tap[0]}.") for path in others)] or point.paths[
+            -1:
+        ]
         (module, entry), layout = own[0], point.layout
         return Stage(
             module=module,
@@ -853,7 +886,12 @@ class _Search:
         values = self.record.graph.values
         logits = {self.record.outputs[0]}
         for operation in reversed(self.record.graph.operations):
-            if not logits.isdisjoint(operation.results) and operation.name in ("view", "_unsafe_view", "squeeze", "alias"):
+            if not logits.isdisjoint(operation.results) and operation.name in (
+                "view",
+                "_unsafe_view",
+                "squeeze",
+                "alias",
+            ):
                 logits.update(operation.sources)
         for path, (call, *more) in self.calls.items():
             if more or len(call.inputs) != 1 or len(call.outputs) != 1 or call.outputs[0][1] not in logits:
@@ -867,15 +905,17 @@ class _Search:
         unclean = [stage.module for stage in stages if not stage.clean]
         if unclean:
             yield (
-                f"What follows {_listed(unclean)} also reads earlier tensors: exits there can be trained and read, but the "
-                "network can neither be stopped nor cut off there."
+                f"What follows {_listed(unclean)} also reads earlier tensors: exits there can be trained and read, but "
+                "the network can neither be stopped nor cut off there."
             )
         several = [stage.module for stage in stages if stage.tensor is not None and not stage.clean]
         if several:
             yield f"{_listed(several)} return several maps, of which one is read."
         if stages[0].windows:
             yield "The tokens lie in nested windows, not row by row; maps are put back in order."
-        if classifier is None:
+        if not getattr(self.model, "num_classes", 0):
+            yield "The model has no classifier: its own output is not a prediction."
+        elif classifier is None:
             yield "No single module turns an embedding into the logits: the last stage's map, pooled, stands for it."
         if unused:
             few = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
@@ -883,7 +923,7 @@ class _Search:
 
 
 def _is_stem(point: _Point, end: _Point) -> bool:
-    """Whether a map is of the resolution before a pyramid's first stage: pyramids shrink by 8, and by 16 with their stem.
+    """Whether a map has the resolution before a pyramid's first stage: pyramids shrink by 8, by 16 with their stem.
 
     The ratio keeps the first stages of networks for small images, which shrink the image by less than 4.
     """
@@ -902,7 +942,11 @@ def _family(path: str) -> str:
 
 def _is_random(module: nn.Module) -> bool:
     """Whether a module that returned what it was given is a dropout, rather than an identity by any name."""
-    return not isinstance(module, nn.Identity) and not any(True for _ in module.children()) and type(module) is not nn.Sequential
+    return (
+        not isinstance(module, nn.Identity)
+        and not any(True for _ in module.children())
+        and type(module) is not nn.Sequential
+    )
 
 
 def _grouped(calls: Iterable[_Call]) -> dict[str, list[_Call]]:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sdcli import data
+from sdcli import data, loaders, transforms
 from sdcli.backbones import pretrained_transform, resolve
 from sdcli.checkpoint import Description
 from sdcli.devices import accelerator_for
@@ -47,7 +47,8 @@ class Settings:
     limit_val: int | None = None
     seed: int = 42
     device: str | None = None
-    workers: int = 2
+    workers: int | None = None
+    """None: as many as suit."""
 
 
 @dataclass
@@ -135,7 +136,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     student, augment = recipe.student, recipe.batch.augment
     pretrained = student.weights == "pretrained"
     resolve(settings.model, num_classes=None, image_size=None)
-    data.check_policy(augment.policy)
+    transforms.check_policy(augment.policy)
     accelerator = accelerator_for(settings.device)
 
     dataset = data.open_dataset(settings.dataset, image_key=settings.image_key, label_key=settings.label_key)
@@ -153,13 +154,16 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     )
     plan = plan_network(student, architecture)
     heads = choose_heads(plan, student.head)
-    preprocess = data.Preprocess(architecture.input_size, mean, std)
+    preprocess = transforms.Preprocess(architecture.input_size, mean, std)
     set_seed(settings.seed)
     network, notes = build_network(student, architecture, plan, heads)
     if pretrained:
         preprocess = replace(preprocess, **pretrained_transform(network.backbone))
     objective = Objective(recipe.losses, network.widths)
 
+    workers = settings.workers
+    if workers is None:
+        workers = loaders.suitable_workers(accelerator.device, preprocess)
     batch_size = min(recipe.batch.size, len(train_split))
     if batch_size < recipe.batch.size:
         notes.append(f"batch size {batch_size}: there are no more training images")
@@ -167,13 +171,18 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     if mirror and not dataset.mirror:
         mirror = 0.0
         notes.append(f"{dataset.name}: images are not mirrored, since a mirrored one would mean something else")
-    transform = data.train_transform(preprocess, **{**augment.model_dump(), "mirror": mirror})
-    loader = data.make_loader(
-        train_split, transform, batch_size=batch_size, train=True, seed=settings.seed, workers=settings.workers
+    transform = transforms.train_transform(preprocess, **{**augment.model_dump(), "mirror": mirror})
+    loader = loaders.make_loader(
+        train_split, transform, batch_size=batch_size, train=True, seed=settings.seed, workers=workers
     )
     scored = val_split or dataset.splits["test"]
-    scored_loader = data.make_loader(
-        scored, data.eval_transform(preprocess), batch_size=batch_size, train=False, seed=0, workers=settings.workers
+    scored_loader = loaders.make_loader(
+        scored,
+        transforms.eval_transform(preprocess),
+        batch_size=batch_size,
+        train=False,
+        seed=0,
+        workers=workers,
     )
     optimizer = create_optimizer([network, objective], recipe.optimizer)
     updates_per_epoch = len(loader)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Read when the hub's library is loaded: no test goes online, or waits for a network that is not there.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 
 torch.set_num_threads(1)
@@ -16,9 +21,3 @@ torch.set_num_threads(1)
 def vectors() -> dict[str, Any]:
     """Inputs and values worked out from the papers' formulas and compared with published code (float64)."""
     return json.loads((Path(__file__).parent / "vectors.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def _own_hub_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the user's cache, and none goes online."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdcli import data
-from sdcli.data import Preprocess, Split
+from sdcli import data, loaders, transforms
+from sdcli.data import Split
 from sdcli.errors import UserError
 from sdcli.signals import Batch
+from sdcli.transforms import Preprocess
 
 datasets = pytest.importorskip("datasets")
 
@@ -88,7 +89,7 @@ def message(call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def pass_over(loader: data.Loader, epoch: int, skip_batches: int = 0) -> Batch:
+def pass_over(loader: loaders.Loader, epoch: int, skip_batches: int = 0) -> Batch:
     """All the batches of an epoch as one."""
     loader.set_epoch(epoch, skip_batches)
     batches = list(loader)
@@ -698,7 +699,7 @@ def test_preprocess_survives_json() -> None:
 def test_small_image_of_the_input_size_is_only_normalised() -> None:
     image = noise(0, 32, 32)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-    torch.testing.assert_close(data.eval_transform(PREPROCESS)(image), (pixels - 0.5) / 0.25)
+    torch.testing.assert_close(transforms.eval_transform(PREPROCESS)(image), (pixels - 0.5) / 0.25)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 30), (90, 90)])
@@ -706,7 +707,7 @@ def test_small_image_is_evaluated_whole(size: tuple[int, int]) -> None:
     # Black with a white border: a crop would lose it.
     pixels = np.zeros((*size, 3), dtype=np.uint8)
     pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1] = 255, 255, 255, 255
-    seen = data.eval_transform(PREPROCESS)(Image.fromarray(pixels))
+    seen = transforms.eval_transform(PREPROCESS)(Image.fromarray(pixels))
     assert seen.shape == (3, 32, 32)
     centre = seen[:, 16, 16].max()
     assert min(edge.min() for edge in (seen[:, 0], seen[:, -1], seen[:, :, 0], seen[:, :, -1])) > centre
@@ -717,7 +718,7 @@ def test_large_image_is_evaluated_as_timm_does() -> None:
 
     image = noise(0, 120, 200)
     timms = create_transform((3, 64, 64), interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=0.9)
-    torch.testing.assert_close(data.eval_transform(PHOTO)(image), timms(image), rtol=0, atol=0)
+    torch.testing.assert_close(transforms.eval_transform(PHOTO)(image), timms(image), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [(10, 10), (32, 32), (50, 80), (120, 100), (70, 300)])
@@ -726,26 +727,26 @@ def test_large_image_is_evaluated_as_timm_does() -> None:
 def test_every_crop_gives_the_input_size(size: tuple[int, int], crop: Any, shape: tuple[int, int, int]) -> None:
     preprocess = Preprocess(shape, PREPROCESS.mean, PREPROCESS.std)
     image = noise(0, *size)
-    assert data.train_transform(preprocess, crop=crop)(image).shape == shape
-    assert data.eval_transform(preprocess)(image).shape == shape
+    assert transforms.train_transform(preprocess, crop=crop)(image).shape == shape
+    assert transforms.eval_transform(preprocess)(image).shape == shape
 
 
 def test_without_variation_training_sees_what_evaluation_sees() -> None:
     image = noise(0, 32, 32)
-    plain = data.train_transform(PREPROCESS, crop="none", mirror=0.0)
-    torch.testing.assert_close(plain(image), data.eval_transform(PREPROCESS)(image), rtol=0, atol=0)
+    plain = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0)
+    torch.testing.assert_close(plain(image), transforms.eval_transform(PREPROCESS)(image), rtol=0, atol=0)
 
 
 def test_mirror_swaps_left_and_right() -> None:
     image = noise(0, 32, 32)
-    mirrored = data.train_transform(PREPROCESS, crop="none", mirror=1.0)
-    torch.testing.assert_close(mirrored(image), data.eval_transform(PREPROCESS)(image).flip(2), rtol=0, atol=0)
+    mirrored = transforms.train_transform(PREPROCESS, crop="none", mirror=1.0)
+    torch.testing.assert_close(mirrored(image), transforms.eval_transform(PREPROCESS)(image).flip(2), rtol=0, atol=0)
 
 
 def test_padded_crop_moves_the_image_by_an_eighth_at_most_and_fills_with_grey() -> None:
     image = noise(0, 32, 32)
-    transform = data.train_transform(PREPROCESS, crop="pad", mirror=0.0, fill=255)
-    plain = data.eval_transform(PREPROCESS)(image)
+    transform = transforms.train_transform(PREPROCESS, crop="pad", mirror=0.0, fill=255)
+    plain = transforms.eval_transform(PREPROCESS)(image)
     framed = torch.full((3, 40, 40), 2.0)  # (1 - mean) / std
     framed[:, 4:36, 4:36] = plain
     windows = {framed[:, y : y + 32, x : x + 32].numpy().tobytes(): (y, x) for y in range(9) for x in range(9)}
@@ -757,7 +758,7 @@ def test_cutout_paints_a_square_with_the_mean_and_cuts_it_off_at_the_border() ->
     ones = torch.ones(3, 32, 32)
     areas = set()
     for _ in range(300):
-        painted = data.Cutout(16)(ones.clone())
+        painted = transforms.Cutout(16)(ones.clone())
         zeros = painted[0] == 0
         rows, columns = zeros.any(1).nonzero().flatten(), zeros.any(0).nonzero().flatten()
         assert zeros[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
@@ -767,21 +768,21 @@ def test_cutout_paints_a_square_with_the_mean_and_cuts_it_off_at_the_border() ->
 
 
 def test_cutout_has_its_centre_on_every_pixel() -> None:
-    covered = sum(data.Cutout(1)(torch.ones(1, 4, 4)) == 0 for _ in range(500))
+    covered = sum(transforms.Cutout(1)(torch.ones(1, 4, 4)) == 0 for _ in range(500))
     assert bool((covered > 0).all())
 
 
 def test_erase_replaces_a_rectangle_by_noise() -> None:
     grey = Image.new("RGB", (32, 32), (128, 128, 128))
-    seen = data.train_transform(PREPROCESS, crop="none", mirror=0.0, erase=1.0)(grey)
+    seen = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, erase=1.0)(grey)
     values, counts = seen.unique(return_counts=True)
     assert 0.02 < 1 - counts.max().item() / seen.numel() < 0.4
     assert len(values) > 50
 
 
 POLICIES = [
-    *data.POLICIES,
-    *data.TIMM_POLICIES,
+    *transforms.POLICIES,
+    *transforms.TIMM_POLICIES,
     "rand-m9-mstd0.5-inc1",
     "rand-m5-tweights",
     "augmix-m3-w2",
@@ -791,8 +792,8 @@ POLICIES = [
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_varies_images(policy: str) -> None:
-    data.check_policy(policy)
-    transform = data.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy)
+    transforms.check_policy(policy)
+    transform = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy)
     assert len({transform(noise(0, 32, 32)).numpy().tobytes() for _ in range(20)}) > 1
 
 
@@ -814,18 +815,18 @@ def test_every_policy_varies_images(policy: str) -> None:
 )
 def test_policy_that_there_is_not_is_an_error(policy: str) -> None:
     with pytest.raises(UserError):
-        data.check_policy(policy)
+        transforms.check_policy(policy)
 
 
 def test_timm_policy_makes_an_image_black_where_pillow_would_raise() -> None:
     """At magnitude 10 "Posterize" keeps no bit."""
-    transform = data.train_transform(PREPROCESS, crop="none", mirror=0.0, policy="rand-m10-n1-p1-inc1")
+    transform = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, policy="rand-m10-n1-p1-inc1")
     image = noise(0, 32, 32)
     assert any((transform(image) == -2).all() for _ in range(200))
 
 
 def test_unknown_policy_is_answered_with_the_known_ones() -> None:
-    assert message(lambda: data.check_policy("cifar100")) == (
+    assert message(lambda: transforms.check_policy("cifar100")) == (
         "unknown augmentation policy 'cifar100'\n"
         "  expected: none, cifar10, trivial, or timm's rand, augmix, original, originalr, v0, v0r, 3a "
         "with their options (rand-m9-mstd0.5-inc1)\n"
@@ -836,14 +837,14 @@ def test_unknown_policy_is_answered_with_the_known_ones() -> None:
 @pytest.mark.parametrize("policy", ["cifar10", "trivial", "rand-m9-n1-p1"])
 def test_policy_fills_with_the_given_grey(policy: str) -> None:
     white = Image.new("RGB", (32, 32), (255, 255, 255))
-    transform = data.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy, fill=77)
+    transform = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy, fill=77)
     filled = (77 / 255 - 0.5) / 0.25
     assert any(torch.isclose(transform(white), torch.tensor(filled)).any() for _ in range(100))
 
 
 def test_unknown_crop_is_an_error() -> None:
     wrong: Any = "padd"
-    assert message(lambda: data.train_transform(PREPROCESS, crop=wrong)) == (
+    assert message(lambda: transforms.train_transform(PREPROCESS, crop=wrong)) == (
         "unknown crop 'padd'\n  expected: one of auto, none, pad, resized\n  fix:      did you mean 'pad'?"
     )
 
@@ -854,9 +855,11 @@ VARIED = {"policy": "rand-m9-mstd0.5", "cutout": 8, "erase": 0.5}
 """Draws from Python's, NumPy's and torch's generators."""
 
 
-def loader_of(split: Split, *, workers: int = 0, seed: int = 5, batch_size: int = 4, train: bool = True) -> data.Loader:
-    transform = data.train_transform(PREPROCESS, **VARIED) if train else data.eval_transform(PREPROCESS)
-    return data.make_loader(split, transform, batch_size=batch_size, train=train, seed=seed, workers=workers)
+def loader_of(
+    split: Split, *, workers: int = 0, seed: int = 5, batch_size: int = 4, train: bool = True
+) -> loaders.Loader:
+    transform = transforms.train_transform(PREPROCESS, **VARIED) if train else transforms.eval_transform(PREPROCESS)
+    return loaders.make_loader(split, transform, batch_size=batch_size, train=train, seed=seed, workers=workers)
 
 
 def test_batch_holds_images_labels_and_places(tmp_path: Path) -> None:
@@ -865,7 +868,7 @@ def test_batch_holds_images_labels_and_places(tmp_path: Path) -> None:
     assert batch.images.shape == (3, 3, 32, 32) and batch.images.dtype == torch.float32
     assert batch.labels.tolist() == [1, 0, 1] and batch.labels.dtype == torch.int64
     assert batch.index.tolist() == [5, 3, 2] and batch.index.dtype == torch.int64
-    torch.testing.assert_close(batch.images[1], data.eval_transform(PREPROCESS)(noise(3, 32, 32)), rtol=0, atol=0)
+    torch.testing.assert_close(batch.images[1], transforms.eval_transform(PREPROCESS)(noise(3, 32, 32)), rtol=0, atol=0)
 
 
 def test_workers_change_nothing() -> None:
@@ -908,8 +911,8 @@ def test_images_of_a_batch_vary_each_on_its_own() -> None:
             return noise(0, 32, 32)
 
     split = Split("train", Same(), np.zeros(16, dtype=np.int64), np.arange(16, dtype=np.int64))
-    transform = data.train_transform(PREPROCESS, crop="pad", mirror=0.5)
-    batch = next(iter(data.make_loader(split, transform, batch_size=16, train=True, seed=0, workers=0)))
+    transform = transforms.train_transform(PREPROCESS, crop="pad", mirror=0.5)
+    batch = next(iter(loaders.make_loader(split, transform, batch_size=16, train=True, seed=0, workers=0)))
     assert len({image.numpy().tobytes() for image in batch.images}) > 12
 
 
@@ -948,8 +951,8 @@ def test_last_training_batch_of_one_image_is_left_out() -> None:
 
 def test_drop_last_leaves_out_the_rest() -> None:
     split = split_of([0, 1] * 3)
-    loader = data.make_loader(
-        split, data.eval_transform(PREPROCESS), batch_size=4, train=False, seed=0, workers=0, drop_last=True
+    loader = loaders.make_loader(
+        split, transforms.eval_transform(PREPROCESS), batch_size=4, train=False, seed=0, workers=0, drop_last=True
     )
     assert [batch.index.tolist() for batch in loader] == [[0, 1, 2, 3]]
 

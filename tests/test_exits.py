@@ -22,7 +22,9 @@ from sdcli.signals import Batch
 MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout", "test_vit4"]
 
 
-def build(name: str, head: str = "auto", *, exits: object = "auto", num_classes: int = 7, image_size: int | None = None) -> MultiExit:
+def build(
+    name: str, head: str = "auto", *, exits: object = "auto", num_classes: int = 7, image_size: int | None = None
+) -> MultiExit:
     torch.manual_seed(0)
     architecture = resolve(name, num_classes=num_classes, image_size=image_size)
     plan = plan_network(Network(exits=exits), architecture)

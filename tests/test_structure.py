@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "sdcli"
 ROWS = [
     {"errors"},
     {"registry", "recipe", "signals", "stages", "metrics"},
-    {"losses", "derived", "heads"},
+    {"losses", "derived", "heads", "stem", "transforms"},
     {"backbones"},
-    {"exits", "checkpoint", "devices"},
-    {"objective", "networks", "data", "evaluate", "runs"},
+    {"exits", "checkpoint", "devices", "data"},
+    {"objective", "networks", "loaders", "evaluate"},
+    {"runs"},
     {"train", "scoring"},
     {"cli"},
 ]

@@ -30,7 +30,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Score this many images only.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 256,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … [default: the best there is]")] = None,
-    workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that load images.")] = 2,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-j", min=0, help="Processes that load images. [default: what suits]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,

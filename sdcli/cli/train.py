@@ -96,8 +96,11 @@ def train(
         int | None, typer.Option(min=1, help="Use this many validation images.", rich_help_panel=DATA)
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", "-j", min=0, help="Processes that load images.", rich_help_panel=DATA)
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--workers", "-j", min=0, help="Processes that load images. [default: what suits]", rich_help_panel=DATA
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The run folder. [default: runs/TIME-MODEL-RECIPE]", rich_help_panel=RUN),
