@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdcli.heads import HEADS, build_head, head_cost, suitable_head
+from sdcli.heads import HEADS, POOLED, build_head, head_cost, suitable_head
 from sdcli.signals import Signal
-from sdcli.stages import Stage, StagePlan, prefix_tokens, to_map
+from sdcli.stages import Stage, StagePlan, prefix_tokens, tap_modules, to_map
 
 FINAL = "final"
 
@@ -40,6 +40,16 @@ def exit_points(plan: StagePlan) -> list[str]:
     return [f"exit{number}" for number in range(1, len(plan.stages))]
 
 
+class Store:
+    """What the taps keep of one forward pass. Closed in between: gradient checkpointing runs parts of the network again
+    while it goes backward, and what is kept then would never be let go.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        self.tensors: dict[str, Tensor] = {}
+
+
 class Tap:
     """A forward hook that keeps what a stage returned until its head has read it.
 
@@ -47,21 +57,23 @@ class Tap:
     working, since both then find the copied store.
     """
 
-    def __init__(self, store: dict[str, Tensor], point: str, tensor: int | None) -> None:
+    def __init__(self, store: Store, point: str, tensor: int | None) -> None:
         self.store, self.point, self.tensor = store, point, tensor
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.store[self.point] = output if self.tensor is None else output[self.tensor]
+        if self.store.open:
+            self.store.tensors[self.point] = output if self.tensor is None else output[self.tensor]
 
 
 class InputTap:
     """A forward pre-hook that keeps what the classifier is given: the final embedding."""
 
-    def __init__(self, store: dict[str, Tensor]) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.store["embedding"] = args[0]
+        if self.store.open:
+            self.store.tensors["embedding"] = args[0]
 
 
 class MultiExit(nn.Module):
@@ -73,16 +85,17 @@ class MultiExit(nn.Module):
 
     def __init__(self, backbone: nn.Module, plan: StagePlan, heads: dict[str, nn.Module]) -> None:
         super().__init__()
-        assert list(heads) in (exit_points(plan), []), "one head per exit, or none at all"
+        assert [point for point in heads if point != FINAL] == exit_points(plan), "one head per exit"
         self.backbone = backbone
         self.plan = plan
         self.heads = nn.ModuleDict(heads)
-        self._store: dict[str, Tensor] = {}
+        self._store = Store()
         self._hooks: list[Any] = []
-        stages = {point: stage for point, stage in self.stages.items() if point in heads or point == FINAL}
-        for point, stage in stages.items():
-            tap = Tap(self._store, point, stage.tensor)
-            self._hooks.append(backbone.get_submodule(stage.module).register_forward_hook(tap))
+        for point, stage in self.stages.items():
+            # Gradient checkpointing calls blocks but not the stage around them: whichever fires will do.
+            for path in tap_modules(stage):
+                tap = Tap(self._store, point, stage.tensor)
+                self._hooks.append(backbone.get_submodule(path).register_forward_hook(tap))
         if plan.classifier is not None:
             classifier = backbone.get_submodule(plan.classifier)
             self._hooks.append(classifier.register_forward_pre_hook(InputTap(self._store)))
@@ -98,7 +111,7 @@ class MultiExit(nn.Module):
     @property
     def points(self) -> list[str]:
         """The points that `forward` answers for, shallowest first; `final` comes last."""
-        return [*self.heads, FINAL]
+        return [*exit_points(self.plan), FINAL]
 
     @property
     def widths(self) -> dict[str, Width]:
@@ -107,7 +120,7 @@ class MultiExit(nn.Module):
         for point in self.points:
             stage = self.stages[point]
             dim = self.plan.embedding_dim
-            if point != FINAL:
+            if point in self.heads:
                 classifier = self.heads[point].classifier
                 assert isinstance(classifier, nn.Linear)
                 dim = classifier.in_features
@@ -116,22 +129,25 @@ class MultiExit(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Signal]:
         """One pass: images [B, 3, H, W] to the signal of every point."""
-        store = self._store
+        self._store.open = True
         logits = self.backbone(images)
+        self._store.open = False
+        # Kept tensors would hold on to their graphs, and a deep copy refuses them.
+        store, self._store.tensors = self._store.tensors, {}
         # Distilled models answer with one prediction per head while they train; their own forward averages them later.
         if isinstance(logits, (tuple, list)):
             logits = torch.stack(list(logits)).mean(dim=0)
         signals = {}
-        for point, head in self.heads.items():
-            stage = self.stages[point]
+        for point, stage in self.stages.items():
             features = to_map(store[point], stage)
-            embedding, exit_logits = head(features, prefix_tokens(store[point], stage))
-            signals[point] = Signal(features, embedding, exit_logits)
-        features = to_map(store[FINAL], self.stages[FINAL])
-        embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
-        signals[FINAL] = Signal(features, embedding, logits)
-        # Kept tensors would hold on to their graphs, and a deep copy refuses them.
-        store.clear()
+            if point != FINAL:
+                embedding, exit_logits = self.heads[point](features, prefix_tokens(store[point], stage))
+                signals[point] = Signal(features, embedding, exit_logits)
+            elif FINAL in self.heads:
+                signals[FINAL] = Signal(features, *self.heads[FINAL](logits))
+            else:
+                embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
+                signals[FINAL] = Signal(features, embedding, logits)
         return signals
 
     def eject(self) -> nn.Module:
@@ -142,27 +158,27 @@ class MultiExit(nn.Module):
 
 
 def choose_heads(plan: StagePlan, head: str = "auto") -> dict[str, str]:
-    """Which head each exit of `plan` gets; raises UserError for an unknown one."""
+    """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown one."""
     if head != "auto":
         HEADS.find(head, "networks.student.head")
     stages = zip(exit_points(plan), plan.stages[:-1], strict=True)
-    return {point: suitable_head(plan, stage) if head == "auto" else head for point, stage in stages}
+    chosen = {point: suitable_head(plan, stage) if head == "auto" else head for point, stage in stages}
+    return chosen | ({FINAL: POOLED} if plan.encoder else {})
 
 
 def attach(backbone: nn.Module, plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> MultiExit:
     """`backbone` with an exit after every stage of `plan` but the last; `heads` names the kind of each."""
-    stages = dict(zip(exit_points(plan), plan.stages, strict=False))
+    stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
     return MultiExit(backbone, plan, {p: build_head(kind, plan, stages[p], num_classes) for p, kind in heads.items()})
 
 
 def head_costs(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Cost]:
     """What each exit's own head costs; for `final`, what comes after the last stage."""
-    costs = {}
-    for (point, kind), stage in zip(heads.items(), plan.stages, strict=False):
-        costs[point] = Cost(*head_cost(kind, plan, stage, num_classes))
-    last = plan.stages[-1]
-    costs[FINAL] = Cost(plan.params - last.params, plan.macs - last.macs)
-    return costs
+    stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
+    costs = {FINAL: Cost(0, 0)} | {p: Cost(*head_cost(kind, plan, stages[p], num_classes)) for p, kind in heads.items()}
+    last, own = plan.stages[-1], costs.pop(FINAL)
+    # The last stage is followed by the model's own norm, pooling and classifier; an encoder's by a head of ours too.
+    return costs | {FINAL: Cost(own.params + plan.params - last.params, own.macs + plan.macs - last.macs)}
 
 
 def all_costs(

@@ -19,6 +19,9 @@ from sdcli.stages import Stage, StagePlan, count
 
 HEADS = Registry("head")
 
+POOLED = "pooled"
+"""The head of an encoder's final exit. Not in the registry: no recipe chooses it."""
+
 BOTTLENECK_WIDTH = 128
 """Channels inside a bottleneck head, as in the BYOT authors' SCAN code."""
 
@@ -31,6 +34,8 @@ def suitable_head(plan: StagePlan, stage: Stage) -> str:
 
 def build_head(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
     """A fresh head for one stage; raises UserError for an unknown kind."""
+    if kind == POOLED:
+        return PooledHead(plan.embedding_dim, num_classes)
     head = HEADS.find(kind).call(plan, stage, num_classes)
     assert isinstance(head, nn.Module)
     return head
@@ -40,6 +45,8 @@ def head_cost(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> tup
     """Parameters and MACs for one image of a head, counted on the meta device."""
     with torch.device("meta"):
         head = build_head(kind, plan, stage, num_classes).eval()
+        if kind == POOLED:
+            return count(head, torch.empty(1, plan.embedding_dim))
         features = torch.empty(1, stage.num_chs, *stage.size)
         prefix = torch.empty(1, stage.num_prefix_tokens, stage.num_chs)
     return count(head, features, prefix)
@@ -198,4 +205,19 @@ class TokenHead(nn.Module):
         if self.has_class_token:
             pooled = torch.cat([self.norm(prefix[:, 0]), pooled], dim=1)
         embedding = self.project(pooled)
+        return embedding, self.classifier(embedding)
+
+
+class PooledHead(nn.Module):
+    """The classifier that an encoder lacks: the mean of what it puts out, a linear layer.
+
+    Reads a map [B, D, H, W], tokens [B, N, D] or their mean [B, D].
+    """
+
+    def __init__(self, embedding_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(embedding_dim, num_classes)
+
+    def forward(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = output.mean(dim=(2, 3)) if output.ndim == 4 else output.mean(dim=1) if output.ndim == 3 else output
         return embedding, self.classifier(embedding)

@@ -29,11 +29,11 @@ def plan_network(network: Network, architecture: Architecture) -> StagePlan:
 
 
 def build_network(
-    network: Network, architecture: Architecture, plan: StagePlan, heads: dict[str, str]
+    network: Network, architecture: Architecture, plan: StagePlan, heads: dict[str, str], num_classes: int
 ) -> tuple[MultiExit, list[str]]:
     """A network with the weights that its table asks for, and what is to be said about them."""
     backbone = create(architecture, device="cpu", pretrained=network.weights == "pretrained")
-    model = attach(backbone, plan, heads, architecture.num_classes)
+    model = attach(backbone, plan, heads, num_classes)
     notes: list[str] = []
     if network.weights not in ("random", "pretrained"):
         notes = load_weights(model, Path(network.weights).expanduser())
@@ -44,7 +44,7 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     """The network that a checkpoint holds; raises UserError where tensors and description do not belong together."""
     tensors, description = load_checkpoint(path)
     architecture = description.architecture
-    model = attach(create(architecture, device="cpu"), description.plan, description.heads, architecture.num_classes)
+    model = attach(create(architecture, device="cpu"), description.plan, description.heads, len(description.classes))
     own = model.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     other = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]

@@ -68,7 +68,7 @@ def score_checkpoint(
         network.to(accelerator.device),
         loader,
         points=points,
-        costs=all_costs(about.plan, about.heads, about.architecture.num_classes, points),
+        costs=all_costs(about.plan, about.heads, len(about.classes), points),
         device=accelerator.device,
         model=about.architecture.model,
         dataset=trained_on["name"] if own else data.short_name(opened),

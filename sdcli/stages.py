@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +33,6 @@ SMALLEST_SHARE = 0.02
 MOST_PREFIX_TOKENS = 16
 # A map of one position is a pooled vector, except where the image is so small that it may be all that is left of it.
 LARGEST_IMAGE_OF_POINTS = 64
-
 
 # Models, by class, whose boundaries nothing tells. Each entry says why.
 _QUIRKS: dict[str, tuple[str, ...]] = {
@@ -92,7 +91,10 @@ class StagePlan:
     classifier: str | None
     """The module that turns the embedding ([B, D] or [B, D, 1, 1]) into the logits; None where no single one does."""
     embedding_dim: int
-    """D; the channels of the last stage where there is no classifier."""
+    """D; the channels of the last stage where no single module is the classifier."""
+
+    encoder: bool = False
+    """Whether the model has no classifier at all: its output is a map or tokens, or their mean."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the equal plan back."""
@@ -213,7 +215,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[_Operation] = []
         self._node_of: dict[int, int] = {}
         self._sharing: dict[int, list[Tensor]] = {}
-        self._seen: set[int] = set()
 
     def node(self, tensor: Tensor) -> int:
         """The node of a tensor's present value."""
@@ -248,9 +249,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         sources = [self.node(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = _written(func, args, kwargs)
-        for tensor in {
-            id(sharing): sharing for target in written for sharing in self._sharing[_memory(target)]
-        }.values():
+        changed = {id(tensor): tensor for target in written for tensor in self._sharing[_memory(target)]}
+        for tensor in changed.values():
             self._add(tensor, [self._node_of[id(tensor)], *sources])
         results = []
         for leaf in tree_leaves(result):
@@ -363,6 +363,7 @@ def _clean_cuts(record: _Record) -> set[int]:
 # Which axis of a tensor holds the channels
 
 _AXIS_1 = ("convolution", "batch_norm", "native_group_norm", "max_pool2d", "avg_pool2d", "upsample", "grid_sampler")
+_RESHAPES = ("view", "_unsafe_view", "squeeze", "alias")
 _LAST_AXIS = ("native_layer_norm", "_fused_rms_norm", "mm", "addmm")
 
 
@@ -451,22 +452,23 @@ def _reduction(image: int, rows: int) -> int:
 
 def _layout(shape: Sequence[int], axis: int | None, image: tuple[int, int], prefixes: Iterable[int]) -> _Layout | None:
     """How a tensor of this shape is a map of `image`; None where it is none."""
+    if shape[0] != 1:
+        # Windows or heads beside the batch.
+        return None
     if len(shape) == 3 and shape[2] > 1:
         for prefix in prefixes:
             grid = _grid(shape[1] - prefix, image) if prefix < shape[1] else None
             if grid is not None:
                 return _Layout("NLC", shape[2], grid, prefix)
-    if len(shape) != 4 or shape[0] != 1:
+    if len(shape) != 4:
         return None
-    channels_first, channels_last = (
-        _proportional((shape[2], shape[3]), image),
-        _proportional((shape[1], shape[2]), image),
-    )
-    if channels_first and (axis == 1 or (axis is None and not channels_last) or not channels_last):
-        return _Layout("NCHW", shape[1], (shape[2], shape[3]))
-    if channels_last and axis != 1:
-        return _Layout("NHWC", shape[3], (shape[1], shape[2]))
-    return None
+    layouts = [
+        _Layout("NCHW", shape[1], (shape[2], shape[3])),
+        _Layout("NHWC", shape[3], (shape[1], shape[2])),
+    ]
+    fitting = [layout for layout in layouts if _proportional(layout.size, image)]
+    # The axis decides where both fit; where it is not known, most models are NCHW.
+    return fitting[-1 if axis == 3 else 0] if fitting else None
 
 
 @dataclass(frozen=True)
@@ -789,11 +791,21 @@ class _Search:
 
     def named(self, names: Sequence[str]) -> list[_Point]:
         """The points of the named modules, and the model's own end unless one of them lies behind it."""
-        points = [self._tappable(name) for name in names]
+        points: dict[int, _Point] = {}
+        for name in names:
+            point = self._tappable(name)
+            if point.node in points:
+                raise UserError(
+                    f"'{name}' and '{points[point.node].paths[0][0]}' return the same tensor of {self.name}",
+                    "modules that return different ones",
+                    "leave one of them out",
+                )
+            # The user's name for it, rather than that of a container which returns the same.
+            points[point.node] = replace(point, paths=tuple(sorted(point.paths, key=lambda tap: tap[0] != name)))
         end = (self._natural()[0] or self.points)[-1]
-        if all(point.node < end.node for point in points):
-            points.append(end)
-        return sorted(dict.fromkeys(points), key=lambda point: point.node)
+        if all(node < end.node for node in points):
+            points[end.node] = end
+        return [points[node] for node in sorted(points)]
 
     def _tappable(self, name: str) -> _Point:
         """The point of a module that the user names; raises UserError where it has none, and says why."""
@@ -845,14 +857,14 @@ class _Search:
             unused=unused,
             classifier=classifier,
             embedding_dim=embedding_dim or stages[-1].num_chs,
+            encoder=getattr(self.model, "num_classes", None) == 0,
         )
 
     def _stage(self, point: _Point, points: list[_Point]) -> Stage:
         others = [path for other in points if other is not point for path, _ in other.paths]
         # A container of several stages returns what the last of them does; the stage is that last one.
-        own = [tap for tap in point.paths if not any(path.startswith(f"{tap[0]}.") for path in others)] or point.paths[
-            -1:
-        ]
+        own = [tap for tap in point.paths if not any(path.startswith(f"{tap[0]}.") for path in others)]
+        own = own or [point.paths[-1]]
         (module, entry), layout = own[0], point.layout
         return Stage(
             module=module,
@@ -881,17 +893,16 @@ class _Search:
 
     def _classifier(self) -> tuple[str | None, int | None]:
         """The innermost module that makes the logits of one vector, and the width of that vector."""
-        if len(self.record.outputs) != 1 or getattr(self.model, "num_classes", None) == 0:
-            return None, None
         values = self.record.graph.values
+        if getattr(self.model, "num_classes", None) == 0:
+            # An encoder: what it puts out is pooled to the embedding, and a head of ours follows.
+            shape = values[self.record.outputs[0]].shape
+            return None, int(shape[1] if len(shape) == 4 else shape[-1])
+        if len(self.record.outputs) != 1:
+            return None, None
         logits = {self.record.outputs[0]}
         for operation in reversed(self.record.graph.operations):
-            if not logits.isdisjoint(operation.results) and operation.name in (
-                "view",
-                "_unsafe_view",
-                "squeeze",
-                "alias",
-            ):
+            if operation.name in _RESHAPES and not logits.isdisjoint(operation.results):
                 logits.update(operation.sources)
         for path, (call, *more) in self.calls.items():
             if more or len(call.inputs) != 1 or len(call.outputs) != 1 or call.outputs[0][1] not in logits:
@@ -941,12 +952,8 @@ def _family(path: str) -> str:
 
 
 def _is_random(module: nn.Module) -> bool:
-    """Whether a module that returned what it was given is a dropout, rather than an identity by any name."""
-    return (
-        not isinstance(module, nn.Identity)
-        and not any(True for _ in module.children())
-        and type(module) is not nn.Sequential
-    )
+    """Whether a module that returned what it was given may be a dropout, rather than an identity by any name."""
+    return not isinstance(module, (nn.Identity, nn.Sequential)) and not any(True for _ in module.children())
 
 
 def _grouped(calls: Iterable[_Call]) -> dict[str, list[_Call]]:

@@ -156,7 +156,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     heads = choose_heads(plan, student.head)
     preprocess = transforms.Preprocess(architecture.input_size, mean, std)
     set_seed(settings.seed)
-    network, notes = build_network(student, architecture, plan, heads)
+    network, notes = build_network(student, architecture, plan, heads, len(dataset.classes))
     if pretrained:
         preprocess = replace(preprocess, **pretrained_transform(network.backbone))
     objective = Objective(recipe.losses, network.widths)
@@ -265,7 +265,7 @@ def score(training: Training) -> Report:
         training.network,
         training.scored_loader,
         points=training.network.points,
-        costs=all_costs(about.plan, about.heads, about.architecture.num_classes),
+        costs=all_costs(about.plan, about.heads, len(about.classes)),
         device=training.accelerator.device,
         model=about.architecture.model,
         dataset=about.dataset["name"],

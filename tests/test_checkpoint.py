@@ -24,7 +24,7 @@ def make(name: str = "test_resnet", num_classes: int = 5) -> tuple[MultiExit, De
     architecture = resolve(name, num_classes=num_classes, image_size=None)
     plan = plan_network(Network(), architecture)
     heads = choose_heads(plan, "auto")
-    network, _ = build_network(Network(), architecture, plan, heads)
+    network, _ = build_network(Network(), architecture, plan, heads, num_classes)
     about = Description(
         architecture=architecture,
         plan=plan,

@@ -215,7 +215,7 @@ def test_weights_start_a_run(trained, tmp_path, sdcli):
 def test_inspect_prints_a_table(sdcli):
     result = sdcli("inspect", "resnet18")
     assert result.code == 0
-    for word in ("resnet18", "layer1", "layer4", "64 x 56 x 56", "11.7 M parameters", "1.81 G MACs", "exit3", "final"):
+    for word in ("resnet18", "layer1", "layer4", "64x56x56", "11.7 M parameters", "1.81 G MACs", "exit3", "final"):
         assert word in result.out
 
 

@@ -85,7 +85,6 @@ def test_every_trained_parameter_gets_a_gradient(name, recipe):
 
 def test_a_parameter_that_never_reaches_the_output_is_not_trained():
     network = build("test_resnet")
-    network.plan = network.plan
     frozen = [name for name, p in network.backbone.named_parameters() if not p.requires_grad]
     assert frozen == list(network.plan.unused)
 
@@ -126,7 +125,7 @@ def test_a_copy_answers_for_itself(duplicate):
 def test_a_forward_pass_keeps_nothing():
     network = build("test_resnet")
     network(images_for(network))
-    assert network._store == {}
+    assert network._store.tensors == {}
 
 
 def test_an_unknown_head_is_explained():

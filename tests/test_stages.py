@@ -145,6 +145,20 @@ def test_a_named_module_behind_the_last_stage_is_the_last() -> None:
     assert modules(plan_of("deit_tiny_patch16_224", exits=["blocks.3", "norm"])) == ["blocks.3", "norm"]
 
 
+def test_a_named_module_keeps_its_name() -> None:
+    assert modules(plan_of("resnet18", exits=["layer1.1", "layer2"])) == ["layer1.1", "layer2", "layer4"]
+
+
+def test_two_names_of_one_tensor_are_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        plan_of("resnet18", exits=["layer1", "layer1.1"])
+    assert str(caught.value) == (
+        "'layer1.1' and 'layer1' return the same tensor of resnet18\n"
+        "  expected: modules that return different ones\n"
+        "  fix:      leave one of them out"
+    )
+
+
 def test_a_misspelt_module_gets_the_nearest_name() -> None:
     with pytest.raises(UserError) as caught:
         plan_of("resnet18", exits=["layr2"])

@@ -10,6 +10,10 @@ import typer
 EPILOG = "Example:  sdcli inspect resnet18 --image-size 32 --num-classes 100"
 
 
+DEFAULT_CLASSES = 1000
+"""Of the heads on a model that has no classifier of its own."""
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command."""
     app.command("inspect", epilog=EPILOG)(inspect)
@@ -47,12 +51,13 @@ def inspect(
 
     architecture = resolve(model, num_classes=num_classes, image_size=image_size, stem=stem)
     plan = plan_network(Network(exits=parse_exits(exits)), architecture)
-    shown = plan_json(plan, choose_heads(plan, head), architecture.num_classes or 1)
+    shown = plan_json(plan, choose_heads(plan, head), num_classes or architecture.num_classes or DEFAULT_CLASSES)
     shown["notes"] = [*architecture.notes, *plan.notes]
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
         return
-    output().print(inspect_table(shown))
+    console = output()
+    console.print(inspect_table(shown, console))
     for text in shown["notes"]:
         note(text)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -29,51 +31,69 @@ def amount(value: float, units: Sequence[str] = ("", "K", "M", "G", "T")) -> str
     raise AssertionError
 
 
-def inspect_table(plan: Mapping[str, Any]) -> Table:
-    """What `inspect` shows: `plan` as `exits.plan_json` gives it."""
-    channels, height, width = plan["input_size"]
-    table = Table(
-        title=f"{plan['model']}  ·  {channels} x {height} x {width}  ·  "
-        f"{amount(plan['params'])} parameters  ·  {amount(plan['macs'])} MACs",
+def inspect_table(plan: Mapping[str, Any], console: Console) -> Table:
+    """What `inspect` shows: `plan` as `exits.plan_json` gives it, with as many columns as the terminal has room for."""
+    table = _inspect_table(plan, ())
+    for dropped in (("bar",), ("bar", "reduction")):
+        if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
+            break
+        table = _inspect_table(plan, dropped)
+    return table
+
+
+def _inspect_table(plan: Mapping[str, Any], dropped: Sequence[str]) -> Table:
+    size = "x".join(str(number) for number in plan["input_size"])
+    table = _table(
+        f"{plan['model']}  ·  {size}  ·  {amount(plan['params'])} parameters  ·  {amount(plan['macs'])} MACs"
+    )
+    table.add_column("exit", style="bold", no_wrap=True)
+    table.add_column("module", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    for title in ("reduction", "params", "MACs", "share", "head params", "head MACs"):
+        if title not in dropped:
+            # The last two titles take two lines, so that their columns stay narrow.
+            table.add_column(title.replace("head ", "+ head\n"), justify="right", no_wrap=True)
+    if "bar" not in dropped:
+        table.add_column("", no_wrap=True)
+    for stage in plan["stages"]:
+        share = stage["macs_fraction"]
+        cells = {
+            "exit": stage["point"],
+            "module": stage["module"],
+            "shape": shape(stage),
+            "reduction": f"/{stage['reduction']}",
+            "params": amount(stage["params"]),
+            "MACs": amount(stage["macs"]),
+            "share": f"{share:.1%}",
+            "head params": amount(stage["head_params"]),
+            "head MACs": amount(stage["head_macs"]),
+            "bar": Text("█" * max(1, round(share * 16)), style="cyan"),
+        }
+        table.add_row(*(cell for title, cell in cells.items() if title not in dropped))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         header_style="dim",
         pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("exit", style="bold", no_wrap=True)
-    table.add_column("module", no_wrap=True, overflow="ellipsis")
-    table.add_column("shape", no_wrap=True)
-    for title in ("reduction", "params", "MACs", "share", "head params", "head MACs"):
-        table.add_column(title, justify="right", no_wrap=title not in ("head params", "head MACs"))
-    table.add_column("", no_wrap=True)
-    for stage in plan["stages"]:
-        share = stage["macs_fraction"]
-        table.add_row(
-            stage["point"],
-            stage["module"],
-            shape(stage),
-            f"/{stage['reduction']}",
-            amount(stage["params"]),
-            amount(stage["macs"]),
-            f"{share:.1%}",
-            f"+{amount(stage['head_params'])}",
-            f"+{amount(stage['head_macs'])}",
-            Text("█" * max(1, round(share * 16)), style="cyan"),
-        )
-    return table
 
 
 def shape(stage: Mapping[str, Any]) -> str:
-    """A stage's output for one image, in the model's own layout: 64 x 56 x 56, or 197 x 384 (14 x 14 + 1)."""
+    """A stage's output for one image in the model's own layout: 64x56x56, 56x56x96, or tokens as 14x14+1 x 384."""
     height, width = stage["size"]
     channels, prefix = stage["num_chs"], stage["num_prefix_tokens"]
     if stage["output_fmt"] == "NCHW":
-        return f"{channels} x {height} x {width}"
+        return f"{channels}x{height}x{width}"
     if stage["output_fmt"] == "NHWC":
-        return f"{height} x {width} x {channels}"
-    tokens = f"{height} x {width}" + (f" + {prefix}" if prefix else "")
-    return f"{height * width + prefix} x {channels} ({tokens})"
+        return f"{height}x{width}x{channels}"
+    return f"{height}x{width}" + (f"+{prefix}" if prefix else "") + f" x {channels}"
 
 
 @dataclass(frozen=True)
@@ -105,14 +125,7 @@ def report_rows(report: Report) -> list[ExitResult]:
 def report_table(report: Report) -> Table:
     """What `eval` shows: the best of each column in bold, the ensemble last under a line."""
     rows = report_rows(report)
-    table = Table(
-        title=f"{report.model}  ·  {report.dataset} ({report.split}, {report.num_images:,} images)",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        header_style="dim",
-        pad_edge=False,
-    )
+    table = _table(f"{report.model}  ·  {report.dataset} ({report.split}, {report.num_images:,} images)")
     table.add_column("exit", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column.title, justify="right", no_wrap=True)
