@@ -235,11 +235,19 @@ def _small_stem(
     free = {name: value for name, value in given.items() if name != "img_size"}
     probe = build(model, num_classes, free)
     patch = patch_size(probe)
+    no_patches: UserError | None = None
     if patch is not None and stem != "unstrided":
         if pretrained:
             raise UserError(f"pretrained weights keep their patches of {patch}x{patch}")
-        patches = smaller_patches(lambda more: build(model, num_classes, {**free, **more}), probe, input_size)
-        return "patch", {**free, **patches.model_args}, (patches.note,)
+        try:
+            patches = smaller_patches(lambda more: build(model, num_classes, {**free, **more}), probe, input_size)
+        except UserError as error:
+            no_patches = error
+        else:
+            return "patch", {**free, **patches.model_args}, (patches.note,)
     built = build(model, num_classes, given)
     kind = "cifar" if has_cifar_stem(built) and stem != "unstrided" and not pretrained else "unstrided"
-    return kind, given, apply_stem(built, kind, input_size)
+    try:
+        return kind, given, apply_stem(built, kind, input_size)
+    except UserError as error:
+        raise no_patches or error from error

@@ -722,7 +722,7 @@ class _Search:
     def _by_resolution(self, points: list[_Point]) -> list[_Point]:
         """After each resolution: the last of the outermost modules that return a map of it.
 
-        Numbered modules come before others: a stage or block before the embedding ahead of it and the norm behind it.
+        A numbered one is preferred, a stage or block, to an embedding ahead of it or a norm behind it.
         """
         least = SMALLEST_SHARE * self.record.macs
         points = [point for point in points if point.macs >= least]
@@ -735,7 +735,8 @@ class _Search:
                 for point in same
                 if any(_family(path) and path.count(".") <= outermost + 1 for path, _ in point.paths)
             ]
-            chosen.append((numbered or [point for point in same if point.depth == outermost])[-1])
+            last = [point for point in same if point.depth == outermost][-1]
+            chosen.append(numbered[-1] if numbered and last.macs - numbered[-1].macs < least else last)
         chosen.sort(key=lambda point: point.node)
         return self._apart([point for point in chosen if not _is_stem(point, chosen[-1])])
 

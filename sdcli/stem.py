@@ -34,10 +34,15 @@ Build = Callable[[Mapping[str, Any]], nn.Module]
 
 def last_map(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """The shorter side of the last map; 0 where the model does not run at this size or has no stages there."""
+    return _sides(model, input_size)[-1]
+
+
+def _sides(model: nn.Module, input_size: tuple[int, int, int]) -> list[int]:
+    """The shorter side of each stage's map, shallowest first; [0] where the model does not run or has no stages."""
     try:
-        return min(find_stages(model, input_size).stages[-1].size)
+        return [min(stage.size) for stage in find_stages(model, input_size).stages]
     except UserError:
-        return 0
+        return [0]
 
 
 def has_cifar_stem(model: nn.Module) -> bool:
@@ -88,33 +93,35 @@ def _undo_strides(model: nn.Module, input_size: tuple[int, int, int], factor: in
     """Takes strides out from the front until the maps are four times larger and the last one is not too small.
 
     `factor` is what was undone before. All modules that take the map from one size to the next are changed together; a
-    change after which the last map has not grown is taken back (a branch of its own, or the model no longer runs), and
-    the next one tried. Returns the paths of what was changed, and the side of the last map.
+    change after which the maps have not grown is taken back (a branch of its own, or the model no longer runs), and the
+    next one tried. Returns the paths of what was changed, and the side of the last map.
     """
     changed: list[str] = []
     tried: set[str] = set()
-    size, steps = _survey(model, input_size)
+    sides, steps = _survey(model, input_size)
     # CIFAR networks take 32 pixels to 4: images smaller than that are not kept any larger.
     goal = max(1, min(SMALLEST_MAP, min(input_size[1:]) // 8))
-    while factor < FACTOR or size < goal:
+    while factor < FACTOR or sides[-1] < goal:
         step = next((step for step in steps if not tried.issuperset(step.paths)), None)
         if step is None:
             break
         tried.update(step.paths)
-        wanted = max(math.ceil(FACTOR / factor), math.ceil(goal / size) if size else 1)
+        wanted = max(math.ceil(FACTOR / factor), math.ceil(goal / sides[-1]) if sides[-1] else 1)
         stride = max(1, step.ratio // wanted)
         former = {path: model.get_submodule(path) for path in step.paths}
         for path, module in former.items():
             model.set_submodule(path, _with_stride(module, stride))
-        grown, remaining = _survey(model, input_size)
+        now, remaining = _survey(model, input_size)
+        # A last map of one position may stand for less than one: then the earlier ones tell.
+        grown = (now[-1], sum(now)) > (sides[-1], sum(sides))
         # Some do not run at all before their second stride is gone.
-        if grown > size or (grown == size == 0 and factor < FACTOR):
-            size, steps, changed = grown, remaining, [*changed, *step.paths]
+        if grown or (now == sides == [0] and factor < FACTOR):
+            sides, steps, changed = now, remaining, [*changed, *step.paths]
             factor *= step.ratio // stride
         else:
             for path, module in former.items():
                 model.set_submodule(path, module)
-    return changed, size
+    return changed, sides[-1]
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,8 @@ class _Step:
     ratio: int
 
 
-def _survey(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, list[_Step]]:
-    """The side of the last map, and where the map shrinks, in the order of the forward pass as far as that runs."""
+def _survey(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[list[int], list[_Step]]:
+    """The sides of the maps, and where the map shrinks, in the order of the forward pass as far as that runs."""
     found: dict[tuple[int, int], list[str]] = {}
     hooks = []
 
@@ -142,11 +149,11 @@ def _survey(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, li
     for path, module in model.named_modules():
         if _can_be_undone(module):
             hooks.append(module.register_forward_hook(watch(path)))
-    size = last_map(model, input_size)
+    sides = _sides(model, input_size)
     for registered in hooks:
         registered.remove()
     steps = [_Step(tuple(paths), round(before / after)) for (before, after), paths in found.items() if paths]
-    return size, [step for step in steps if step.ratio > 1]
+    return sides, [step for step in steps if step.ratio > 1]
 
 
 def _can_be_undone(module: nn.Module) -> bool:
@@ -220,6 +227,8 @@ def smaller_patches(build: Build, model: nn.Module, input_size: tuple[int, int, 
             break
     if best is None:
         raise UserError(f"patches of no size fit an image of {image} pixels: {reason}")
+    if best[0][1] < SMALLEST_MAP:
+        raise UserError(f"smaller patches leave the last map at {best[0][1]:g}x{best[0][1]:g}")
     return best[1]
 
 

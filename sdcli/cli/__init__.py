@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -62,6 +63,9 @@ recipes_command.register(app)
 
 def main() -> None:
     """The console script: turns what a user can mend into one message and exit code 2."""
+    # Read when torch is loaded. By default its threads spin while they wait for each other; on a machine that runs
+    # anything else beside, an epoch of the quick recipe then took over 60 s instead of 15 (see benchmarks/threads.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

@@ -1,0 +1,63 @@
+"""What waiting threads cost: an epoch of `quick` on the digits, spinning and sleeping, alone and beside a busy process.
+
+    python benchmarks/threads.py
+
+Prints a table and one JSON line: seconds for each, and spinning over sleeping. Times of one run on one machine; what
+counts is the ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+EPOCH = """
+import sys, time
+from pathlib import Path
+from sdcli.recipe import load_recipe
+from sdcli.train import Settings, prepare, train_epoch
+settings = Settings("resnet18", "digits", device="cpu")
+training = prepare(settings, load_recipe(["quick"], ["epochs=2"]), Path(sys.argv[1]))
+for _ in train_epoch(training, 1): pass
+start = time.monotonic()
+for _ in train_epoch(training, 2): pass
+print(time.monotonic() - start)
+"""
+
+
+def seconds(policy: str, busy: bool) -> float:
+    """One warm epoch under `OMP_WAIT_POLICY`, perhaps while another process keeps a core busy."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            out = subprocess.run(
+                [sys.executable, "-c", EPOCH, str(Path(folder) / "run")],
+                env={**os.environ, "OMP_WAIT_POLICY": policy},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+    finally:
+        if other:
+            other.kill()
+    return float(out)
+
+
+def main() -> None:
+    """Interleaved, so that a change of the machine's mood meets both."""
+    result: dict[str, float] = {}
+    for busy in (False, True):
+        where = "beside a busy process" if busy else "alone"
+        for policy in ("active", "passive"):
+            result[f"{where}, {policy}"] = round(seconds(policy, busy), 2)
+        result[f"{where}, ratio"] = round(result[f"{where}, active"] / result[f"{where}, passive"], 2)
+    for name, value in result.items():
+        print(f"{name:36} {value:8.2f}")
+    print(json.dumps(result))
+
+
+main()
