@@ -166,3 +166,37 @@ def test_journal_heads_have_the_authors_number_of_parameters(name, millions):
     plan = plan_network(Network(), architecture)
     costs = all_costs(plan, choose_heads(plan, "sepconv+attention"), 100)
     assert costs["ensemble"].params / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def gradients(network: MultiExit, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    objective = Objective(load_recipe(["default"]).losses, network.widths)
+    total, _ = objective(network(images), Batch(images, torch.tensor([0, 1]), torch.arange(2)))
+    total.backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_nothing(name):
+    network = build(name).train()
+    images = images_for(network)
+    plain = gradients(network, images)
+    network.backbone.set_grad_checkpointing(True)
+    checkpointed = gradients(network, images)
+    assert plain.keys() == checkpointed.keys()
+    for parameter_name in plain:
+        assert torch.allclose(plain[parameter_name], checkpointed[parameter_name], atol=1e-5), parameter_name
+    assert network._store.tensors == {}
+
+
+def test_an_encoder_gets_a_final_head_of_ours():
+    architecture = resolve("mobilenetv5_300m_enc", num_classes=7, image_size=None)
+    plan = plan_network(Network(), architecture)
+    heads = choose_heads(plan)
+    with torch.device("meta"):
+        network = attach(create(architecture), plan, heads, 7)
+    signals = network.eval()(torch.empty(1, *plan.input_size, device="meta"))
+    assert heads["final"] == "pooled"
+    assert {point: signal.logits.shape for point, signal in signals.items()} == dict.fromkeys(network.points, (1, 7))
+    costs = all_costs(plan, heads, 7)
+    assert costs["final"].params == plan.params + plan.embedding_dim * 7 + 7
