@@ -63,8 +63,8 @@ recipes_command.register(app)
 
 def main() -> None:
     """The console script: turns what a user can mend into one message and exit code 2."""
-    # Read when torch is loaded. By default its threads spin while they wait for each other; on a machine that runs
-    # anything else beside, an epoch of the quick recipe then took over 60 s instead of 15 (see benchmarks/threads.py).
+    # Read when torch is loaded. By default its threads spin while they wait for each other, and beside any other busy
+    # process an epoch then takes 1.5 times as long; alone, sleeping costs 3 % (benchmarks/threads.py, two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
