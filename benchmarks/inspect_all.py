@@ -1,10 +1,12 @@
-"""Inspects every timm architecture at its default size and writes one row for each.
+"""Inspects every timm architecture at its default size, runs it with exits, and writes one row for each.
 
-    OMP_NUM_THREADS=1 python benchmarks/inspect_all.py                    docs/models.csv, about 20 minutes on one core
-    python benchmarks/inspect_all.py --pattern 'resnet*'                  only these rows; the others stay
-    python benchmarks/inspect_all.py --pattern 'test_*' --forward         also runs each with exits, on the meta device
+    OMP_NUM_THREADS=1 python benchmarks/inspect_all.py               docs/models.csv, about an hour on one core
+    python benchmarks/inspect_all.py --pattern 'resnet*'             only these rows; the others stay
 
-No weights and no network are needed.
+Each model runs without and with exits on the meta device: the backbone must do the very same operations on the very
+same tensors, in the same order, so that its logits are the same whatever the weights. Models of at most `--real-gmacs`
+also run on real numbers (random weights and images), where the logits must be equal bit for bit. No weights and no
+network are needed.
 """
 
 import argparse
@@ -22,19 +24,28 @@ from typing import Any
 import timm
 import torch
 from timm.models import _registry
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sdcli.backbones import create, resolve
 from sdcli.errors import UserError
+from sdcli.exits import attach, choose_heads
 from sdcli.stages import StagePlan, find_stages
 
 COLUMNS = (
     *("model", "family", "input_size", "found_by", "num_stages", "clean", "stages", "reductions", "num_chs", "shares"),
-    *("params_m", "macs_g", "classifier", "unused", "seconds", "notes", "forward", "error"),
+    *("params_m", "macs_g", "classifier", "unused", "seconds", "notes", "forward", "logits", "error"),
 )
+CLASSES = 10
+LARGEST_REAL_PARAMS = 1.0e9
 
 
-def inspect(name: str, forward: bool) -> dict[str, Any]:
-    """One row: the plan, or why there is none."""
+def inspect(name: str, real_gmacs: float) -> dict[str, Any]:
+    """One row: the plan and whether the model runs with exits as it does without, or why there is none.
+
+    `seconds` is how long it took to find the stages.
+    """
     row: dict[str, Any] = {"model": name, "family": _registry._model_to_module[name]}
     start = time.perf_counter()
     try:
@@ -43,11 +54,15 @@ def inspect(name: str, forward: bool) -> dict[str, Any]:
         model = create(architecture)
         plan = find_stages(model, architecture.input_size, name=name)
         row |= describe(plan)
-        if forward:
-            row["forward"] = run_with_exits(model, plan)
+        row["seconds"] = f"{time.perf_counter() - start:.2f}"
+        row["forward"], row["logits"] = run_with_exits(model, plan)
+        affordable = plan.macs <= 1e9 * real_gmacs and plan.params <= LARGEST_REAL_PARAMS
+        if row["logits"] == SAME_OPERATIONS and affordable:
+            with QuickWeights():
+                real = create(architecture, device="cpu")
+            row["logits"] = compare_logits(real, plan)
     except (UserError, TimeoutError) as error:
         row["error"] = " ".join(str(error).split())
-    row["seconds"] = f"{time.perf_counter() - start:.2f}"
     return row
 
 
@@ -72,16 +87,86 @@ def describe(plan: StagePlan) -> dict[str, Any]:
     }
 
 
-def run_with_exits(model: torch.nn.Module, plan: StagePlan) -> str:
-    """Whether every exit answers for two images with logits [2, 10]."""
-    from sdcli.exits import attach, choose_heads
+SAME_OPERATIONS = "same operations"
 
-    network = attach(model, plan, choose_heads(plan), num_classes=10).to("meta").eval()
+
+def run_with_exits(model: nn.Module, plan: StagePlan) -> tuple[str, str]:
+    """On the meta device: whether every exit answers, and whether the backbone does what it does without exits."""
+    images = torch.empty(2, *plan.input_size, device="meta")
+    model.eval()
     with torch.no_grad():
-        signals = network(torch.empty(2, *plan.input_size, device="meta"))
-    wrong = [p for p, signal in signals.items() if p != "final" and tuple(signal.logits.shape) != (2, 10)]
+        with Operations(model) as plain:
+            logits = model(images)
+        network = attach(model, plan, choose_heads(plan), CLASSES).to("meta").eval()
+        with Operations(network.backbone) as attached:
+            signals = network(images)
+    wrong = [p for p, signal in signals.items() if p != "final" and tuple(signal.logits.shape) != (2, CLASSES)]
     wrong += [p for p, signal in signals.items() if signal.features.ndim != 4 or signal.embedding.ndim != 2]
-    return f"wrong shapes at {', '.join(wrong)}" if wrong else "ok"
+    if not plan.encoder and isinstance(logits, torch.Tensor):
+        # The logits handed on must be the tensor that the backbone made, not merely one like it.
+        same_tensor = attached.number(signals["final"].logits) == plain.number(logits)
+    else:
+        same_tensor = True
+    same = same_tensor and attached.log[: len(plain.log)] == plain.log
+    return f"wrong shapes at {', '.join(wrong)}" if wrong else "ok", SAME_OPERATIONS if same else "other operations"
+
+
+def compare_logits(model: nn.Module, plan: StagePlan) -> str:
+    """On real numbers: whether the plain model's output is unchanged, bit for bit, once it has exits."""
+    images = torch.randn(1, *plan.input_size)
+    model.eval()
+    with torch.no_grad():
+        plain = model(images)
+        network = attach(model, plan, choose_heads(plan), CLASSES).eval()
+        kept: list[Any] = []
+        network.backbone.register_forward_hook(lambda module, args, output: kept.append(output))
+        signals = network(images)
+    # An encoder's own output goes through a head of ours; a distilled model's two predictions are averaged.
+    after = signals["final"].logits if isinstance(plain, torch.Tensor) and not plan.encoder else kept[0]
+    pairs = zip(tree_leaves(plain), tree_leaves(after), strict=True)
+    return "equal" if all(torch.equal(one, other) for one, other in pairs) else "differ"
+
+
+class Operations(TorchDispatchMode):
+    """What is computed: every operation with the number of each tensor that goes in, in order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.log: list[tuple[Any, ...]] = []
+        self.kept: list[torch.Tensor] = []  # so that no id is used twice
+        self.numbers: dict[int, Any] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self.numbers[id(tensor)] = name
+
+    def number(self, tensor: torch.Tensor) -> Any:
+        if id(tensor) not in self.numbers:
+            self.numbers[id(tensor)] = len(self.kept)
+            self.kept.append(tensor)
+        return self.numbers[id(tensor)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [self.number(x) if isinstance(x, torch.Tensor) else repr(x) for x in tree_leaves((args, kwargs))]
+        result = func(*args, **kwargs)
+        self.log.append((func, *given, *(self.number(x) for x in tree_leaves(result) if isinstance(x, torch.Tensor))))
+        return result
+
+
+class QuickWeights(TorchDispatchMode):
+    """Copies one block of random numbers where an initialisation would draw billions: the values do not matter here."""
+
+    block = torch.randn(1 << 20).mul_(0.02)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::normal_", "aten::uniform_") and args[0].numel() > len(self.block):
+            flat = args[0].view(-1)
+            whole = flat[: len(flat) // len(self.block) * len(self.block)].view(-1, len(self.block))
+            whole.copy_(self.block)
+            flat[whole.numel() :].copy_(self.block[: len(flat) - whole.numel()])
+            return args[0]
+        if func._schema.name in ("aten::erfinv_", "aten::clamp_") and args[0].numel() > len(self.block):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def too_late(signum: int, frame: Any) -> None:
@@ -92,8 +177,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", nargs="+", default=["*"], help="architectures to inspect")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "models.csv")
-    parser.add_argument("--forward", action="store_true", help="attach exits and run each model once")
-    parser.add_argument("--limit-s", type=int, default=120, help="seconds for one architecture")
+    parser.add_argument("--real-gmacs", type=float, default=20, help="run models of so many on real numbers too")
+    parser.add_argument("--limit-s", type=int, default=300, help="seconds for one architecture")
     options = parser.parse_args()
 
     warnings.simplefilter("ignore")  # timm's remarks about renamed models
@@ -107,9 +192,9 @@ def main() -> None:
     signal.signal(signal.SIGALRM, too_late)
     for number, name in enumerate(names, 1):
         signal.alarm(options.limit_s)
-        rows[name] = inspect(name, options.forward)
+        rows[name] = inspect(name, options.real_gmacs)
         signal.alarm(0)
-        outcome = rows[name].get("error") or rows[name]["found_by"]
+        outcome = rows[name].get("error") or f"{rows[name]['found_by']}, {rows[name]['logits']}"
         print(f"{number}/{len(names)} {name}: {outcome}", file=sys.stderr)
 
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +209,7 @@ def main() -> None:
         ("stages", "num_stages"),
         ("error", "error"),
         ("forward", "forward"),
+        ("logits", "logits"),
     ):
         for value, count in Counter(str(row[column]) for row in rows.values() if row.get(column)).most_common():
             print(f"  {title}: {value}: {count}")

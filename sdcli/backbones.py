@@ -41,6 +41,14 @@ class Architecture:
     """What timm's `create_model` is given besides the number of classes."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def family(self) -> str:
+        """The file of timm that it comes from, such as "resnet"; "" for a hub's or a folder's."""
+        from timm.models import is_model, model_entrypoint, split_model_name_tag
+
+        name, _ = split_model_name_tag(self.model)
+        return model_entrypoint(name).__module__.rpartition(".")[2] if is_model(name) else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the equal architecture back."""
         return {**asdict(self), "input_size": list(self.input_size), "notes": list(self.notes)}

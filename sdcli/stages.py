@@ -926,7 +926,7 @@ class _Search:
         if stages[0].windows:
             yield "The tokens lie in nested windows, not row by row; maps are put back in order."
         if not getattr(self.model, "num_classes", 0):
-            yield "The model has no classifier: its own output is not a prediction."
+            yield "The model has no classifier: its output is pooled and gets a linear one of ours."
         elif classifier is None:
             yield "No single module turns an embedding into the logits: the last stage's map, pooled, stands for it."
         if unused:

@@ -221,11 +221,58 @@ def test_inspect_prints_a_table(sdcli):
 
 def test_inspect_json_has_the_fields_of_the_plan(sdcli):
     plan = json.loads(sdcli("inspect", "resnet18", "--json", "--num-classes", 10).out)
-    assert set(plan) == {"model", "input_size", "found_by", "notes", "params", "macs", "stages"}
+    assert set(plan) == {"model", "family", "input_size", "found_by", "notes", "params", "macs", "stages"}
     assert {"module", "num_chs", "reduction", "output_fmt", "num_prefix_tokens", "params", "macs", "macs_fraction",
             "head_params", "head_macs"} <= set(plan["stages"][0])  # fmt: skip
     assert [stage["module"] for stage in plan["stages"]] == ["layer1", "layer2", "layer3", "layer4"]
     assert plan["stages"][-1]["head_params"] == 512 * 10 + 10
+
+
+def test_inspect_of_a_pattern_has_a_row_for_each_model_in_the_order_asked_for(sdcli):
+    result = sdcli("inspect", "test_vit?", "--sort", "macs", "--json")
+    plans = json.loads(result.out)
+    assert result.code == 0
+    assert {plan["model"] for plan in plans} == {"test_vit2", "test_vit3", "test_vit4"}
+    assert {plan["family"] for plan in plans} == {"vision_transformer"}
+    assert [plan["macs"] for plan in plans] == sorted(plan["macs"] for plan in plans)
+    assert plans[0]["stages"][-1]["macs_fraction"] == pytest.approx(1.0, abs=0.01)
+    table = sdcli("inspect", "test_vit?").out
+    rows = [line.split() for line in table.splitlines() if line.split()[:1] and line.split()[0].startswith("test_vit")]
+    assert [row[0] for row in rows] == ["test_vit2", "test_vit3", "test_vit4"]
+    assert rows[0][1:3] == ["vision_transformer", "160x160"]
+    assert rows[0][-8:] == ["/16", "/16", "/16", "/16", "64", "64", "64", "64"]
+
+
+def test_a_model_of_a_pattern_that_refuses_is_left_out_and_said_so(sdcli):
+    result = sdcli("inspect", "test_v[i]t*", "--exits", 8, "--json")
+    assert result.code == 0
+    assert [plan["model"] for plan in json.loads(result.out)] == [
+        "test_vit2",
+        "test_vit3",
+        "test_vit4",
+        "test_vit_relpos",
+    ]
+    assert "test_vit is left out: test_vit cannot be cut into 8 stages (--exits 7)" in result.err
+    everything = sdcli("inspect", "test_resne*", "--exits", 99)
+    assert everything.code == 2 and everything.err.startswith("error: test_resnet cannot be cut into 99 stages")
+
+
+def test_a_pattern_that_matches_nothing_gets_the_nearest_name(sdcli):
+    refused(
+        sdcli("inspect", "convnxt*"),
+        "no model matches 'convnxt*'\n"
+        "  expected: a pattern of timm's names, such as 'resnet*'\n"
+        "  fix:      did you mean 'convnext'?",
+    )
+
+
+def test_an_order_for_one_model_is_refused(sdcli):
+    refused(
+        sdcli("inspect", "resnet18", "--sort", "macs"),
+        "--sort macs without effect: 'resnet18' is one model\n"
+        "  expected: a pattern\n"
+        "  fix:      sdcli inspect 'resnet18*'",
+    )
 
 
 @pytest.mark.parametrize("command", [[], ["inspect"], ["train"], ["eval"], ["recipes", "show"], ["recipes", "list"]])

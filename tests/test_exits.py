@@ -200,3 +200,70 @@ def test_an_encoder_gets_a_final_head_of_ours():
     assert {point: signal.logits.shape for point, signal in signals.items()} == dict.fromkeys(network.points, (1, 7))
     costs = all_costs(plan, heads, 7)
     assert costs["final"].params == plan.params + plan.embedding_dim * 7 + 7
+
+
+def loss_of(network: MultiExit, images: torch.Tensor) -> torch.Tensor:
+    objective = Objective(load_recipe(["default"]).losses, network.widths)
+    return objective(network(images), Batch(images, torch.tensor([0, 1]), torch.arange(2)))[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_autocast_trains_and_stays_near(name):
+    network = build(name).eval()
+    images = images_for(network)
+    exact = network(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(images)
+        loss = loss_of(network, images)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    for point, signal in rounded.items():
+        difference = (signal.logits.float() - exact[point].logits).norm() / exact[point].logits.norm()
+        assert difference < 0.1, point
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_last_changes_no_logits(name):
+    network = build(name).eval()
+    images = images_for(network)
+    with torch.no_grad():
+        before = network(images)
+        after = network.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    for point in network.points:
+        torch.testing.assert_close(after[point].logits, before[point].logits)
+
+
+# The compiler of torch's default backend needs one for C++ on the machine; graph breaks are the same without it.
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_the_whole_forward_pass_compiles_to_one_graph(name):
+    network = build(name).eval()
+    images = images_for(network)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        eager, traced = network(images), compiled(images)
+    for point in network.points:
+        torch.testing.assert_close(traced[point].logits, eager[point].logits)
+    network.train()
+    loss_of(compiled, images).backward()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_ddp_finds_no_parameter_unused(name, one_process):
+    network = build(name).train()
+    images = images_for(network)
+    wrapped = nn.parallel.DistributedDataParallel(network, find_unused_parameters=False)
+    objective = Objective(load_recipe(["default"]).losses, network.widths)
+    batch = Batch(images, torch.tensor([0, 1]), torch.arange(2))
+    # A parameter without a gradient is complained about in the step after.
+    for _ in range(2):
+        objective(wrapped(images), batch)[0].backward()

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import filter as matching
+from typing import Annotated, Any, Literal
 
 import typer
 
-EPILOG = "Example:  sdcli inspect resnet18 --image-size 32 --num-classes 100"
+from sdcli.errors import UserError, did_you_mean
 
+EPILOG = """
+Example:  sdcli inspect resnet18 --image-size 32 --num-classes 100
+
+Example:  sdcli inspect 'convnext*' --sort macs
+"""
+
+Sort = Literal["model", "family", "params", "macs", "size", "stages"]
+SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "model": lambda row: 0,  # timm lists them in natural order: resnet18 before resnet101
+    "family": lambda row: row["family"],
+    "params": lambda row: row["params"],
+    "macs": lambda row: row["macs"],
+    "size": lambda row: row["input_size"][1:],
+    "stages": lambda row: len(row["stages"]),
+}
 
 DEFAULT_CLASSES = 1000
 """Of the heads on a model that has no classifier of its own."""
@@ -20,7 +38,10 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A timm model, such as resnet101 or vit_small_patch16_224.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A timm model, such as resnet101 or vit_small_patch16_224; or a pattern: 'convnext*'."),
+    ],
     exits: Annotated[
         str | None,
         typer.Option(help="How many exits, the final one included; or modules to tap, such as blocks.3,blocks.7."),
@@ -35,31 +56,81 @@ def inspect(
         int | None, typer.Option(min=1, help="Classes of the classifiers [default: the model's own].")
     ] = None,
     stem: Annotated[str, typer.Option(help="auto, imagenet or cifar: what small images get.")] = "auto",
+    sort: Annotated[Sort | None, typer.Option(help="Order of a pattern's models, the least first.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show where a model can be cut into exits, and what each costs.
+    """Show where a model can be cut into exits, and what each costs; of a pattern's models, one row each.
 
-    Builds the model without weights or memory (on torch's meta device) and traces one forward pass. Parameters and MACs
-    are counted from the input up to each stage, for one image; a head's own come on top.
+    Builds each model without weights or memory (on torch's meta device) and traces one forward pass. Parameters and
+    MACs are counted from the input up to each stage, for one image; a head's own come on top.
     """
     from sdcli.backbones import resolve
-    from sdcli.cli.tables import inspect_table
+    from sdcli.cli.tables import inspect_table, models_table
     from sdcli.cli.talk import note, output
     from sdcli.exits import choose_heads, plan_json
     from sdcli.networks import plan_network
     from sdcli.recipe import Network
 
-    architecture = resolve(model, num_classes=num_classes, image_size=image_size, stem=stem)
-    plan = plan_network(Network(exits=parse_exits(exits)), architecture)
-    shown = plan_json(plan, choose_heads(plan, head), num_classes or architecture.num_classes or DEFAULT_CLASSES)
-    shown["notes"] = [*architecture.notes, *plan.notes]
-    if as_json:
-        typer.echo(json.dumps(shown, indent=2))
-        return
+    def describe(name: str) -> dict[str, Any]:
+        architecture = resolve(name, num_classes=num_classes, image_size=image_size, stem=stem)
+        plan = plan_network(Network(exits=parse_exits(exits)), architecture)
+        classes = num_classes or architecture.num_classes or DEFAULT_CLASSES
+        shown = plan_json(plan, choose_heads(plan, head), classes)
+        return {**shown, "family": architecture.family, "notes": [*architecture.notes, *plan.notes]}
+
     console = output()
-    console.print(inspect_table(shown, console))
-    for text in shown["notes"]:
-        note(text)
+    if not set(model) & set("*?["):
+        if sort is not None:
+            raise UserError(
+                f"--sort {sort} without effect: '{model}' is one model", "a pattern", f"sdcli inspect '{model}*'"
+            )
+        shown = describe(model)
+        if as_json:
+            typer.echo(json.dumps(shown, indent=2))
+            return
+        console.print(inspect_table(shown, console))
+        for text in shown["notes"]:
+            note(text)
+        return
+
+    rows, refused = [], []
+    with _progress(_names(model)) as names:
+        for name in names:
+            try:
+                rows.append(describe(name))
+            except UserError as error:
+                refused.append((name, error))
+    if not rows:
+        raise refused[0][1]
+    rows.sort(key=SORT_KEYS[sort or "model"])
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        console.print(models_table(rows, console))
+    for name, refusal in refused:
+        note(f"{name} is left out: {refusal.wrong}" + (f" ({refusal.fix})" if refusal.fix else ""))
+
+
+def _names(pattern: str) -> list[str]:
+    """timm's models that match, in natural order; raises UserError where none does."""
+    import timm
+
+    known = timm.list_models()
+    if names := matching(known, pattern):
+        return names
+    near = did_you_mean(pattern.strip("*?"), {name.split("_")[0] for name in known})
+    raise UserError(f"no model matches '{pattern}'", "a pattern of timm's names, such as 'resnet*'", near)
+
+
+@contextmanager
+def _progress(names: Sequence[str]) -> Iterator[Iterator[str]]:
+    """The names one by one, with a bar on a terminal: half a second each."""
+    from rich.progress import track
+
+    from sdcli.cli.talk import talk
+
+    console = talk()
+    yield iter(track(names, "inspecting", console=console, transient=True, disable=not console.is_terminal))
 
 
 def parse_exits(text: str | None) -> Literal["auto", "none"] | int | list[str]:

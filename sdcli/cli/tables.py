@@ -73,6 +73,37 @@ def _inspect_table(plan: Mapping[str, Any], dropped: Sequence[str]) -> Table:
     return table
 
 
+def models_table(rows: Sequence[Mapping[str, Any]], console: Console) -> Table:
+    """What `inspect` shows of a pattern: one row per model, with as many columns as the terminal has room for."""
+    table = _models_table(rows, ())
+    for dropped in (("channels",), ("channels", "family")):
+        if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
+            break
+        table = _models_table(rows, dropped)
+    return table
+
+
+def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> Table:
+    table = _table(f"{len(rows)} model" + ("s" if len(rows) > 1 else ""))
+    for title in ("model", "family", "input", "params", "MACs", "stages", "channels"):
+        if title not in dropped:
+            right = title in ("input", "params", "MACs")
+            table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    for row in rows:
+        stages = row["stages"]
+        cells = {
+            "model": Text(row["model"], style="bold"),
+            "family": row["family"],
+            "input": "x".join(str(number) for number in row["input_size"][1:]),
+            "params": amount(row["params"]),
+            "MACs": amount(row["macs"]),
+            "stages": " ".join(f"/{stage['reduction']}" for stage in stages),
+            "channels": " ".join(str(stage["num_chs"]) for stage in stages),
+        }
+        table.add_row(*(cell for title, cell in cells.items() if title not in dropped))
+    return table
+
+
 def _table(title: str) -> Table:
     return Table(
         title=title,

@@ -1,0 +1,101 @@
+"""A training step of the smallest member of every timm family, on the CPU: does everything that is trained learn?
+
+    python benchmarks/train_families.py                          docs/families.csv, about ten minutes on two cores
+    python benchmarks/train_families.py --family resnet vgg      only these
+
+Each model gets its exits, two random images at its own input size and the losses of the recipe `default`; after one
+step every trained parameter must have had a finite gradient, and the loss must be finite. No weights, data or network
+are needed. `tests/test_families.py` asserts the same (slow).
+"""
+
+import argparse
+import csv
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdcli.backbones import create, resolve
+from sdcli.errors import UserError
+from sdcli.exits import attach, choose_heads
+from sdcli.networks import create_optimizer, plan_network
+from sdcli.objective import Objective
+from sdcli.recipe import Network, load_recipe
+from sdcli.signals import Batch
+
+DOCS = Path(__file__).parents[1] / "docs"
+COLUMNS = ("family", "model", "input_size", "macs_g", "params_m", "exits", "trained", "without_gradient", "loss",
+           "seconds", "error")  # fmt: skip
+CLASSES = 10
+
+
+def smallest_members() -> dict[str, str]:
+    """Of every family, the model with the fewest MACs, as `docs/models.csv` has them."""
+    with (DOCS / "models.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["macs_g"]]
+    rows.sort(key=lambda row: (float(row["macs_g"]), float(row["params_m"])))
+    smallest: dict[str, str] = {}
+    for row in rows:
+        smallest.setdefault(row["family"], row["model"])
+    return dict(sorted(smallest.items()))
+
+
+def train_one_step(model: str) -> dict[str, Any]:
+    """One row: what was trained, and which parameters had no finite gradient."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    row: dict[str, Any] = {"model": model}
+    try:
+        recipe = load_recipe(["default"], ["optimizer.lr=0.001"])
+        architecture = resolve(model, num_classes=CLASSES, image_size=None)
+        plan = plan_network(Network(), architecture)
+        network = attach(create(architecture, device="cpu"), plan, choose_heads(plan), CLASSES).train()
+        objective = Objective(recipe.losses, network.widths).train()
+        optimizer = create_optimizer([network, objective], recipe.optimizer)
+        images = torch.randn(2, *plan.input_size)
+        total, _ = objective(network(images), Batch(images, torch.tensor([1, 2]), torch.arange(2)))
+        total.backward()
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        lost = [name for name, p in trained.items() if p.grad is None or not bool(p.grad.isfinite().all())]
+        optimizer.step()
+        row |= {
+            "input_size": "x".join(map(str, plan.input_size)),
+            "macs_g": f"{plan.macs / 1e9:.3f}",
+            "params_m": f"{plan.params / 1e6:.2f}",
+            "exits": len(network.points),
+            "trained": len(trained),
+            "without_gradient": " ".join(lost),
+            "loss": f"{total.item():.3f}",
+        }
+    except UserError as error:
+        row["error"] = " ".join(str(error).split())
+    return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", help="timm's families, such as resnet and vision_transformer")
+    parser.add_argument("--output", type=Path, default=DOCS / "families.csv")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # timm's remarks about renamed models
+    members = smallest_members()
+    rows: dict[str, dict[str, Any]] = {}
+    if options.family and options.output.exists():
+        with options.output.open(newline="") as file:
+            rows = {row["family"]: row for row in csv.DictReader(file)}
+    for family in options.family or members:
+        rows[family] = {"family": family, **train_one_step(members[family])}
+        print({key: value for key, value in rows[family].items() if value}, file=sys.stderr, flush=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[family] for family in sorted(rows))
+    good = [row for row in rows.values() if not row.get("error") and not row["without_gradient"]]
+    print(f"{len(good)} of {len(rows)} families train with a gradient for every trained parameter")
+
+
+if __name__ == "__main__":
+    main()
