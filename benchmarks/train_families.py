@@ -4,8 +4,9 @@
     python benchmarks/train_families.py --family resnet vgg      only these
 
 Each model gets its exits, two random images at its own input size and the losses of the recipe `default`; after one
-step every trained parameter must have had a finite gradient, and the loss must be finite. No weights, data or network
-are needed. `tests/test_families.py` asserts the same (slow).
+step every trained parameter must have had a finite gradient, and the loss must be finite; the same again with gradient
+checkpointing where the family has it. No weights, data or network are needed. `tests/test_families.py` asserts the
+same (slow).
 """
 
 import argparse
@@ -17,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sdcli.backbones import create, resolve
 from sdcli.errors import UserError
-from sdcli.exits import attach, choose_heads
+from sdcli.exits import MultiExit, attach, choose_heads
 from sdcli.networks import create_optimizer, plan_network
 from sdcli.objective import Objective
 from sdcli.recipe import Network, load_recipe
 from sdcli.signals import Batch
 
 DOCS = Path(__file__).parents[1] / "docs"
-COLUMNS = ("family", "model", "input_size", "macs_g", "params_m", "exits", "trained", "without_gradient", "loss",
-           "seconds", "error")  # fmt: skip
+COLUMNS = ("family", "model", "input_size", "macs_g", "params_m", "exits", "trained", "without_gradient",
+           "checkpointing", "loss", "seconds", "error")  # fmt: skip
 CLASSES = 10
 
 
@@ -55,24 +57,44 @@ def train_one_step(model: str) -> dict[str, Any]:
         network = attach(create(architecture, device="cpu"), plan, choose_heads(plan), CLASSES).train()
         objective = Objective(recipe.losses, network.widths).train()
         optimizer = create_optimizer([network, objective], recipe.optimizer)
-        images = torch.randn(2, *plan.input_size)
-        total, _ = objective(network(images), Batch(images, torch.tensor([1, 2]), torch.arange(2)))
-        total.backward()
-        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        lost = [name for name, p in trained.items() if p.grad is None or not bool(p.grad.isfinite().all())]
+        batch = Batch(torch.randn(2, *plan.input_size), torch.tensor([1, 2]), torch.arange(2))
+        total, lost = backward(network, objective, batch)
+        checkpointing = "none"
+        if can_checkpoint(network.backbone):
+            again = backward(network, objective, batch)[1]
+            checkpointing = "ok" if again == lost else f"without gradient: {' '.join(again)}"
         optimizer.step()
         row |= {
             "input_size": "x".join(map(str, plan.input_size)),
             "macs_g": f"{plan.macs / 1e9:.3f}",
             "params_m": f"{plan.params / 1e6:.2f}",
             "exits": len(network.points),
-            "trained": len(trained),
+            "trained": sum(p.requires_grad for p in network.parameters()),
             "without_gradient": " ".join(lost),
-            "loss": f"{total.item():.3f}",
+            "checkpointing": checkpointing,
+            "loss": f"{total:.3f}",
         }
     except UserError as error:
         row["error"] = " ".join(str(error).split())
     return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def backward(network: MultiExit, objective: Objective, batch: Batch) -> tuple[float, list[str]]:
+    """The loss, and the trained parameters that got no finite gradient."""
+    network.zero_grad()
+    total, _ = objective(network(batch.images), batch)
+    total.backward()
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return total.item(), [n for n, p in trained.items() if p.grad is None or not bool(p.grad.isfinite().all())]
+
+
+def can_checkpoint(backbone: nn.Module) -> bool:
+    """Turns gradient checkpointing on; False for families without it."""
+    try:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError):
+        return False
+    return True
 
 
 def main() -> None:

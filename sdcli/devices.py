@@ -1,19 +1,31 @@
-"""Which device to run on: accelerate's choice, or the user's."""
+"""Which device to run on and which other processes run along: accelerate's choice, or the user's."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list, gather_object
 
-from sdcli.errors import UserError
+from sdcli.errors import UserError, unknown
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+
+T = TypeVar("T")
 
 
-def accelerator_for(device: str | None) -> Accelerator:
+def accelerator_for(device: str | None, precision: Precision = "fp32", tracker: str | None = None) -> Accelerator:
     """An accelerator on `device` (`cpu`, `cuda`, `cuda:1`, `mps`, …), or on the best there is.
 
-    Raises UserError for a device that this machine does not have.
+    It meets the other processes where a launcher has started several. Raises UserError for a device that this machine
+    does not have, a precision that the device cannot train in, and a tracker that is not installed.
     """
     if device is not None:
         try:
@@ -23,7 +35,19 @@ def accelerator_for(device: str | None) -> Accelerator:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {device} cannot be used: {reason}", f"one of {', '.join(_present())}") from None
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    return Accelerator(cpu=device == "cpu")
+    on_cpu = device == "cpu" or (device is None and _present() == ["cpu"])
+    if precision == "fp16" and on_cpu:
+        raise UserError("--precision fp16 on a CPU", "fp32, or bf16", "--precision bf16")
+    if tracker is not None:
+        _check_tracker(tracker)
+    return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=tracker)
+
+
+def _check_tracker(tracker: str) -> None:
+    if tracker not in TRACKERS:
+        raise unknown("tracker", tracker, TRACKERS)
+    if tracker not in {str(getattr(known, "value", known)) for known in get_available_trackers()}:
+        raise UserError(f"--track {tracker}: it is not installed", "its package", f"pip install {tracker}")
 
 
 def _present() -> list[str]:
@@ -33,3 +57,21 @@ def _present() -> list[str]:
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
+
+
+def from_first(accelerator: Accelerator, value: T) -> T:
+    """What the first process has, on all of them."""
+    if accelerator.num_processes == 1:
+        return value
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def interleaved(accelerator: Accelerator, own: Sequence[T]) -> list[T]:
+    """What all processes have, where the i-th of n has every n-th from i on: in the order of one process."""
+    if accelerator.num_processes == 1:
+        return list(own)
+    shares: list[list[T]] = gather_object([list(own)])
+    longest = max(map(len, shares))
+    return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]

@@ -6,8 +6,9 @@ B batch, K classes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,25 @@ class Report:
         """Plain values for JSON."""
         return {**asdict(self), "exits": [asdict(result) for result in self.exits]}
 
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` described."""
+        ensemble = ExitResult(**table["ensemble"]) if table["ensemble"] else None
+        exits = tuple(ExitResult(**result) for result in table["exits"])
+        return cls(**{**table, "exits": exits, "ensemble": ensemble})
+
     @property
     def best(self) -> ExitResult:
         """What one would pick a checkpoint by: the ensemble, as BYOT's authors do, else the only exit."""
         return self.ensemble or self.exits[-1]
+
+
+Collect: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""What all processes have of something that each has every n-th part of, on the CPU and in order."""
+
+
+def _only_one(own: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [tensor.cpu() for tensor in own]
 
 
 class _Tally:
@@ -70,8 +86,8 @@ class _Tally:
         top5 = topk_correct(logits, labels, 5)
         self.columns.append(torch.stack([correct.float(), top5.float(), nll(logits, labels), confidence]))
 
-    def result(self, point: str, cost: Cost, plain_macs: int) -> ExitResult:
-        top1, top5, losses, confidence = torch.cat(self.columns, dim=1).cpu().unbind()
+    def result(self, point: str, cost: Cost, plain_macs: int, collect: Collect) -> ExitResult:
+        top1, top5, losses, confidence = torch.cat(list(collect(self.columns)), dim=1).unbind()
         return ExitResult(
             point=point,
             top1=100.0 * top1.double().mean().item(),
@@ -96,11 +112,14 @@ def evaluate(
     dataset: str,
     split: str,
     progress: Callable[[int], None] = lambda images: None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    collect: Collect = _only_one,
 ) -> Report:
     """Scores `points` (shallowest first) and, where there are several, the ensemble of just these.
 
     `costs` holds every point's, the `ensemble`'s and the `final` one's, which speed-ups are measured against. The
-    network is left in the mode in which it came. `progress` is told how many images have been scored.
+    network is left in the mode in which it came. `progress` is told how many images have been scored. Where several
+    processes have a share of the batches each, `collect` brings them together: no image is counted twice.
     """
     tallies = {point: _Tally() for point in points}
     together = _Tally()
@@ -110,7 +129,8 @@ def evaluate(
     try:
         for batch in batches:
             batch = batch.to(device)
-            signals = network(batch.images)
+            with autocast():
+                signals = network(batch.images)
             for point, tally in tallies.items():
                 tally.add(signals[point].logits.float(), batch.labels)
             if len(points) > 1:
@@ -124,7 +144,7 @@ def evaluate(
         model=model,
         dataset=dataset,
         split=split,
-        num_images=num_images,
-        exits=tuple(tally.result(point, costs[point], plain) for point, tally in tallies.items()),
-        ensemble=together.result(ENSEMBLE, costs[ENSEMBLE], plain) if len(points) > 1 else None,
+        num_images=int(sum(collect([torch.tensor(num_images)]))),
+        exits=tuple(tally.result(point, costs[point], plain, collect) for point, tally in tallies.items()),
+        ensemble=together.result(ENSEMBLE, costs[ENSEMBLE], plain, collect) if len(points) > 1 else None,
     )

@@ -31,39 +31,16 @@ def suitable_workers(device: torch.device, preprocess: Preprocess) -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def make_loader(
-    split: Split,
-    transform: Transform,
-    *,
-    batch_size: int,
-    train: bool,
-    seed: int,
-    workers: int,
-    drop_last: bool = False,
-) -> Loader:
-    """Batches of a split. With `train` shuffled and varied, anew in each epoch: call `set_epoch` before each.
+def make_loader(split: Split, transform: Transform, batches: EpochBatches, *, seed: int | None, workers: int) -> Loader:
+    """Batches of a split whose images are read and transformed one by one; with a `seed` they are varied.
 
-    An epoch's order depends on `seed` and the epoch alone, an image's variation on `seed`, the epoch and its `index`:
-    the number of workers changes nothing, a run can go on in the middle of an epoch, and torch's, NumPy's and Python's
-    generators are left as they were. A last training batch of one image is left out, since batch normalisation cannot
-    train on it. An image that cannot be read raises its UserError while iterating, whichever process read it.
-
-    Raises UserError where no batch would be left.
+    An image's variation depends on `seed`, the epoch and its `index` alone: the number of workers changes nothing, a
+    run can go on in the middle of an epoch, and torch's, NumPy's and Python's generators are left as they were. An
+    image that cannot be read raises its UserError while iterating, whichever process read it.
     """
-    length = len(split)
-    if drop_last:
-        length -= length % batch_size
-    elif train and batch_size > 1 and length % batch_size == 1:
-        length -= 1
-    if length == 0:
-        at_least = batch_size if drop_last else 2 if train else 1
-        raise UserError(
-            f"split '{split.name}' has too few images: {len(split)}", f"at least {at_least}", "use more of the data set"
-        )
     return Loader(
-        _Served(split, transform, seed if train else None),
-        sampler=EpochSampler(len(split), length, seed if train else None),
-        batch_size=batch_size,
+        _Served(split, transform, seed),
+        batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -75,10 +52,10 @@ def make_loader(
 class Loader(DataLoader[Batch]):
     """A DataLoader whose epochs are told apart by their number; until `set_epoch` is called it is 0."""
 
-    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """The next pass is this epoch's, without its first batches where a run goes on in the middle of it."""
-        assert isinstance(self.sampler, EpochSampler) and self.batch_size is not None
-        self.sampler.set_epoch(epoch, skip_batches * self.batch_size)
+    def set_epoch(self, epoch: int, skip_updates: int = 0) -> None:
+        """The next pass is this epoch's, without its first updates where a run goes on in the middle of it."""
+        assert isinstance(self.batch_sampler, EpochBatches)
+        self.batch_sampler.set_epoch(epoch, skip_updates)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         error = None
@@ -100,34 +77,86 @@ class _Failed:
 
     error: UserError
 
-    def to(self, device: torch.device) -> Batch:
-        """Raises the error for those who read without our `Loader`: accelerate moves what it gets to a device."""
-        raise self.error
 
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, place in the split) of each image of an epoch, in random order where there is a seed.
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Which images each batch of an epoch holds, as (epoch, place in the split): one process's share of them.
 
     The epoch goes with each image, since persistent workers do not hear of a new one.
     """
 
-    def __init__(self, num_images: int, length: int, seed: int | None) -> None:
-        self.num_images, self.length, self.seed = num_images, length, seed
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        parts: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """With a `seed` for training: an order that depends on it and on the epoch alone. `batch_size` is that of an
+        update, whatever it is shared out to: `world` processes see every `world`-th of its images each, in `parts`
+        batches one after the other. An epoch's last update is made smaller so that all get as many, and is left out
+        where a batch would have a single image, since batch normalisation cannot train on it.
+
+        Without a `seed`, for scoring: everything in order, and of each `world` batches a process gets one.
+
+        Raises UserError where a batch cannot be shared out, or none would be left.
+        """
+        self.num_images, self.batch_size, self.seed = len(split), batch_size, seed
+        self.parts, self.rank, self.world = parts, rank, world
         self.epoch = self.start = 0
+        self.length = self.num_images
+        if seed is not None:
+            shares = parts * world
+            if batch_size % shares:
+                fitting = max(shares, batch_size // shares * shares)
+                raise UserError(
+                    f"a batch of {batch_size} images cannot be shared out evenly to {world} processes "
+                    f"in {parts} parts each",
+                    f"a multiple of {shares}",
+                    f"--batch-size {fitting}",
+                )
+            last = self.length % batch_size
+            least = min(2, batch_size // shares) * shares
+            self.length -= last if last < least else last % shares
+        if self.length == 0:
+            at_least = min(2, batch_size) * parts * world if seed is not None else 1
+            raise UserError(
+                f"split '{split.name}' has too few images: {len(split)}",
+                f"at least {at_least}",
+                "use more of the data set",
+            )
+
+    @property
+    def updates(self) -> int:
+        """How many updates an epoch has; of a split that is scored, how many batches there are in all."""
+        return -(-self.length // self.batch_size)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next pass is this epoch's, from its `start`-th image on. Called by accelerate too."""
+        """The next pass is this epoch's, from the update after its first `start` on."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return self.length
+        if self.seed is None:
+            return len(range(self.rank, self.updates, self.world))
+        return self.updates * self.parts
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        places = np.arange(self.num_images)
-        if self.seed is not None:
-            places = np.random.RandomState(_key(self.seed, self.epoch) % 2**32).permutation(self.num_images)
-        for place in places[self.start : self.length].tolist():
-            yield self.epoch, place
+    def places(self) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+        """The places of each batch."""
+        order = np.arange(self.num_images)
+        if self.seed is None:
+            for start in range(self.rank * self.batch_size, self.length, self.world * self.batch_size):
+                yield order[start : start + self.batch_size]
+            return
+        order = np.random.RandomState(_key(self.seed, self.epoch) % 2**32).permutation(self.num_images)[: self.length]
+        for start in range(self.start * self.batch_size, self.length, self.batch_size):
+            own = order[start : start + self.batch_size][self.rank :: self.world]
+            yield from np.split(own, self.parts)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for places in self.places():
+            yield [(self.epoch, place) for place in places.tolist()]
 
 
 class _Served(Dataset[Batch]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,12 @@ def load_weights(model: MultiExit, path: Path) -> list[str]:
     return [f"weights from {path}" + (f"; {', '.join(fresh)} stay fresh" if fresh else "")]
 
 
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that update all weights in one kernel where they are asked to."""
+
+
 def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
-    """timm's optimizer over every parameter of `modules` that is trained."""
+    """timm's optimizer over every parameter of `modules` that is trained; torch's own are fused."""
     import timm.optim
 
     if table.opt not in timm.optim.list_optimizers():
@@ -102,6 +107,13 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
         parameters, opt=table.opt, lr=table.lr, weight_decay=table.weight_decay, momentum=table.momentum
     )
     assert isinstance(optimizer, torch.optim.Optimizer)
+    if type(optimizer) in FUSED:
+        takes = inspect.signature(type(optimizer)).parameters
+        options = {name: value for name, value in optimizer.defaults.items() if name in takes}
+        options |= {"fused": True, "foreach": False}
+        # Groups differ in their weight decay only.
+        groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+        optimizer = type(optimizer)(groups, **options)
     return optimizer
 
 

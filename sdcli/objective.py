@@ -5,7 +5,7 @@ B batch, C channels, D embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +15,18 @@ from torch import Tensor, nn
 from sdcli.errors import UserError, did_you_mean
 from sdcli.exits import FINAL, Width
 from sdcli.losses import LOSSES
-from sdcli.recipe import Loss
+from sdcli.recipe import STUDENT, Loss
 from sdcli.signals import Batch, Signal
+
+
+def address(network: str, point: str) -> str:
+    """How recipes and terms call a network's point: the student's by its own name, others' as `peer.exit1`."""
+    return point if network == STUDENT else f"{network}.{point}"
+
+
+def network_of(place: str) -> str:
+    """Whose point an address means."""
+    return place.rpartition(".")[0] or STUDENT
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class Term:
     weight: float
     compare: Callable[..., Tensor]
     """The loss with its recipe keys filled in; a module where it has weights of its own."""
+    sees_batch: bool = False
+    """Whether its value couples the images of a batch."""
 
 
 def check_losses(losses: Mapping[str, Loss]) -> None:
@@ -43,26 +55,33 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
 class Objective(nn.Module):
     """All terms of a recipe. Its parameters are those of the losses that have weights of their own (`trained`)."""
 
-    def __init__(self, losses: Mapping[str, Loss], widths: Mapping[str, Width]) -> None:
-        """Builds the terms for a network with the points of `widths`, shallowest first.
+    def __init__(self, losses: Mapping[str, Loss], widths: Mapping[str, Width], frozen: Collection[str] = ()) -> None:
+        """Builds the terms for networks with the points of `widths`, by address, each network's shallowest first.
 
-        Raises UserError for an unknown loss or key, a point that is not there, weights that do not match the points,
-        and exits that no term teaches.
+        `frozen` names the networks that do not learn. Raises UserError for an unknown loss or key, a point that is not
+        there or does not learn, weights that do not match the points, and exits that no term teaches.
         """
         super().__init__()
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
         for name, loss in losses.items():
-            self._add(name, loss, widths)
-        self._check_all_taught(widths)
+            self._add(name, loss, widths, frozen)
+        self._check_all_taught(widths, frozen)
 
-    def _add(self, name: str, loss: Loss, widths: Mapping[str, Width]) -> None:
+    def _add(self, name: str, loss: Loss, widths: Mapping[str, Width], frozen: Collection[str]) -> None:
         where = f"losses.{name}"
         entry = LOSSES.find(loss.kind, where)
         options = entry.check(loss.options, where)
         is_module = isinstance(entry.call, type)
         needs_target = is_module or "teacher" in entry.takes
         points = _points(loss.on, list(widths), where)
+        for point in points:
+            if network_of(point) in frozen:
+                raise UserError(
+                    f"{where}.on = '{point}': networks.{network_of(point)} does not learn",
+                    "a point of a network that learns",
+                    f"--set networks.{network_of(point)}.learns=true",
+                )
         weights = loss.weight if isinstance(loss.weight, list) else [loss.weight] * len(points)
         if len(weights) != len(points):
             raise UserError(
@@ -86,23 +105,31 @@ class Objective(nn.Module):
                     raise
                 assert isinstance(compare, nn.Module)
                 self.trained.append(compare)
-            self.terms.append(Term(name, point, target, entry.reads, weight, compare))
+            sees_batch = bool(getattr(compare, "sees_batch", entry.sees_batch))
+            self.terms.append(Term(name, point, target, entry.reads, weight, compare, sees_batch))
 
-    def _check_all_taught(self, widths: Mapping[str, Width]) -> None:
+    def _check_all_taught(self, widths: Mapping[str, Width], frozen: Collection[str]) -> None:
         """An exit whose classifier no term reads would be trained by nothing and still be scored."""
         taught = {term.on for term in self.terms if term.reads == "logits"}
         for point in widths:
-            if point not in taught:
-                fix = 'add a loss with on = "all"'
-                if point != FINAL:
-                    fix += ', or set networks.student.exits = "none"'
+            network = network_of(point)
+            if point not in taught and network not in frozen:
+                fix = f'add a loss with on = "{address(network, "all")}"'
+                if not point.endswith(FINAL):
+                    fix += f', or set networks.{network}.exits = "none"'
                 raise UserError(
                     f"no loss teaches the classifier of {point}", "a loss on the logits of every point", fix
                 )
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all terms (a scalar) and what each loss of the recipe adds to it, detached."""
+        """The weighted sum of all terms (a scalar) and what each loss of the recipe adds to it."""
         signals = {point: signal.at_least_float() for point, signal in signals.items()}
+        # Autocast would round products inside a loss.
+        with torch.autocast(batch.images.device.type, enabled=False):
+            parts = self._parts(signals, batch)
+        return torch.stack(list(parts.values())).sum(), parts
+
+    def _parts(self, signals: Mapping[str, Signal], batch: Batch) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for term in self.terms:
             student = getattr(signals[term.on], term.reads)
@@ -112,40 +139,49 @@ class Objective(nn.Module):
                 value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
             value = value.mean() * term.weight
             parts[term.name] = parts[term.name] + value if term.name in parts else value
-        total = torch.stack(list(parts.values())).sum()
-        return total, {name: part.detach() for name, part in parts.items()}
+        return parts
 
 
-def _points(on: str | list[str], points: list[str], where: str) -> list[str]:
+def _points(on: str | list[str], places: list[str], where: str) -> list[str]:
     """The points that an `on` stands for; `exits` of a network without any stands for none."""
     chosen: list[str] = []
     for name in [on] if isinstance(on, str) else on:
-        if name == "all":
-            chosen += points
-        elif name == "exits":
-            chosen += points[:-1]
-        elif name in points:
+        network, point = network_of(name), name.rpartition(".")[2]
+        own = [place for place in places if network_of(place) == network]
+        if point == "all" and own:
+            chosen += own
+        elif point == "exits" and own:
+            chosen += own[:-1]
+        elif name in places:
             chosen.append(name)
         else:
-            raise _no_such_point(name, points, f"{where}.on")
+            raise _no_such_point(name, places, f"{where}.on")
     return chosen
 
 
-def _target(name: str, point: str, points: list[str], where: str) -> str:
+def _target(name: str, point: str, places: list[str], where: str) -> str:
     if name == "next":
-        if point == FINAL:
-            raise UserError(f"{where}: '{FINAL}' has no next deeper point", 'on = "exits" with target = "next"')
-        return points[points.index(point) + 1]
-    if name not in points:
-        raise _no_such_point(name, points, f"{where}.target")
+        if point.rpartition(".")[2] == FINAL:
+            raise UserError(f"{where}: '{point}' has no next deeper point", 'on = "exits" with target = "next"')
+        return places[places.index(point) + 1]
+    if name not in places:
+        raise _no_such_point(name, places, f"{where}.target")
     if name == point:
         raise UserError(f"{where}: {point} is compared with itself", "a target other than the point it teaches")
     return name
 
 
-def _no_such_point(name: str, points: list[str], where: str) -> UserError:
+def _no_such_point(name: str, places: list[str], where: str) -> UserError:
+    network = network_of(name)
+    if all(network_of(place) != network for place in places):
+        known = dict.fromkeys(network_of(place) for place in places)
+        return UserError(
+            f"{where} = '{name}': there is no networks.{network}",
+            "one of " + ", ".join(known),
+            did_you_mean(network, known) or f"add a [networks.{network}] table",
+        )
     return UserError(
         f"{where} = '{name}', a point that this network does not have",
-        "one of " + ", ".join(points),
-        did_you_mean(name, points),
+        "one of " + ", ".join(places),
+        did_you_mean(name, places),
     )

@@ -17,7 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sdcli.errors import UserError, invalid, unknown
 
-POINT = re.compile(r"final|exits|all|exit[1-9]\d*")
+STUDENT = "student"
+"""The network that the command line names; an address without a network means one of its points."""
+_NETWORK = r"(?:[A-Za-z]\w*\.)?"
+POINTS = re.compile(_NETWORK + r"(?:final|exits|all|exit[1-9]\d*)")
+POINT = re.compile(_NETWORK + r"(?:final|exit[1-9]\d*)")
 
 
 class Table(BaseModel):
@@ -27,8 +31,11 @@ class Table(BaseModel):
 
 
 class Network(Table):
-    """`[networks.NAME]`: who takes part."""
+    """`[networks.NAME]`: who takes part. The command line names `student`'s model, `model` that of any other."""
 
+    model: str | None = None
+    learns: bool = True
+    """Whether it is trained; one that is not is run as it will be used, in eval mode and without gradients."""
     weights: str = "random"
     """`random`, `pretrained` (timm's), or the path of a checkpoint."""
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | list[str] = "auto"
@@ -76,14 +83,14 @@ class Loss(BaseModel):
     @classmethod
     def _points(cls, on: str | list[str]) -> str | list[str]:
         for point in [on] if isinstance(on, str) else on:
-            if not POINT.fullmatch(point):
+            if not POINTS.fullmatch(point):
                 raise ValueError("'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these")
         return on
 
     @field_validator("target")
     @classmethod
     def _target(cls, target: str) -> str:
-        if target not in ("label", "next") and not re.fullmatch(r"final|exit[1-9]\d*", target):
+        if target not in ("label", "next") and not POINT.fullmatch(target):
             raise ValueError("'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'")
         return target
 
@@ -105,6 +112,8 @@ class Optimizer(Table):
     """Whether weight decay reaches norms and biases too, as in the papers' code; timm's default is that it does not."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """The largest norm of the gradient."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens when a loss is infinite or not a number: the run stops, or the update is left out."""
 
 
 class Schedule(Table):
@@ -124,6 +133,18 @@ class Schedule(Table):
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
 
 
+class Ema(Table):
+    """`[ema]`: an average of the student's weights over time, which is then what is scored and saved.
+
+    timm's `ModelEmaV3` (Polyak averaging; as a teacher: Tarvainen and Valpola 2017, arXiv:1703.01780).
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """How much of the average stays at each update."""
+    warmup: bool = True
+    """Whether the decay begins low, so that the first weights are soon forgotten."""
+
+
 class Recipe(Table):
     """A whole recipe, checked."""
 
@@ -135,11 +156,17 @@ class Recipe(Table):
     losses: dict[str, Loss]
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    ema: Ema | None = None
 
     @property
     def student(self) -> Network:
         """The network that the command line names."""
-        return self.networks.get("student", Network())
+        return self.networks.get(STUDENT, Network())
+
+    @property
+    def others(self) -> dict[str, Network]:
+        """All networks but the student, by name."""
+        return {name: network for name, network in self.networks.items() if name != STUDENT}
 
 
 def recipe_folder() -> Path:
@@ -177,10 +204,21 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         raise _explain(error, origins or {}) from None
     if not recipe.losses:
         raise UserError("the recipe has no losses", "at least one [losses.NAME] table", 'add extends = "baseline"')
-    if extra := set(recipe.networks) - {"student"}:
+    if recipe.student.model is not None:
         raise UserError(
-            f"networks.{min(extra)}: unknown network", "networks.student, the one that the command line names"
+            f"networks.student.model = {recipe.student.model!r}",
+            "nothing: the command line names the student's model",
+            f"sdcli train {recipe.student.model} …",
         )
+    if not recipe.student.learns:
+        raise UserError("networks.student.learns = false", "a student that learns")
+    for name, network in recipe.others.items():
+        if network.model is None:
+            raise UserError(
+                f"networks.{name}.model is missing",
+                "the name of a timm model; only the student's comes from the command line",
+                f'add model = "resnet18" to [networks.{name}]',
+            )
     return recipe
 
 
@@ -303,7 +341,7 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     path = list(path)
     tables: dict[str, type[BaseModel]] = {
         "networks": Network, "losses": Loss, "batch": BatchTable, "augment": Augment,
-        "optimizer": Optimizer, "schedule": Schedule,
+        "optimizer": Optimizer, "schedule": Schedule, "ema": Ema,
     }  # fmt: skip
     if path:
         model = tables.get(path[0] if path[0] in ("networks", "losses") else path[-1])

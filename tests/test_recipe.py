@@ -81,7 +81,7 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
     ("override", "expected"),
     [
         ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of augment, size\n  fix:      did you mean 'size'?"),
-        ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, epochs, extends, losses, networks, optimizer, "
+        ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, "
          "paper, schedule, title\n  fix:      did you mean 'epochs'?"),
         ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer"),
         ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1"),
@@ -111,9 +111,19 @@ def test_a_mistake_in_a_parent_names_the_parent(tmp_path):
     assert message([write(tmp_path, 'extends = "./parent.toml"\n')]).startswith(f"{parent}: batch.size = 0\n")
 
 
-def test_an_unknown_network_is_refused():
+def test_another_network_needs_a_model():
     assert message(["byot"], ["networks.teacher.head=linear"]) == (
-        "networks.teacher: unknown network\n  expected: networks.student, the one that the command line names"
+        "networks.teacher.model is missing\n"
+        "  expected: the name of a timm model; only the student's comes from the command line\n"
+        '  fix:      add model = "resnet18" to [networks.teacher]'
+    )
+
+
+def test_the_students_model_is_the_command_lines():
+    assert message(["byot"], ["networks.student.model=resnet50"]) == (
+        "networks.student.model = 'resnet50'\n"
+        "  expected: nothing: the command line names the student's model\n"
+        "  fix:      sdcli train resnet50 …"
     )
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "sdcli"
 
 ROWS = [
-    {"errors"},
-    {"registry", "recipe", "signals", "stages", "metrics"},
+    {"errors", "ramps"},
+    {"registry", "recipe", "signals", "stages", "metrics", "state"},
     {"losses", "derived", "heads", "stem", "transforms"},
     {"backbones"},
     {"exits", "checkpoint", "devices", "data"},
     {"objective", "networks", "loaders", "evaluate"},
-    {"runs"},
-    {"train", "scoring"},
+    {"learner", "runs"},
+    {"prepare", "scoring"},
+    {"train"},
     {"cli"},
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -69,6 +70,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # Most errors are everyone's: the first process has said it, and its launcher ends the others.
+            time.sleep(5)
         _print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:

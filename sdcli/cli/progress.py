@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 from rich.console import Group
 from rich.live import Live
@@ -15,44 +16,66 @@ from rich.text import Text
 from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import note, talk
 from sdcli.evaluate import Report
-from sdcli.train import Epoch, Finished, Step, Training
+from sdcli.prepare import Training
+from sdcli.train import Epoch, Finished, Step, Stopped
 
 PLAIN_EVERY_S = 30.0
 """How often a long epoch says where it is when nobody watches a terminal."""
 
 
-def follow(training: Training, events: Iterable[Step | Epoch | Finished]) -> None:
-    """Shows a run until it is done."""
+Event: TypeAlias = Step | Epoch | Finished | Stopped
+
+
+def follow(training: Training, events: Iterable[Event]) -> Stopped | None:
+    """Shows a run until it is done, or stopped. Of several processes only the first one talks."""
+    if not training.is_first:
+        return next((event for event in events if isinstance(event, Stopped)), None)
     console = talk()
     for text in training.notes:
         note(text)
     console.print(_heading(training))
-    if console.is_terminal:
-        _follow_live(training, events)
-    else:
-        _follow_plain(training, events)
+    stopped = (_follow_live if console.is_terminal else _follow_plain)(training, events)
+    if stopped is not None:
+        console.print(
+            Text.assemble(
+                f"stopped in epoch {stopped.epoch} after update {stopped.update}, all is saved; to go on: ",
+                (f"sdcli train --resume {training.run.folder}", "bold"),
+            ),
+            soft_wrap=True,
+        )
+    return stopped
 
 
 def _heading(training: Training) -> Text:
     about = training.description
+    position = training.position
+    where = ""
+    if (position.epoch, position.update) != (1, 0):
+        where = f", going on in epoch {position.epoch} after update {position.update}"
+        if position.epoch > training.epochs:
+            where = ", all of them done: --epochs N goes on"
     return Text.assemble(
         (about.architecture.model, "bold"),
         f" on {about.dataset['name']}: {training.num_train:,} training images, "
         + (f"{training.num_val:,} held out to choose by" if training.num_val else "none held out, so no best is chosen")
-        + f"; {training.epochs} epochs of {training.updates_per_epoch} steps on {training.accelerator.device}"
+        + f"; {training.epochs} epochs of {training.updates_per_epoch} updates{where} on {training.accelerator.device}"
         f" -> {training.run.folder}",
     )
 
 
-def _follow_plain(training: Training, events: Iterable[Step | Epoch | Finished]) -> None:
+def _follow_plain(training: Training, events: Iterable[Event]) -> Stopped | None:
     console = talk()
     told = time.monotonic()
     for event in events:
+        if isinstance(event, Stopped):
+            return event
         if isinstance(event, Step):
+            if event.shares:
+                console.print(_shares(event), soft_wrap=True)
             if time.monotonic() - told >= PLAIN_EVERY_S:
                 told = time.monotonic()
                 console.print(
-                    f"epoch {event.epoch}/{training.epochs}  step {event.step}/{event.steps}  "
+                    f"epoch {event.epoch}/{training.epochs}  update {event.update}/{event.updates}  "
                     f"{event.images_per_s:,.0f} images/s  {_losses(event.losses)}",
                     soft_wrap=True,
                 )
@@ -62,9 +85,10 @@ def _follow_plain(training: Training, events: Iterable[Step | Epoch | Finished])
             console.print(line + (f"  |  {_scores(event.validation)}" if event.validation else ""), soft_wrap=True)
         else:
             _finish(event)
+    return None
 
 
-def _follow_live(training: Training, events: Iterable[Step | Epoch | Finished]) -> None:
+def _follow_live(training: Training, events: Iterable[Event]) -> Stopped | None:
     console = talk()
     bar = Progress(
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -75,24 +99,32 @@ def _follow_live(training: Training, events: Iterable[Step | Epoch | Finished]) 
         console=console,
     )
     steps = training.updates_per_epoch
-    task = bar.add_task("", total=training.epochs * steps, epoch=1, epochs=training.epochs, speed=0.0)
+    position = training.position
+    done = (position.epoch - 1) * steps + position.update
+    task = bar.add_task(
+        "", total=training.epochs * steps, completed=done, epoch=position.epoch, epochs=training.epochs, speed=0.0
+    )
     epochs: list[Epoch] = []
-    losses = Text()
+    losses, shares = Text(), Text()
     with Live(Group(bar), console=console, refresh_per_second=8) as live:
         for event in events:
+            if isinstance(event, Stopped):
+                return event
             if isinstance(event, Step):
-                done = (event.epoch - 1) * steps + event.step
+                done = (event.epoch - 1) * steps + event.update
                 bar.update(task, completed=done, epoch=event.epoch, speed=event.images_per_s)
                 losses = Text(f"lr {event.lr:.2g}   {_losses(event.losses)}", style="dim")
+                shares = Text(_shares(event), style="dim") if event.shares else shares
             elif isinstance(event, Epoch):
                 epochs.append(event)
                 bar.update(task, completed=event.epoch * steps, speed=event.images_per_s)
             else:
-                live.update(Group(_epoch_table(epochs), bar))
+                live.update(Group(_epoch_table(epochs), bar) if epochs else Group(bar))
                 live.stop()
                 _finish(event)
-                return
-            live.update(Group(_epoch_table(epochs), losses, bar) if epochs else Group(losses, bar))
+                return None
+            live.update(Group(*([_epoch_table(epochs)] if epochs else []), shares, losses, bar))
+    return None
 
 
 def _epoch_table(epochs: list[Epoch], rows: int = 8) -> Table:
@@ -119,6 +151,12 @@ def _finish(event: Finished) -> None:
     which = f"epoch {event.epoch} of {event.checkpoint.name}"
     console.print(f"{which}, top-1 on {report.split}: {_scores(report)}", soft_wrap=True)
     console.print(Text.assemble("next: ", (f"sdcli eval {event.checkpoint} --exits all", "bold")), soft_wrap=True)
+
+
+def _shares(step: Step) -> str:
+    """How much each loss pulls at the student's weights."""
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in (step.shares or {}).items())
+    return f"gradient at epoch {step.epoch}, update {step.update}: {shares}"
 
 
 def _losses(losses: dict[str, float]) -> str:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sdcli.cli.inspect import parse_exits
 from sdcli.errors import UserError
 
-EPILOG = "Example:  sdcli train resnet18 --dataset digits --recipe quick --output runs/first"
+EPILOG = """
+Example:  sdcli train resnet18 --dataset digits --recipe quick --output runs/first
+
+Example:  sdcli train --resume runs/first
+"""
 
 
 def register(app: typer.Typer) -> None:
@@ -19,18 +26,20 @@ def register(app: typer.Typer) -> None:
     app.command("train", epilog=EPILOG)(train)
 
 
-RECIPE, MODEL, DATA, RUN = "Recipe", "Model", "Data", "Run"
+RECIPE, MODEL, DATA, RUN, SPEED = "Recipe", "Model", "Data", "Run", "Speed and memory"
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="A timm model, such as resnet18.")],
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="A timm model, such as resnet18.", show_default=False)] = None,
     dataset: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="digits, cifar10, cifar100, a hub id (owner/name), or a folder: parquet, or one folder per class.",
             rich_help_panel=DATA,
+            show_default=False,
         ),
-    ],
+    ] = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,50 +114,151 @@ def train(
         Path | None,
         typer.Option("--output", "-o", help="The run folder. [default: runs/TIME-MODEL-RECIPE]", rich_help_panel=RUN),
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with the run in this folder; auto: with the one in --output, if there is one.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="UPDATES", help="Save the state within epochs too.", rich_help_panel=RUN),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.", rich_help_panel=RUN)] = 42,
+    track: Annotated[
+        str | None,
+        typer.Option(help="Log to tensorboard, trackio, wandb or mlflow too.", rich_help_panel=RUN),
+    ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps, … [default: the best there is]", rich_help_panel=RUN),
+        typer.Option(help="cpu, cuda, cuda:1, mps, … [default: the best there is]", rich_help_panel=SPEED),
     ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        typer.Option(help="Of the networks' arithmetic; losses are always fp32.", rich_help_panel=SPEED),
+    ] = "fp32",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile networks and losses with torch.compile.", rich_help_panel=SPEED)
+    ] = False,
+    channels_last: Annotated[
+        bool,
+        typer.Option("--channels-last", help="Keep channels innermost in memory.", rich_help_panel=SPEED),
+    ] = False,
+    grad_accum_steps: Annotated[
+        int,
+        typer.Option(min=1, help="Work off each update's images in so many parts: less memory.", rich_help_panel=SPEED),
+    ] = 1,
+    grad_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--grad-checkpointing", help="Work activations out twice rather than keep them.", rich_help_panel=SPEED
+        ),
+    ] = False,
 ) -> None:
     """Train a model and its exits by a recipe.
 
     Where the data have no validation split, a tenth of the training images is held out to choose the best epoch by; the
-    test split is left for `sdcli eval`.
+    test split is left for `sdcli eval`. Ctrl-C saves the run's state and leaves.
     """
-    from sdcli.recipe import load_recipe
-
-    names = recipe or ["default"]
-    overrides = list(set_ or [])
     if pretrained and weights:
         raise UserError("--pretrained and --weights exclude each other", "one of them")
     short = {"epochs": epochs, "batch.size": batch_size, "optimizer.lr": lr, "networks.student.stem": stem}
     short |= {"networks.student.weights": "pretrained" if pretrained else (str(weights) if weights else None)}
-    chosen = [f"{key}={_toml(value)}" for key, value in short.items() if value is not None]
+    overrides = [*(set_ or []), *(f"{key}={_toml(value)}" for key, value in short.items() if value is not None)]
     if exits is not None:
-        chosen.append(f"networks.student.exits={_toml(parse_exits(exits))}")
-    loaded = load_recipe(names, [*overrides, *chosen])
-    label = Path(names[-1]).stem
-    folder = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('/', '_')}-{label}"
+        overrides.append(f"networks.student.exits={_toml(parse_exits(exits))}")
+    chosen: dict[str, Any] = {
+        "model": model,
+        "dataset": dataset,
+        "image_key": image_key,
+        "label_key": label_key,
+        "image_size": image_size,
+        "val_fraction": val_fraction,
+        "limit_train": limit_train,
+        "limit_val": limit_val,
+        "seed": seed,
+        "device": device,
+        "workers": workers,
+        "precision": precision,
+        "compile": compile_,
+        "channels_last": channels_last,
+        "grad_checkpointing": grad_checkpointing,
+        "grad_accum_steps": grad_accum_steps,
+        "save_every": save_every,
+        "track": track,
+    }
+    said = {name for name in chosen if _was_given(ctx, "compile_" if name == "compile" else name)}
+    going_on = _run_to_resume(resume, output)
+
+    from sdcli.recipe import load_recipe
+
+    whole = load_recipe(recipe or ["default"], overrides) if recipe or not going_on else None
+    if not going_on:
+        if model is None or dataset is None:
+            missing = "MODEL" if model is None else "--dataset"
+            raise UserError(
+                f"{missing} is missing", "a model and a data set", "sdcli train resnet18 --dataset cifar100"
+            )
+        label = Path((recipe or ["default"])[-1]).stem
+        folder = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('/', '_')}-{label}"
 
     from sdcli.cli.progress import follow
-    from sdcli.train import Settings, fit, prepare
+    from sdcli.prepare import Settings, prepare, resumed
+    from sdcli.prepare import resume as go_on
+    from sdcli.train import fit
 
-    settings = Settings(
-        model=model,
-        dataset=dataset,
-        image_key=image_key,
-        label_key=label_key,
-        image_size=image_size,
-        val_fraction=val_fraction,
-        limit_train=limit_train,
-        limit_val=limit_val,
-        seed=seed,
-        device=device,
-        workers=workers,
-    )
-    training = prepare(settings, loaded, folder)
-    follow(training, fit(training))
+    if going_on:
+        given = {name: chosen[name] for name in said}
+        settings, loaded = resumed(going_on, given, whole, overrides)
+        training = go_on(going_on, settings, loaded)
+    else:
+        assert whole is not None
+        training = prepare(Settings(**chosen), whole, folder)
+    with _signals() as told_to_stop:
+        stopped = follow(training, fit(training, told_to_stop))
+    if stopped is not None:
+        raise typer.Exit(128 + stopped.signal)
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _run_to_resume(resume: str | None, output: Path | None) -> Path | None:
+    """The folder of the run that goes on; None where a new one starts."""
+    if resume is None:
+        return None
+    if resume != "auto":
+        if output is not None and output != Path(resume):
+            raise UserError("--resume RUN and --output exclude each other", "one of them: a run stays where it is")
+        return Path(resume)
+    if output is None:
+        raise UserError(
+            "--resume auto does not know where the run is", "--output RUN beside it", "--resume auto --output runs/mine"
+        )
+    return output if (output / "state" / "last.pt").exists() else None
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], int | None]]:
+    """Ctrl-C and SIGTERM are noted rather than obeyed, so that the run can save its state; the second is obeyed."""
+    got: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        got.append(number)
+        signal.signal(number, former[number])
+
+    former: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in former:
+        signal.signal(number, note)
+    try:
+        yield lambda: got[0] if got else None
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _toml(value: Any) -> str:

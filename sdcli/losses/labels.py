@@ -1,25 +1,155 @@
-"""Losses against the labels.
+"""Losses against the labels, and labels made softer.
 
-B images, K classes
+B images, K classes, H W map
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from sdcli.errors import UserError
 from sdcli.losses import LOSSES
 from sdcli.signals import Batch
 
 
 @LOSSES.register("cross_entropy", reads="logits")
-def cross_entropy(student: Tensor, batch: Batch, *, smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> Tensor:
-    """Cross entropy with the labels, per image [B].
+def cross_entropy(
+    student: Tensor,
+    batch: Batch,
+    *,
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    smooth_over: Literal["all", "others"] = "all",
+    standardise: bool = False,
+) -> Tensor:
+    """Cross entropy with the labels (class numbers [B], or shares of each class [B, K]), per image [B].
 
-    `smoothing` moves that share of the label's probability to all K classes alike (Szegedy et al. 2016,
-    arXiv:1512.00567).
+    `smoothing` moves that share of the label's probability to other classes: with `smooth_over` "all" to all K alike
+    (Szegedy et al. 2016, arXiv:1512.00567; torch and timm), with "others" to the K-1 wrong ones only (the code of Tf-KD
+    and of Zipf's label smoothing), which takes a little more from the label. `standardise` divides each image's logits
+    by their own standard deviation first (MIX-KD, Choi et al. 2023, arXiv:2211.03946).
     """
-    return F.cross_entropy(student, batch.labels, reduction="none", label_smoothing=smoothing)
+    logits = standardised(student) if standardise else student
+    if smooth_over == "all":
+        return F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+    share = smoothing * logits.shape[1] / (logits.shape[1] - 1)
+    hard = F.cross_entropy(logits, batch.labels, reduction="none")
+    return (1 - share) * hard - share * F.log_softmax(logits, dim=1).mean(dim=1)
+
+
+@LOSSES.register("virtual_teacher", reads="logits")
+def virtual_teacher(
+    student: Tensor,
+    batch: Batch,
+    *,
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.99,
+    temperature: Annotated[float, Field(gt=0)] = 20.0,
+) -> Tensor:
+    """KL divergence from a made-up teacher that is always right: Tf-KD's regularisation (Yuan et al. 2020,
+    arXiv:1909.11723), per image [B].
+
+    The teacher gives the label `confidence` and shares the rest out among the other classes; `temperature` then
+    flattens it. Needs hard labels: raises UserError with mixup or cutmix.
+
+    Follows the authors' code: what is divided by the temperature and sent through a softmax is the teacher's
+    probabilities, so at 20 it is nearly uniform, and the student has no temperature and the loss no factor T^2. Their
+    `KLDivLoss` also divides by K; their multiplier of 100 on CIFAR-100 takes that back, and neither is here.
+    """
+    labels, num_classes = hard_labels(batch, "virtual_teacher"), student.shape[1]
+    teacher = torch.full_like(student, (1 - confidence) / (num_classes - 1))
+    teacher.scatter_(1, labels[:, None], confidence)
+    log_q = F.log_softmax(teacher / temperature, dim=1)
+    return F.kl_div(F.log_softmax(student, dim=1), log_q, reduction="none", log_target=True).sum(dim=1)
+
+
+@LOSSES.register("tf_nkd", reads="logits", sees_batch=True)
+def tf_nkd(student: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy weighted by how sure the network itself is of the label, next to the batch's mean: teacher-free NKD
+    (Yang et al. 2022, arXiv:2208.10139), per image [B].
+
+    The weight p[label] + 1 - mean p[label] is a constant for the gradient, and its mean is the batch of one process:
+    with several the weights differ from those of one. Stands beside an ordinary cross entropy. Needs hard labels:
+    raises UserError with mixup or cutmix (the authors' code then takes the two largest shares).
+    """
+    log_p = label_column(F.log_softmax(student, dim=1), hard_labels(batch, "tf_nkd"))
+    p = log_p.detach().exp()
+    return -(p + 1 - p.mean()) * log_p
+
+
+@LOSSES.register("zipf", reads="logits")
+def zipf(
+    student: Tensor, teacher: Tensor, batch: Batch, *, power: Annotated[float, Field(gt=0)] = 1.0, mask: bool = False
+) -> Tensor:
+    """KL divergence of the wrong classes from Zipf's law, ranked by votes: Zipf's label smoothing (Liang et al. 2022,
+    arXiv:2207.12980), per image [B].
+
+    The target is whatever ranks the classes: logits [B, K], or the classifier's logits at every place of a map
+    [B, K, H, W], where each place has one vote. A class of rank r gets a share proportional to r^-`power`; classes with
+    equally many votes share the smaller rank; the label's own rank is taken, then left out. `mask` teaches only the
+    images that the student gets right (off in the paper), and sees the batch of one process: they count for more, the
+    fewer they are. No gradient passes the ranks. Needs hard labels: raises UserError with mixup or cutmix.
+    """
+    labels = hard_labels(batch, "zipf")
+    q = zipf_label(votes(teacher) if teacher.ndim > 2 else teacher, labels, power)
+    log_p = F.log_softmax(other_columns(student, labels), dim=1)
+    loss = F.kl_div(log_p, q, reduction="none").sum(dim=1)
+    if not mask:
+        return loss
+    right = (student.argmax(dim=1) == labels).to(loss.dtype)
+    return loss * right / right.mean().clamp(min=1 / len(right))
+
+
+def zipf_label(scores: Tensor, labels: Tensor, power: float = 1.0) -> Tensor:
+    """Shares of the K-1 wrong classes [B, K-1], in the order of their numbers, by the rank of their scores [B, K]."""
+    # How many classes have a higher score: a search in the sorted row, so that no B x K x K tensor is made.
+    lowness = -scores.contiguous()
+    above = torch.searchsorted(lowness.sort(dim=1).values, lowness)
+    return F.normalize(other_columns((above + 1).to(scores.dtype).pow(-power), labels), p=1.0, dim=1)
+
+
+def votes(dense: Tensor) -> Tensor:
+    """How many places of a map [B, K, H, W] each class wins [B, K]."""
+    winners = dense.flatten(2).argmax(dim=1)
+    return dense.new_zeros(dense.shape[:2]).scatter_add_(1, winners, torch.ones_like(winners, dtype=dense.dtype))
+
+
+def mixed_with_past(past: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    """PS-KD's target (Kim et al. 2021, arXiv:2006.12000): labels and the probabilities of an epoch ago [B, K], mixed.
+
+    `alpha` is the share of the past. A cross entropy with this target is (1 - alpha) times one with the labels plus
+    alpha times one with the past, so a recipe needs two losses whose weights change over time, and not this function.
+    """
+    return (1 - alpha) * F.one_hot(labels, past.shape[1]) + alpha * past
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Logits [B, K] divided by their standard deviation over the classes."""
+    # Inside the root, so that equal logits give zeros and a gradient that is finite.
+    return logits / (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
+
+
+def label_column(values: Tensor, labels: Tensor) -> Tensor:
+    """Each image's value at its label [B]."""
+    return values.gather(1, labels[:, None]).squeeze(1)
+
+
+def other_columns(values: Tensor, labels: Tensor) -> Tensor:
+    """Each image's values [B, K] without the one at its label [B, K-1]."""
+    # Not a boolean mask: that one waits for the GPU, to learn how many values remain.
+    columns = torch.arange(values.shape[1] - 1, device=values.device).expand(len(values), -1)
+    return values.gather(1, columns + (columns >= labels[:, None]))
+
+
+def hard_labels(batch: Batch, loss: str) -> Tensor:
+    """The class numbers [B]; raises UserError where labels are mixed."""
+    if batch.labels.ndim != 1:
+        raise UserError(
+            f"the loss '{loss}' needs one class per image, and these labels are mixed",
+            "a recipe without mixup and cutmix",
+            "take [batch.mixup] and [batch.cutmix] out of the recipe",
+        )
+    return batch.labels

@@ -1,0 +1,76 @@
+"""Losses that look at how the images of a batch relate to each other, and what is made from such relations.
+
+B images, K classes, C channels, H W map, D embedding, A anchors, M mates
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from sdcli.losses import LOSSES
+from sdcli.losses.features import attention_map
+from sdcli.signals import Batch
+
+
+@LOSSES.register("similarity", reads="features", sees_batch=True)
+def similarity(
+    student: Tensor,
+    teacher: Tensor,
+    batch: Batch,
+    *,
+    of: Literal["features", "attention"] = "features",
+    power: Annotated[float, Field(ge=1)] = 2.0,
+) -> Tensor:
+    """Which images of the batch are alike: the B x B matrices of both sides, mean squared difference, a scalar.
+
+    `of` "features" compares whole maps: similarity-preserving KD (Tung and Mori 2019, arXiv:1907.09682), weight 3000 in
+    its code. "attention" compares where the images' channels are large, with `power` as in `attention`: SCD (Wan et al.
+    2023), a reconstruction from its abstract. Both sides may have any shape. Sees the batch of one process: its value
+    and its strength change with the batch size, and with a single image it is zero.
+    """
+    maps = [attention_map(m, power) if of == "attention" else m.flatten(1) for m in (student, teacher)]
+    one, other = (F.normalize(m @ m.T, dim=1) for m in maps)
+    return (one - other).square().mean()
+
+
+@torch.no_grad()
+def propagate(logits: Tensor, embeddings: Tensor, *, omega: float, temperature: float) -> Tensor:
+    """Soft targets [B, K] that borrow from similar images of the batch: BAKE (Ge et al. 2021, arXiv:2104.13298).
+
+    Probabilities at `temperature`; rows sum to 1. `omega` is how far a prediction may be carried: 0 keeps one's own,
+    0.5 and 0.9 are the paper's. Sees the batch of one process (the authors gather all on ImageNet). Worked out in
+    float32 or better; no gradient passes.
+    """
+    same = torch.eye(len(logits), device=logits.device, dtype=torch.bool)
+    unit = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
+    affinity = (unit @ unit.T).masked_fill(same, -1e9).softmax(dim=1).masked_fill(same, 0.0)
+    p = F.softmax(logits.to(unit.dtype) / temperature, dim=1)
+    targets: Tensor = (1 - omega) * torch.linalg.solve(same.to(unit.dtype) - omega * affinity, p)
+    return targets
+
+
+def classmates(
+    labels: Tensor, anchors: Tensor, num: int = 1, *, itself: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """For each anchor (a place in `labels`) the places of `num` images of its class, drawn at random [A, M].
+
+    With `itself` an anchor may be drawn as its own mate, as in CS-KD (Yun et al. 2020, arXiv:2003.13964); without, it
+    is so only where its class has no other image, as in BAKE. The mates of one anchor differ as long as the class has
+    enough images.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    order = shuffled[labels[shuffled].argsort(stable=True)]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    count = torch.bincount(labels)
+    first = count.cumsum(0) - count
+    size, start, own = count[labels[anchors]], first[labels[anchors]], place[anchors] - first[labels[anchors]]
+    # A random stretch of the class's shuffled circle, which begins right after the anchor where that is left out.
+    drawn = size if itself else (size - 1).clamp(min=1)
+    offset = (torch.rand(len(anchors), generator=generator, dtype=torch.float64) * drawn).long()
+    steps = (offset[:, None] + torch.arange(num)) % drawn[:, None] + (0 if itself else 1)
+    return order[start[:, None] + (own[:, None] + steps) % size[:, None]]

@@ -1,0 +1,461 @@
+"""From settings and a recipe to everything that a run needs, checked and built, or brought back from a run's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from sdcli import data, loaders, transforms
+from sdcli.backbones import Architecture, pretrained_transform, resolve
+from sdcli.checkpoint import Description
+from sdcli.devices import Precision, accelerator_for, from_first, interleaved
+from sdcli.errors import UserError
+from sdcli.exits import MultiExit, choose_heads
+from sdcli.learner import Learner
+from sdcli.networks import build_network, create_optimizer, create_schedule, plan_network
+from sdcli.objective import Objective, address, check_losses
+from sdcli.recipe import STUDENT, Network, Recipe, check_recipe, load_recipe, to_toml
+from sdcli.runs import Run, check_output, read_settings, state_file
+from sdcli.stages import StagePlan
+from sdcli.state import load_state, random_states, restore_random_states, save_state
+
+MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "track")
+"""Settings that a resumed run may be given anew: they change how it is worked out, not what."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chooses beside the recipe: what changes from run to run."""
+
+    model: str
+    dataset: str
+    image_key: str | None = None
+    label_key: str | None = None
+    image_size: int | None = None
+    val_fraction: float = 0.1
+    limit_train: int | None = None
+    limit_val: int | None = None
+    seed: int = 42
+    device: str | None = None
+    workers: int | None = None
+    """None: as many as suit."""
+    precision: Precision = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    grad_accum_steps: int = 1
+    """In how many parts the images of an update are worked off, to save memory."""
+    save_every: int | None = None
+    """Updates after which the state is saved within an epoch; it is always saved after one."""
+    track: str | None = None
+    """One of accelerate's trackers."""
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    epoch: int = 1
+    """The epoch that is being trained, counted from 1."""
+    update: int = 0
+    """Updates done in it; all of them where only the scoring is left."""
+    num_images: int = 0
+    """Seen in it so far, by all processes."""
+    lr: float = 0.0
+    """Of the last update."""
+    sums: Tensor | None = None
+    """What each loss added, times the images that this process saw [losses]."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Each loss's share of the gradient's norm, when it was last measured in this epoch."""
+
+
+@dataclass
+class Training:
+    """Everything that a run needs, checked and ready to go."""
+
+    settings: Settings
+    recipe: Recipe
+    accelerator: Accelerator
+    learner: Learner
+    """The networks and their objective themselves: what is measured and saved."""
+    module: nn.Module
+    """The same as accelerate wraps it for training."""
+    optimizer: Any
+    schedule: Any
+    ema: Any
+    """timm's average of the student's weights, or None."""
+    loader: Any
+    """This process's training batches; `set_epoch` gives the next epoch its own order and augmentation."""
+    scored_loader: Any
+    """Batches of the split that is scored: validation, or test where nothing is held out."""
+    scored_split: str
+    description: Description
+    run: Run
+    updates_per_epoch: int
+    num_train: int
+    num_val: int
+    data: dict[str, Any]
+    """What tells the training split from another."""
+    position: Position = field(default_factory=Position)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def network(self) -> MultiExit:
+        """What is scored and saved: the student, or the average of its weights."""
+        network = self.learner.student if self.ema is None else self.ema.module
+        assert isinstance(network, MultiExit)
+        return network
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole run."""
+        return self.recipe.epochs
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+
+def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
+    """Checks everything and builds it; the run folder is made last. Raises UserError before any image is read for what
+    is wrong with recipe, model or folder, and before the first batch for the rest.
+    """
+    accelerator = _check(settings, recipe)
+    output = from_first(accelerator, output)
+    if accelerator.is_main_process:
+        check_output(output)
+    training = _build(settings, recipe, accelerator, None)
+    if training.is_first:
+        training.run = Run(output)
+        training.run.write_recipe(to_toml(recipe))
+        training.run.write_settings(asdict(settings))
+    else:
+        training.run.folder = output
+    save(training)
+    _start_tracker(training)
+    return training
+
+
+def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
+    """The run in `folder` as it was when its state was saved; `resumed` tells what to pass on.
+
+    On a CPU it ends with the bits of a run that was never stopped. Raises UserError where the data are not those that
+    it was trained on.
+    """
+    accelerator = _check(settings, recipe)
+    state = load_state(state_file(folder))
+    training = _build(settings, recipe, accelerator, state["data"])
+    _restore(training, state)
+    if training.is_first:
+        training.run = Run.reopen(folder, training.position.epoch - 1)
+        training.run.write_recipe(to_toml(recipe))
+        training.run.write_settings(asdict(settings))
+    else:
+        training.run.folder = folder
+    accelerator.wait_for_everyone()
+    _start_tracker(training)
+    return training
+
+
+def resumed(
+    folder: Path, given: Mapping[str, Any], recipe: Recipe | None, overrides: list[str]
+) -> tuple[Settings, Recipe]:
+    """Settings and recipe of a run that goes on, with what the command line gives anew.
+
+    `given` are settings by name; `recipe` is a whole one, where one is named, and `overrides` refine the run's own
+    where none is. Raises UserError for a change that would make it another run.
+    """
+    table = read_settings(folder)
+    known = {f.name for f in fields(Settings)}
+    former = Settings(**{name: value for name, value in table.items() if name in known})
+    for name, value in given.items():
+        was = getattr(former, name)
+        if value != was and name not in MAY_CHANGE:
+            raise UserError(
+                f"the run in '{folder}' was started with {name} = {was!r}, not {value!r}",
+                f"the same, or a change of epochs, {', '.join(MAY_CHANGE)}",
+                f"leave --{name.replace('_', '-')} out, or start a new run",
+            )
+    own = load_recipe([str(folder / "recipe.toml")])
+    wanted = recipe or load_recipe([str(folder / "recipe.toml")], overrides)
+    changed = _first_difference(own.model_dump(exclude={"epochs"}), wanted.model_dump(exclude={"epochs"}))
+    if changed:
+        key, was, now = changed
+        raise UserError(
+            f"the recipe of the run in '{folder}' has {key} = {was!r}, not {now!r}",
+            "the recipe that it was started with; only epochs may change",
+            "leave it out, or start a new run",
+        )
+    return replace(former, **given), check_recipe({**own.model_dump(exclude_none=True), "epochs": wanted.epochs})
+
+
+def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(key for key in other if key not in one)]:
+            found = _first_difference(one.get(key), other.get(key), f"{at}.{key}" if at else str(key))
+            if found:
+                return found
+        return None
+    return None if one == other else (at, one, other)
+
+
+def _check(settings: Settings, recipe: Recipe) -> Accelerator:
+    """What shows without data: losses, models, augmentation, device."""
+    check_losses(recipe.losses)
+    resolve(settings.model, num_classes=None, image_size=None)
+    for name, network in recipe.others.items():
+        try:
+            resolve(str(network.model), num_classes=None, image_size=None)
+        except UserError as error:
+            error.wrong = f"networks.{name}.model: {error.wrong}"
+            raise
+    transforms.check_policy(recipe.batch.augment.policy)
+    return accelerator_for(settings.device, settings.precision, settings.track)
+
+
+def _build(
+    settings: Settings, recipe: Recipe, accelerator: Accelerator, trained_on: Mapping[str, Any] | None
+) -> Training:
+    with accelerator.main_process_first():
+        dataset = data.open_dataset(settings.dataset, image_key=settings.image_key, label_key=settings.label_key)
+    train_split, val_split = data.training_splits(dataset, settings.val_fraction, settings.seed)
+    train_split = data.limit(train_split, settings.limit_train, settings.seed)
+    val_split = data.limit(val_split, settings.limit_val, settings.seed) if val_split else None
+    _check_data(train_split, trained_on)
+    size, mean, std = data.measure(dataset)
+    pretrained = recipe.student.weights == "pretrained"
+    image_size = settings.image_size or (None if pretrained else data.natural_size(size))
+    classes = list(dataset.classes)
+
+    set_seed(settings.seed)
+    student, architecture, plan, heads, notes = _network(recipe.student, settings.model, classes, image_size)
+    preprocess = transforms.Preprocess(architecture.input_size, mean, std)
+    if pretrained:
+        preprocess = replace(preprocess, **pretrained_transform(student.backbone))
+    networks = {STUDENT: student}
+    for name, table in recipe.others.items():
+        # All see the same images, the student's.
+        networks[name], *_, more = _network(table, str(table.model), classes, architecture.input_size[1])
+        notes += [f"{name}: {note}" for note in more]
+    frozen = [name for name, table in recipe.others.items() if not table.learns]
+    widths = {address(name, p): width for name, network in networks.items() for p, width in network.widths.items()}
+    learner = Learner(networks, Objective(recipe.losses, widths, frozen), frozen)
+    if settings.grad_checkpointing:
+        _checkpoint_gradients(student, settings.model)
+
+    batch_size = min(recipe.batch.size, len(train_split))
+    if batch_size < recipe.batch.size:
+        notes.append(f"batch size {batch_size}: there are no more training images")
+    augment = recipe.batch.augment.model_dump()
+    if augment["mirror"] and not dataset.mirror:
+        augment["mirror"] = 0.0
+        notes.append(f"{dataset.name}: images are not mirrored, since a mirrored one would mean something else")
+    scored = val_split or dataset.splits["test"]
+    workers = settings.workers
+    if workers is None:
+        workers = loaders.suitable_workers(accelerator.device, preprocess)
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    order = loaders.EpochBatches(train_split, batch_size, seed=settings.seed, parts=settings.grad_accum_steps, **share)
+    loader = loaders.make_loader(
+        train_split,
+        transforms.train_transform(preprocess, **augment),
+        order,
+        seed=settings.seed,
+        workers=workers,
+    )
+    scored_loader = loaders.make_loader(
+        scored,
+        transforms.eval_transform(preprocess),
+        loaders.EpochBatches(scored, batch_size, **share),
+        seed=None,
+        workers=workers,
+    )
+
+    if settings.channels_last:
+        learner.to(memory_format=torch.channels_last)
+    ema = _average(student, recipe, accelerator.device)
+    if settings.compile:
+        learner.compile()
+    optimizer = create_optimizer([learner], recipe.optimizer)
+    schedule = create_schedule(optimizer, recipe.schedule, recipe.epochs, order.updates)
+    module, optimizer = accelerator.prepare(learner, optimizer)
+    seen = batch_size // (accelerator.num_processes * settings.grad_accum_steps)
+    if accelerator.num_processes > 1:
+        notes.append(
+            f"{accelerator.num_processes} processes: each sees {batch_size // accelerator.num_processes} of the "
+            f"{batch_size} images of an update"
+        )
+    if seen < batch_size:
+        coupled = dict.fromkeys(term.name for term in learner.objective.terms if term.sees_batch)
+        notes += [
+            f"losses.{name} compares images with each other: it sees {seen} at a time, not the {batch_size} of an update"
+            for name in coupled
+        ]
+    if accelerator.num_processes > 1:
+        # From here on each draws its own dropout; until here all have drawn the same weights.
+        set_seed(settings.seed + accelerator.process_index)
+
+    description = Description(
+        architecture=architecture,
+        plan=plan,
+        heads=heads,
+        classes=classes,
+        preprocess=preprocess.to_dict(),
+        dataset={
+            "name": data.short_name(dataset),
+            "source": dataset.source,
+            "image_key": dataset.image_key,
+            "label_key": dataset.label_key,
+            "val_fraction": settings.val_fraction,
+            "seed": settings.seed,
+        },
+        recipe=recipe.model_dump(exclude_none=True),
+        epoch=0,
+    )
+    return Training(
+        settings=settings,
+        recipe=recipe,
+        accelerator=accelerator,
+        learner=learner,
+        module=module,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        loader=loader,
+        scored_loader=scored_loader,
+        scored_split="validation" if val_split else "test",
+        description=description,
+        run=Run.__new__(Run),
+        updates_per_epoch=order.updates,
+        num_train=len(train_split),
+        num_val=len(val_split) if val_split else 0,
+        data=_identity(train_split),
+        notes=[*dataset.notes, *architecture.notes, *plan.notes, *notes],
+    )
+
+
+def _start_tracker(training: Training) -> None:
+    if training.settings.track is not None:
+        accelerator = training.accelerator
+        accelerator.project_configuration.set_directories(str(training.run.folder))
+        accelerator.init_trackers("sdcli", {k: v for k, v in asdict(training.settings).items() if v is not None})
+
+
+def _network(
+    table: Network, model: str, classes: list[str], image_size: int | None
+) -> tuple[MultiExit, Architecture, StagePlan, dict[str, str], list[str]]:
+    """One network as its table asks for it, all that describes it, and what is to be said about its weights."""
+    architecture = resolve(
+        model,
+        num_classes=len(classes),
+        image_size=image_size,
+        stem=table.stem,
+        pretrained=table.weights == "pretrained",
+        model_args=table.model_args,
+    )
+    plan = plan_network(table, architecture)
+    heads = choose_heads(plan, table.head)
+    network, notes = build_network(table, architecture, plan, heads, len(classes))
+    return network, architecture, plan, heads, notes
+
+
+def _checkpoint_gradients(network: MultiExit, model: str) -> None:
+    try:
+        network.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError):
+        raise UserError(
+            f"--grad-checkpointing: timm has none for {model}",
+            "a family that can work its activations out again",
+            "--grad-accum-steps 2 saves memory too",
+        ) from None
+
+
+def _average(student: MultiExit, recipe: Recipe, device: torch.device) -> Any:
+    if recipe.ema is None:
+        return None
+    from timm.utils import ModelEmaV3
+
+    ema = ModelEmaV3(student, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+    return ema.to(device).requires_grad_(False)
+
+
+# The state
+
+
+def _identity(split: data.Split) -> dict[str, Any]:
+    """What tells one training split from another."""
+    labels = torch.from_numpy(split.labels)
+    order = torch.arange(1, len(labels) + 1)
+    return {
+        "num_images": len(labels),
+        "labels": int((labels * order % 1_000_003).sum()),
+        "index": int((torch.from_numpy(split.index) * order % 1_000_003).sum()),
+    }
+
+
+def _check_data(split: data.Split, trained_on: Mapping[str, Any] | None) -> None:
+    if trained_on is not None and (found := _identity(split)) != dict(trained_on):
+        raise UserError(
+            f"the training data are not those of the run: {found['num_images']:,} images, "
+            f"{trained_on['num_images']:,} when it was started"
+            + (", with other labels or in another order" if found["num_images"] == trained_on["num_images"] else ""),
+            "the very same data",
+            "put them back, or start a new run",
+        )
+
+
+def save(training: Training) -> None:
+    """Saves where the run stands. All processes call it, the first one writes."""
+    everyones = interleaved(training.accelerator, [random_states()])
+    sums = training.position.sums
+    if sums is not None:
+        sums = training.accelerator.reduce(sums.clone())
+    if not training.is_first:
+        return
+    scaler = training.accelerator.scaler
+    save_state(
+        training.run.state,
+        {
+            "position": {**asdict(training.position), "sums": sums},
+            "learner": training.learner.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "ema": training.ema.module.state_dict() if training.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "random": everyones,
+            "data": training.data,
+        },
+    )
+
+
+def _restore(training: Training, state: Mapping[str, Any]) -> None:
+    """Puts everything back to where the state found it."""
+    training.learner.load_state_dict(state["learner"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    if training.ema:
+        training.ema.module.load_state_dict(state["ema"])
+    if state["scaler"] and training.accelerator.scaler:
+        training.accelerator.scaler.load_state_dict(state["scaler"])
+    training.position = Position(**state["position"])
+    sums = training.position.sums
+    if sums is not None:
+        # Those of all processes: one of them goes on from them.
+        sums = sums.to(training.accelerator.device)
+        training.position.sums = sums if training.is_first else torch.zeros_like(sums)
+    done = (training.position.epoch - 1) * training.updates_per_epoch + training.position.update
+    training.schedule.step(done)
+    everyones = state["random"]
+    if len(everyones) == training.accelerator.num_processes:
+        restore_random_states(everyones[training.accelerator.process_index])
+    else:
+        training.notes.append(
+            f"{len(everyones)} processes before, {training.accelerator.num_processes} now: "
+            "the run goes on with other random numbers"
+        )
