@@ -7,13 +7,14 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from sdcli.augment import key
 from sdcli.data import Split
 from sdcli.errors import UserError
 from sdcli.signals import Batch
@@ -142,14 +143,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             return len(range(self.rank, self.updates, self.world))
         return self.updates * self.parts
 
-    def places(self) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    def places(self) -> Iterator[NDArray[np.int64]]:
         """The places of each batch."""
         order = np.arange(self.num_images)
         if self.seed is None:
             for start in range(self.rank * self.batch_size, self.length, self.world * self.batch_size):
                 yield order[start : start + self.batch_size]
             return
-        order = np.random.RandomState(_key(self.seed, self.epoch) % 2**32).permutation(self.num_images)[: self.length]
+        order = np.random.RandomState(key(self.seed, self.epoch) % 2**32).permutation(self.num_images)[: self.length]
         for start in range(self.start * self.batch_size, self.length, self.batch_size):
             own = order[start : start + self.batch_size][self.rank :: self.world]
             yield from np.split(own, self.parts)
@@ -176,7 +177,7 @@ class _Served(Dataset[Batch]):
             with _generators_kept():
                 for (epoch, place), number in zip(places, index.tolist(), strict=True):
                     if self.seed is not None:
-                        _seed_generators(_key(self.seed, epoch, number))
+                        _seed_generators(key(self.seed, epoch, number))
                     images.append(self.transform(self.split.image(place)))
         except UserError as error:
             if get_worker_info() is None:
@@ -189,17 +190,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _key(*numbers: int) -> int:
-    """64 bits that look random and are the same for the same numbers, everywhere and for good."""
-    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
-
-
-def _seed_generators(key: int) -> None:
+def _seed_generators(seed: int) -> None:
     """Seeds all that transforms draw from: torchvision's use torch, timm's use Python and NumPy."""
-    random.seed(key)
-    np.random.seed(key % 2**32)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     # torch.manual_seed would seed the GPU's generator too, which dropout draws from.
-    torch.default_generator.manual_seed(key)
+    torch.default_generator.manual_seed(seed)
 
 
 @contextmanager

@@ -55,16 +55,30 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
 class Objective(nn.Module):
     """All terms of a recipe. Its parameters are those of the losses that have weights of their own (`trained`)."""
 
-    def __init__(self, losses: Mapping[str, Loss], widths: Mapping[str, Width], frozen: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        losses: Mapping[str, Loss],
+        widths: Mapping[str, Width],
+        frozen: Collection[str] = (),
+        mixes: bool = False,
+    ) -> None:
         """Builds the terms for networks with the points of `widths`, by address, each network's shallowest first.
 
-        `frozen` names the networks that do not learn. Raises UserError for an unknown loss or key, a point that is not
-        there or does not learn, weights that do not match the points, and exits that no term teaches.
+        `frozen` names the networks that do not learn; `mixes` says whether labels are shares of several classes. Raises
+        UserError for an unknown loss or key, a point that is not there or does not learn, weights that do not match the
+        points, exits that no term teaches, and a loss that needs one class per image where they are mixed.
         """
         super().__init__()
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
         for name, loss in losses.items():
+            if mixes and LOSSES.find(loss.kind, f"losses.{name}").hard_labels:
+                raise UserError(
+                    f"losses.{name}: kind = '{loss.kind}' needs one class per image, and batch.mixup and batch.cutmix "
+                    "mix them",
+                    "a recipe that mixes nothing, or another loss",
+                    "--set batch.mixup=0 --set batch.cutmix=0",
+                )
             self._add(name, loss, widths, frozen)
         self._check_all_taught(widths, frozen)
 

@@ -12,16 +12,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from sdcli import data, loaders, transforms
+from sdcli import data, transforms
+from sdcli.augment import Mixing
 from sdcli.backbones import Architecture, pretrained_transform, resolve
 from sdcli.checkpoint import Description
 from sdcli.devices import Precision, accelerator_for, from_first, interleaved
 from sdcli.errors import UserError
 from sdcli.exits import MultiExit, choose_heads
 from sdcli.learner import Learner
+from sdcli.loaders import EpochBatches
 from sdcli.networks import build_network, create_optimizer, create_schedule, plan_network
 from sdcli.objective import Objective, address, check_losses
 from sdcli.recipe import STUDENT, Network, Recipe, check_recipe, load_recipe, to_toml
+from sdcli.resident import suitable_loader
 from sdcli.runs import Run, check_output, read_settings, state_file
 from sdcli.stages import StagePlan
 from sdcli.state import load_state, random_states, restore_random_states, save_state
@@ -101,6 +104,7 @@ class Training:
     updates_per_epoch: int
     num_train: int
     num_val: int
+    mixing: Mixing | None
     data: dict[str, Any]
     """What tells the training split from another."""
     position: Position = field(default_factory=Position)
@@ -186,7 +190,8 @@ def resumed(
             )
     own = load_recipe([str(folder / "recipe.toml")])
     wanted = recipe or load_recipe([str(folder / "recipe.toml")], overrides)
-    changed = _first_difference(own.model_dump(exclude={"epochs"}), wanted.model_dump(exclude={"epochs"}))
+    free = {"title", "paper", "epochs"}
+    changed = _first_difference(own.model_dump(exclude=free), wanted.model_dump(exclude=free))
     if changed:
         key, was, now = changed
         raise UserError(
@@ -247,37 +252,31 @@ def _build(
         notes += [f"{name}: {note}" for note in more]
     frozen = [name for name, table in recipe.others.items() if not table.learns]
     widths = {address(name, p): width for name, network in networks.items() for p, width in network.widths.items()}
-    learner = Learner(networks, Objective(recipe.losses, widths, frozen), frozen)
+    objective = Objective(recipe.losses, widths, frozen, mixes=recipe.batch.mixes)
+    learner = Learner(networks, objective, frozen)
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
 
     batch_size = min(recipe.batch.size, len(train_split))
     if batch_size < recipe.batch.size:
         notes.append(f"batch size {batch_size}: there are no more training images")
-    augment = recipe.batch.augment.model_dump()
-    if augment["mirror"] and not dataset.mirror:
-        augment["mirror"] = 0.0
+    augment = recipe.batch.augment
+    if augment.mirror and not dataset.mirror:
+        augment = augment.model_copy(update={"mirror": 0.0})
         notes.append(f"{dataset.name}: images are not mirrored, since a mirrored one would mean something else")
     scored = val_split or dataset.splits["test"]
-    workers = settings.workers
-    if workers is None:
-        workers = loaders.suitable_workers(accelerator.device, preprocess)
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    order = loaders.EpochBatches(train_split, batch_size, seed=settings.seed, parts=settings.grad_accum_steps, **share)
-    loader = loaders.make_loader(
-        train_split,
-        transforms.train_transform(preprocess, **augment),
-        order,
-        seed=settings.seed,
-        workers=workers,
+    rank, world = accelerator.process_index, accelerator.num_processes
+    order = EpochBatches(
+        train_split, batch_size, seed=settings.seed, parts=settings.grad_accum_steps, rank=rank, world=world
     )
-    scored_loader = loaders.make_loader(
-        scored,
-        transforms.eval_transform(preprocess),
-        loaders.EpochBatches(scored, batch_size, **share),
-        seed=None,
-        workers=workers,
-    )
+    how = {"seed": settings.seed, "workers": settings.workers, "device": accelerator.device}
+    # The first process decodes small images, the others find them decoded.
+    with accelerator.main_process_first():
+        loader, loader_notes = suitable_loader(train_split, preprocess, augment, order, **how)
+        in_order = EpochBatches(scored, batch_size, rank=rank, world=world)
+        scored_loader, more_notes = suitable_loader(scored, preprocess, None, in_order, **how)
+    # Both splits may have met the same trouble.
+    notes += dict.fromkeys([*loader_notes, *more_notes])
 
     if settings.channels_last:
         learner.to(memory_format=torch.channels_last)
@@ -296,7 +295,7 @@ def _build(
     if seen < batch_size:
         coupled = dict.fromkeys(term.name for term in learner.objective.terms if term.sees_batch)
         notes += [
-            f"losses.{name} compares images with each other: it sees {seen} at a time, not the {batch_size} of an update"
+            f"losses.{name} compares images with each other: {seen} at a time, not all {batch_size} of an update"
             for name in coupled
         ]
     if accelerator.num_processes > 1:
@@ -337,6 +336,7 @@ def _build(
         updates_per_epoch=order.updates,
         num_train=len(train_split),
         num_val=len(val_split) if val_split else 0,
+        mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
         data=_identity(train_split),
         notes=[*dataset.notes, *architecture.notes, *plan.notes, *notes],
     )
@@ -385,6 +385,13 @@ def _average(student: MultiExit, recipe: Recipe, device: torch.device) -> Any:
 
     ema = ModelEmaV3(student, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
     return ema.to(device).requires_grad_(False)
+
+
+def _mixing(recipe: Recipe, num_classes: int, seed: int, device: torch.device) -> Mixing | None:
+    batch = recipe.batch
+    if not batch.mixup and not batch.cutmix:
+        return None
+    return Mixing(num_classes, device, seed=seed, mixup=batch.mixup, cutmix=batch.cutmix, probability=batch.mix_prob)
 
 
 # The state

@@ -63,7 +63,19 @@ class BatchTable(Table):
     """`[batch]`: what the networks are shown."""
 
     size: Annotated[int, Field(ge=1)] = 128
+    """Images of an update, over all processes."""
     augment: Augment = Augment()
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Images blended with others: alpha of the Beta distribution that says how much of one stays; 0: none are."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Images with a rectangle of another; alpha as above. Where both are used, each takes half of the images."""
+    mix_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How often an image is mixed at all."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels are shares of several classes."""
+        return bool(self.mixup or self.cutmix)
 
 
 Weight = Annotated[float, Field(ge=0)]

@@ -26,6 +26,8 @@ class Entry:
     reads: str = ""
     sees_batch: bool = False
     """Whether its value couples the images of a batch, so that sharing a batch out changes it."""
+    hard_labels: bool = False
+    """Whether it needs one class per image, so that nothing may be mixed."""
 
     @cached_property
     def parameters(self) -> tuple[inspect.Parameter, ...]:
@@ -68,12 +70,14 @@ class Registry:
     what: str
     entries: dict[str, Entry] = field(default_factory=dict)
 
-    def register(self, name: str, *, reads: str = "", sees_batch: bool = False) -> Callable[[Any], Any]:
-        """Decorator: makes a function or class known under `name`."""
+    def register(
+        self, name: str, *, reads: str = "", sees_batch: bool = False, hard_labels: bool = False
+    ) -> Callable[[Any], Any]:
+        """Decorator: makes a function or class known under `name`; the rest as in `Entry`."""
 
         def add(call: Any) -> Any:
             assert name not in self.entries, f"{self.what} '{name}' is registered twice"
-            self.entries[name] = Entry(name, call, reads, sees_batch)
+            self.entries[name] = Entry(name, call, reads, sees_batch, hard_labels)
             return call
 
         return add

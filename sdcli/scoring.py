@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sdcli import data, loaders, transforms
+from sdcli import data, transforms
 from sdcli.devices import accelerator_for
 from sdcli.errors import UserError, unknown
 from sdcli.evaluate import Report, evaluate
 from sdcli.exits import all_costs
+from sdcli.loaders import EpochBatches
 from sdcli.networks import rebuild
+from sdcli.resident import suitable_loader
 
 
 def score_checkpoint(
@@ -57,15 +59,16 @@ def score_checkpoint(
     chosen = data.limit(chosen, limit, trained_on["seed"])
     preprocess = transforms.Preprocess.from_dict(about.preprocess)
     accelerator = accelerator_for(device)
-    if workers is None:
-        workers = loaders.suitable_workers(accelerator.device, preprocess)
-    loader = loaders.make_loader(
+    loader, loader_notes = suitable_loader(
         chosen,
-        transforms.eval_transform(preprocess),
-        loaders.EpochBatches(chosen, batch_size),
-        seed=None,
+        preprocess,
+        None,
+        EpochBatches(chosen, batch_size),
+        seed=0,
         workers=workers,
+        device=accelerator.device,
     )
+    notes += loader_notes
     points = points or network.points
     total = len(chosen)
     report = evaluate(

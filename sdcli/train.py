@@ -266,6 +266,9 @@ def _next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
     batches = [batch.to(training.accelerator.device) for batch in islice(loaded, training.settings.grad_accum_steps)]
     own = sum(len(batch.labels) for batch in batches)
     for batch in batches:
+        if training.mixing is not None:
+            mixed = training.mixing(batch.images, batch.labels, batch.index, training.position.epoch)
+            batch.images, batch.labels = mixed
         batch.whole = own * training.accelerator.num_processes
         if training.settings.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)

@@ -111,7 +111,7 @@ def eval_transform(preprocess: Preprocess) -> Transform:
         std=preprocess.std,
         crop_pct=preprocess.crop_pct,
     )
-    return _BySize(transforms.Compose([_squash(preprocess), *_to_tensor(preprocess)]), large)
+    return _BySize(transforms.Compose([squash(preprocess), *_to_tensor(preprocess)]), large)
 
 
 def train_transform(
@@ -142,16 +142,16 @@ def train_transform(
     from torchvision import transforms
 
     height, width = preprocess.size
-    squash = _squash(preprocess)
+    whole = squash(preprocess)
     shorter = ResizeKeepRatio((height, width), longest=0.0, interpolation=preprocess.interpolation)
     window = transforms.RandomCrop((height, width), padding=(width // 8, height // 8), fill=fill)
-    pad = transforms.Compose([squash, window]), transforms.Compose([shorter, window])
+    pad = transforms.Compose([whole, window]), transforms.Compose([shorter, window])
     resized = RandomResizedCropAndInterpolation((height, width), interpolation=preprocess.interpolation)
     crops: dict[str, Transform] = {
         "auto": _BySize(pad[0], resized),
         "pad": _BySize(*pad),
         "resized": resized,
-        "none": _BySize(squash, transforms.Compose([shorter, transforms.CenterCrop((height, width))])),
+        "none": _BySize(whole, transforms.Compose([shorter, transforms.CenterCrop((height, width))])),
     }
     if crop not in crops:
         raise unknown("crop", crop, crops)
@@ -229,7 +229,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Any:
     return auto_augment.posterize(image, bits_to_keep, **options)
 
 
-def _squash(preprocess: Preprocess) -> Any:
+def squash(preprocess: Preprocess) -> Any:
+    """Brings small images to the input size, whole; image to image."""
     from timm.data.transforms import str_to_interp_mode
     from torchvision import transforms
 

@@ -17,6 +17,11 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_decoded_images_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCLI_CACHE", str(tmp_path / "decoded"))
+
+
 @pytest.fixture(scope="session")
 def vectors() -> dict[str, Any]:
     """Inputs and values worked out from the papers' formulas and compared with published code (float64)."""

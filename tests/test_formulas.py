@@ -18,7 +18,7 @@ from sdcli.losses.labels import cross_entropy, mixed_with_past, tf_nkd, virtual_
 from sdcli.losses.logits import balanced_kl, dist, dkd, gated, kl, nkd, soft_cross_entropy
 from sdcli.losses.relations import classmates, propagate, similarity
 from sdcli.objective import Objective
-from sdcli.recipe import Loss
+from sdcli.recipe import Loss, check_recipe
 from sdcli.signals import Batch, Signal
 
 
@@ -178,14 +178,17 @@ def test_ps_kds_mixed_target_equals_two_weighted_losses():
 
 
 @pytest.mark.parametrize("name", ["virtual_teacher", "tf_nkd", "zipf", "dkd", "nkd"])
-def test_losses_that_need_one_class_say_so(name):
-    entry, batch = LOSSES.find(name), batch_of(torch.full((2, 3), 1 / 3))
-    with pytest.raises(UserError) as error:
-        entry.call(*[torch.randn(2, 3)] * (len(entry.takes) - 1), batch)
-    assert str(error.value) == (
-        f"the loss '{name}' needs one class per image, and these labels are mixed\n"
-        "  expected: a recipe without mixup and cutmix\n"
-        "  fix:      take [batch.mixup] and [batch.cutmix] out of the recipe"
+def test_a_loss_that_needs_one_class_per_image_is_refused_where_they_are_mixed(name):
+    loss = {"kind": name, "on": "exit1"} | ({"target": "final"} if "teacher" in LOSSES.find(name).takes else {})
+    losses = check_recipe({"losses": {"new": loss, "task": {"kind": "cross_entropy", "on": "all"}}}).losses
+    widths = {"exit1": Width(2, 4), "final": Width(2, 4)}
+    Objective(losses, widths)
+    with pytest.raises(UserError) as caught:
+        Objective(losses, widths, mixes=True)
+    assert str(caught.value) == (
+        f"losses.new: kind = '{name}' needs one class per image, and batch.mixup and batch.cutmix mix them\n"
+        "  expected: a recipe that mixes nothing, or another loss\n"
+        "  fix:      --set batch.mixup=0 --set batch.cutmix=0"
     )
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from sdcli.errors import UserError
 from sdcli.losses import LOSSES
 from sdcli.signals import Batch
 
@@ -41,7 +40,7 @@ def cross_entropy(
     return (1 - share) * hard - share * F.log_softmax(logits, dim=1).mean(dim=1)
 
 
-@LOSSES.register("virtual_teacher", reads="logits")
+@LOSSES.register("virtual_teacher", reads="logits", hard_labels=True)
 def virtual_teacher(
     student: Tensor,
     batch: Batch,
@@ -59,14 +58,14 @@ def virtual_teacher(
     probabilities, so at 20 it is nearly uniform, and the student has no temperature and the loss no factor T^2. Their
     `KLDivLoss` also divides by K; their multiplier of 100 on CIFAR-100 takes that back, and neither is here.
     """
-    labels, num_classes = hard_labels(batch, "virtual_teacher"), student.shape[1]
+    labels, num_classes = hard_labels(batch), student.shape[1]
     teacher = torch.full_like(student, (1 - confidence) / (num_classes - 1))
     teacher.scatter_(1, labels[:, None], confidence)
     log_q = F.log_softmax(teacher / temperature, dim=1)
     return F.kl_div(F.log_softmax(student, dim=1), log_q, reduction="none", log_target=True).sum(dim=1)
 
 
-@LOSSES.register("tf_nkd", reads="logits", sees_batch=True)
+@LOSSES.register("tf_nkd", reads="logits", sees_batch=True, hard_labels=True)
 def tf_nkd(student: Tensor, batch: Batch) -> Tensor:
     """Cross entropy weighted by how sure the network itself is of the label, next to the batch's mean: teacher-free NKD
     (Yang et al. 2022, arXiv:2208.10139), per image [B].
@@ -75,12 +74,12 @@ def tf_nkd(student: Tensor, batch: Batch) -> Tensor:
     with several the weights differ from those of one. Stands beside an ordinary cross entropy. Needs hard labels:
     raises UserError with mixup or cutmix (the authors' code then takes the two largest shares).
     """
-    log_p = label_column(F.log_softmax(student, dim=1), hard_labels(batch, "tf_nkd"))
+    log_p = label_column(F.log_softmax(student, dim=1), hard_labels(batch))
     p = log_p.detach().exp()
     return -(p + 1 - p.mean()) * log_p
 
 
-@LOSSES.register("zipf", reads="logits")
+@LOSSES.register("zipf", reads="logits", hard_labels=True)
 def zipf(
     student: Tensor, teacher: Tensor, batch: Batch, *, power: Annotated[float, Field(gt=0)] = 1.0, mask: bool = False
 ) -> Tensor:
@@ -93,7 +92,7 @@ def zipf(
     images that the student gets right (off in the paper), and sees the batch of one process: they count for more, the
     fewer they are. No gradient passes the ranks. Needs hard labels: raises UserError with mixup or cutmix.
     """
-    labels = hard_labels(batch, "zipf")
+    labels = hard_labels(batch)
     q = zipf_label(votes(teacher) if teacher.ndim > 2 else teacher, labels, power)
     log_p = F.log_softmax(other_columns(student, labels), dim=1)
     loss = F.kl_div(log_p, q, reduction="none").sum(dim=1)
@@ -144,12 +143,7 @@ def other_columns(values: Tensor, labels: Tensor) -> Tensor:
     return values.gather(1, columns + (columns >= labels[:, None]))
 
 
-def hard_labels(batch: Batch, loss: str) -> Tensor:
-    """The class numbers [B]; raises UserError where labels are mixed."""
-    if batch.labels.ndim != 1:
-        raise UserError(
-            f"the loss '{loss}' needs one class per image, and these labels are mixed",
-            "a recipe without mixup and cutmix",
-            "take [batch.mixup] and [batch.cutmix] out of the recipe",
-        )
+def hard_labels(batch: Batch) -> Tensor:
+    """The class numbers [B], for a loss registered with `hard_labels`: no objective has it where they are mixed."""
+    assert batch.labels.ndim == 1
     return batch.labels

@@ -88,7 +88,7 @@ def balanced_kl(
     return torch.where(surer, nu * forward + reverse, forward + nu * reverse) * (temperature**2 if rescale else 1.0)
 
 
-@LOSSES.register("dkd", reads="logits")
+@LOSSES.register("dkd", reads="logits", hard_labels=True)
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -105,7 +105,7 @@ def dkd(
     which `kl` weighs by how unsure it is. Already times temperature^2. Needs hard labels: raises UserError with mixup
     or cutmix. The authors' code warms this loss up over 20 epochs.
     """
-    labels = hard_labels(batch, "dkd")
+    labels = hard_labels(batch)
     student, teacher = student / temperature, teacher / temperature
     log_b, log_c = _label_or_not(student, labels), _label_or_not(teacher, labels)
     target = F.kl_div(log_b, log_c, reduction="none", log_target=True).sum(dim=1)
@@ -121,7 +121,7 @@ def _label_or_not(logits: Tensor, labels: Tensor) -> Tensor:
     return F.log_softmax(torch.stack(both, dim=1), dim=1)
 
 
-@LOSSES.register("nkd", reads="logits")
+@LOSSES.register("nkd", reads="logits", hard_labels=True)
 def nkd(
     student: Tensor, teacher: Tensor, batch: Batch, *, gamma: Share = 1.5, temperature: Temperature = 1.0
 ) -> Tensor:
@@ -132,7 +132,7 @@ def nkd(
     entropies, so the loss is not zero where the student equals the teacher. Stands beside an ordinary cross entropy.
     Needs hard labels: raises UserError with mixup or cutmix (the authors' code then takes the largest share).
     """
-    labels = hard_labels(batch, "nkd")
+    labels = hard_labels(batch)
     trust = label_column(F.softmax(teacher, dim=1), labels)
     target = -trust * label_column(F.log_softmax(student, dim=1), labels)
     q = F.softmax(other_columns(teacher, labels) / temperature, dim=1)

@@ -1,0 +1,421 @@
+"""A run is the same however it is interrupted, shared out or worked off."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from sdcli import prepare as preparing
+from sdcli import state as states
+from sdcli.errors import UserError
+from sdcli.prepare import Settings, Training, prepare, resume, resumed
+from sdcli.recipe import Recipe, load_recipe
+from sdcli.train import Epoch, Finished, Step, Stopped, explained, fit, gradient_shares, train_epoch
+
+QUICK = Settings("test_vit", "digits", limit_train=96, limit_val=30, device="cpu", workers=0)
+
+AVERAGED = """
+extends = "quick"
+epochs = 2
+ema = { decay = 0.9 }
+[batch]
+size = 24
+mixup = 0.4
+cutmix = 1.0
+[networks.student]
+model_args = { drop_path_rate = 0.2 }
+"""
+
+TWO_NETWORKS = """
+extends = "quick"
+epochs = 2
+[batch]
+size = 24
+[networks.student]
+exits = 2
+[networks.peer]
+model = "test_efficientnet"
+exits = "none"
+[losses.peer]
+kind = "cross_entropy"
+on = "peer.final"
+[losses.learned]
+kind = "kl"
+on = "final"
+target = "peer.final"
+temperature = 1.0
+[losses.taught]
+kind = "kl"
+on = "peer.final"
+target = "final"
+temperature = 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("recipes")
+    texts = {"averaged": AVERAGED, "two networks": TWO_NETWORKS}
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+    return {name: folder / f"{name}.toml" for name in texts}
+
+
+def load(path: Path, *overrides: str) -> Recipe:
+    return load_recipe([str(path)], overrides)
+
+
+def after(updates: int, number: int = signal.SIGTERM) -> Callable[[], int | None]:
+    """Tells to stop at the `updates`-th question."""
+    asked = iter(range(1, updates + 1))
+    return lambda: None if next(asked, updates) < updates else number
+
+
+def finish(training: Training) -> list[Any]:
+    return list(fit(training))
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, torch.Tensor]], str]:
+    """All that a run leaves, times aside."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in log:
+        del line["seconds"], line["images_per_s"]
+    weights = {name: load_file(folder / f"{name}.safetensors") for name in ("last", "best")}
+    return log, weights, (folder / "report.json").read_text()
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = outcome(one), outcome(other)
+    return (
+        first[0] == second[0]
+        and first[2] == second[2]
+        and all(torch.equal(first[1][f][n], second[1][f][n]) for f in first[1] for n in first[1][f])
+    )
+
+
+# Exactness
+
+
+@pytest.fixture(scope="module", params=["averaged", "two networks"])
+def whole(request: pytest.FixtureRequest, recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that was never stopped, and its recipe."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(prepare(QUICK, load(recipes[request.param]), folder))
+    return load(recipes[request.param]), folder
+
+
+# An epoch has 4 updates and 2 scored batches, each of which asks: in an update, between epochs, while scoring.
+@pytest.mark.parametrize("questions", [[1], [4], [5], [7], [2, 3, 1, 2], [1] * 6])
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
+    whole: tuple[Recipe, Path], questions: list[int], tmp_path: Path
+) -> None:
+    recipe, expected = whole
+    folder = tmp_path / "run"
+    training = prepare(QUICK, recipe, folder)
+    for number in questions:
+        last = list(fit(training, after(number)))[-1]
+        assert isinstance(last, Stopped) and last.signal == signal.SIGTERM
+        # Other work in between leaves other random states.
+        torch.manual_seed(99)
+        random.seed(99)
+        training = resume(folder, *resumed(folder, {}, None, []))
+    finish(training)
+    assert same(expected, folder)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "sdcli", "train", *map(str, arguments)]
+
+
+def killed_at_random(folder: Path, start: list[str], kills: int, seed: int) -> None:
+    """Runs a real process, kills it and resumes it, again and again, and lets the last one finish."""
+    draw = random.Random(seed)
+    process = subprocess.Popen(start, stderr=subprocess.DEVNULL)
+    file = folder / "state" / "last.pt"
+    for _ in range(kills):
+        while process.poll() is None and not file.exists():
+            time.sleep(0.02)
+        saved = file.stat().st_mtime_ns
+        while process.poll() is None and file.stat().st_mtime_ns == saved:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.3)
+        process.send_signal(draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        assert process.wait() in (-signal.SIGKILL, 128 + signal.SIGTERM, 0)
+        process = subprocess.Popen(command("--resume", folder), stderr=subprocess.DEVNULL)
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_at_random_and_resumed_ends_with_the_same_bits(
+    recipes: dict[str, Path], tmp_path: Path, kills: int
+) -> None:
+    for name, recipe in recipes.items() if kills > 2 else [("averaged", recipes["averaged"])]:
+        options = ["test_vit", "--dataset", "digits", "--recipe", recipe, "--limit-train", 96, "--limit-val", 30,
+                   "--device", "cpu", "--workers", 0, "--save-every", 1, "--epochs", max(2, kills)]  # fmt: skip
+        expected, folder = tmp_path / f"{name} whole", tmp_path / f"{name} killed"
+        subprocess.run(command(*options, "--output", expected), check=True, stderr=subprocess.DEVNULL)
+        killed_at_random(folder, command(*options, "--output", folder), kills, seed=kills)
+        assert same(expected, folder)
+
+
+def test_a_longer_run_goes_on_where_a_finished_one_ended(recipes: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finish(prepare(QUICK, load(recipes["averaged"], "epochs=1"), folder))
+    settings, recipe = resumed(folder, {}, None, ["epochs=2"])
+    events = finish(resume(folder, settings, recipe))
+    assert [event.epoch for event in events if isinstance(event, Epoch)] == [2]
+    assert [json.loads(line)["epoch"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2]
+    again = finish(resume(folder, *resumed(folder, {}, None, [])))
+    assert [type(event) for event in again] == [Finished]
+
+
+def test_what_makes_another_run_is_refused(whole: tuple[Recipe, Path]) -> None:
+    recipe, folder = whole
+
+    def refused(given: dict[str, Any], recipe: Recipe | None = None, overrides: list[str] | None = None) -> str:
+        with pytest.raises(UserError) as error:
+            resumed(folder, given, recipe, overrides or [])
+        return str(error.value)
+
+    assert refused({"seed": 7}) == (
+        f"the run in '{folder}' was started with seed = 42, not 7\n"
+        "  expected: the same, or a change of epochs, device, workers, compile, grad_accum_steps, save_every, track\n"
+        "  fix:      leave --seed out, or start a new run"
+    )
+    assert refused({}, None, ["optimizer.lr=0.5"]).startswith(
+        f"the recipe of the run in '{folder}' has optimizer.lr = 0.05, not 0.5\n"
+    )
+    assert "has losses.hint = {" in refused({}, load_recipe(["baseline"]))
+    assert resumed(folder, {"workers": 3, "seed": 42}, recipe, [])[0].workers == 3
+
+
+def test_other_data_are_refused(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = whole
+    with pytest.raises(UserError) as error:
+        resume(folder, replace(QUICK, limit_train=95), recipe)
+    assert str(error.value) == (
+        "the training data are not those of the run: 95 images, 96 when it was started\n"
+        "  expected: the very same data\n"
+        "  fix:      put them back, or start a new run"
+    )
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        resumed(tmp_path, {}, None, [])
+    assert error.value.wrong == f"'{tmp_path}' holds no run to resume"
+
+
+def test_the_state_runs_no_code_of_its_own(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, ("touch hacked",)
+
+    torch.save({"version": states.VERSION, "evil": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        states.load_state(tmp_path / "last.pt")
+
+
+# Shared out
+
+
+def launched(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*torchrun, "-m", "sdcli", "train", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+    )
+
+
+SHARED = ("test_vit", "--dataset", "digits", "--recipe", "quick", "--limit-val", 60, "--device", "cpu", "--batch-size", 24,
+          "--lr", 0.02, "--workers", 0)  # fmt: skip
+
+
+def test_two_processes_and_parts_train_as_one_process_does(tmp_path: Path) -> None:
+    """Twenty updates of a network without batch statistics; scores are of the same weights, up to rounding."""
+    settings = replace(QUICK, limit_train=480, limit_val=60)
+    recipe = load_recipe(["quick"], ["epochs=1", "batch.size=24", "optimizer.lr=0.02"])
+    finish(prepare(settings, recipe, tmp_path / "one"))
+    finish(prepare(replace(settings, grad_accum_steps=3), recipe, tmp_path / "parts"))
+    two = launched(2, *SHARED, "--epochs", 1, "--limit-train", 480, "--output", tmp_path / "two")
+    said = two.communicate()[1]
+    assert two.returncode == 0, said
+    assert "2 processes: each sees 12 of the 24 images of an update" in said
+    one = json.loads((tmp_path / "one" / "log.jsonl").read_text())
+    for name in ("two", "parts"):
+        other = json.loads((tmp_path / name / "log.jsonl").read_text())
+        assert other["num_images"] == one["num_images"] == 480
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-5), name
+        for ours, theirs in zip(one["validation"]["exits"], other["validation"]["exits"], strict=True):
+            assert theirs["nll"] == pytest.approx(ours["nll"], rel=1e-5)
+            assert theirs["top1"] == ours["top1"]
+        assert other["validation"]["num_images"] == 60
+
+
+def test_when_a_process_dies_the_others_end_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    two = launched(2, *SHARED, "--epochs", 50, "--limit-train", 96, "--output", folder)
+    while two.poll() is None and not (folder / "last.safetensors").exists():
+        time.sleep(0.05)
+    psutil.Process(two.pid).children()[-1].kill()
+    two.communicate(timeout=120)
+    assert two.returncode != 0
+    settings, recipe = resumed(folder, {}, None, [])
+    training = resume(folder, settings, recipe)
+    assert training.position.epoch >= 2
+    assert "2 processes before, 1 now: the run goes on with other random numbers" in training.notes
+
+
+# What a run may meet
+
+
+@pytest.fixture
+def training(recipes: dict[str, Path], tmp_path: Path) -> Training:
+    return prepare(QUICK, load(recipes["averaged"]), tmp_path / "run")
+
+
+def test_precision_compilation_and_checkpointing_change_little(recipes: dict[str, Path], tmp_path: Path) -> None:
+    def losses(**options: Any) -> list[float]:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it holds one precision per process
+        name = "-".join(options) or "plain"
+        settings = replace(QUICK, limit_train=48, **options)
+        training = prepare(settings, load_recipe(["quick"], ["batch.size=24"]), tmp_path / name)
+        epoch = list(train_epoch(training))[-1]
+        assert isinstance(epoch, Epoch)
+        return list(epoch.losses.values())
+
+    plain = losses()
+    assert losses(grad_checkpointing=True) == pytest.approx(plain, rel=1e-5)
+    assert losses(channels_last=True) == pytest.approx(plain, rel=1e-4)
+    assert losses(precision="bf16") == pytest.approx(plain, rel=0.05)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_average_is_what_is_scored_and_saved(training: Training) -> None:
+    events = finish(training)
+    saved = load_file(training.run.folder / "last.safetensors")
+    averaged, student = training.ema.module.state_dict(), training.learner.student.state_dict()
+    assert all(torch.equal(saved[name], averaged[name]) for name in averaged)
+    assert not torch.equal(averaged["backbone.blocks.0.attn.qkv.weight"], student["backbone.blocks.0.attn.qkv.weight"])
+    assert isinstance(events[-1], Finished)
+
+
+def test_shares_of_the_gradient_add_up_and_leave_no_trace(training: Training) -> None:
+    training.loader.set_epoch(1)
+    batch = next(iter(training.loader))
+    before = {name: tensor.clone() for name, tensor in training.learner.state_dict().items()}
+    generator = torch.get_rng_state()
+    shares = gradient_shares(training, batch)
+    assert list(shares) == ["task", "exits", "soft", "hint"]
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.learner.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in training.learner.parameters())
+
+
+def poisoned(training: Training, at: int) -> None:
+    """Makes the hint infinite at one update."""
+    objective = training.learner.objective
+    forward, calls = objective._parts, iter(range(1, 1000))
+
+    def parts(signals: Any, batch: Any) -> Any:
+        found = forward(signals, batch)
+        return {**found, "hint": found["hint"] * float("inf")} if next(calls) == at else found
+
+    objective._parts = parts
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(training: Training) -> None:
+    # The first call measures the gradient's shares, so the fourth is the third update's.
+    poisoned(training, at=4)
+    before = training.run.state.read_bytes()
+    with pytest.raises(UserError) as error:
+        finish(training)
+    assert error.value.wrong.startswith("losses.hint was not finite in epoch 1, update 3, at learning rate 0.0")
+    assert training.run.state.read_bytes() == before
+
+
+def test_an_update_that_is_not_finite_is_left_out_where_the_recipe_says_so(
+    recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = load(recipes["averaged"], 'optimizer.nonfinite="skip"')
+    training = prepare(QUICK, recipe, tmp_path / "run")
+    poisoned(training, at=4)
+    events = finish(training)
+    assert isinstance(events[-1], Finished)
+    assert all(tensor.isfinite().all() for tensor in training.learner.state_dict().values())
+
+
+def test_a_full_disk_keeps_the_state(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    preparing.save(training)
+    before = training.run.state.read_bytes()
+
+    def full(state: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError) as error:
+        preparing.save(training)
+    assert str(error.value) == (
+        f"the state of the run cannot be written to '{training.run.state}': no space is left on the disk; "
+        "the state before it is whole\n"
+        "  expected: room for it in the run folder\n"
+        f"  fix:      free some and go on: sdcli train --resume {training.run.folder}"
+    )
+    assert training.run.state.read_bytes() == before
+    assert [file.name for file in training.run.state.parent.iterdir()] == ["last.pt"]
+
+
+def test_too_little_memory_says_what_to_lower(training: Training) -> None:
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8.00 GiB of which 1.25 GiB is free."
+    )
+    told = explained(error, training)
+    assert told is not None and str(told) == (
+        "out of memory on cpu with 24 images at a time: 2.50 GiB more were needed, 1.25 GiB were free\n"
+        "  expected: a network and a batch that fit\n"
+        "  fix:      --grad-accum-steps 2 (the same updates, half the memory), --grad-checkpointing, --precision bf16, "
+        "or a smaller --batch-size"
+    )
+    assert explained(ValueError("a bug"), training) is None
+
+
+def test_steps_tell_where_training_is(training: Training) -> None:
+    events: Iterator[Any] = fit(training)
+    first = next(events)
+    assert isinstance(first, Step)
+    assert (first.epoch, first.update, first.updates) == (1, 1, 4)
+    assert first.shares is not None and set(first.losses) == {"task", "exits", "soft", "hint"}
+
+
+def test_a_frozen_network_neither_learns_nor_moves(tmp_path: Path) -> None:
+    recipe = tmp_path / "taught.toml"
+    recipe.write_text(
+        'extends = "quick"\nepochs = 1\n[networks.teacher]\nmodel = "test_resnet"\nexits = "none"\nlearns = false\n'
+        '[losses.taught]\nkind = "kl"\non = "final"\ntarget = "teacher.final"\n'
+    )
+    training = prepare(replace(QUICK, limit_train=48), load(recipe), tmp_path / "run")
+    teacher = training.learner.networks["teacher"]
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    finish(training)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    with pytest.raises(UserError) as error:
+        prepare(QUICK, load(recipe, 'losses.taught.on="teacher.final"', 'losses.taught.target="final"'), tmp_path / "x")
+    assert error.value.wrong == "losses.taught.on = 'teacher.final': networks.teacher does not learn"
+    assert not (tmp_path / "x").exists()
