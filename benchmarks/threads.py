@@ -18,13 +18,15 @@ from pathlib import Path
 EPOCH = """
 import sys, time
 from pathlib import Path
+from sdcli.prepare import Position, Settings, prepare
 from sdcli.recipe import load_recipe
-from sdcli.train import Settings, prepare, train_epoch
+from sdcli.train import train_epoch
 settings = Settings("resnet18", "digits", device="cpu")
 training = prepare(settings, load_recipe(["quick"], ["epochs=2"]), Path(sys.argv[1]))
-for _ in train_epoch(training, 1): pass
+for _ in train_epoch(training): pass
+training.position = Position(2)
 start = time.monotonic()
-for _ in train_epoch(training, 2): pass
+for _ in train_epoch(training): pass
 print(time.monotonic() - start)
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -21,11 +22,14 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 T = TypeVar("T")
 
 
-def accelerator_for(device: str | None, precision: Precision = "fp32", tracker: str | None = None) -> Accelerator:
+def accelerator_for(
+    device: str | None, precision: Precision = "fp32", tracker: str | None = None, folder: Path | None = None
+) -> Accelerator:
     """An accelerator on `device` (`cpu`, `cuda`, `cuda:1`, `mps`, …), or on the best there is.
 
-    It meets the other processes where a launcher has started several. Raises UserError for a device that this machine
-    does not have, a precision that the device cannot train in, and a tracker that is not installed.
+    It meets the other processes where a launcher has started several. A `tracker` writes to `folder`. Raises UserError
+    for a device that this machine does not have, a precision that the device cannot train in, and a tracker that is not
+    installed.
     """
     if device is not None:
         try:
@@ -40,7 +44,8 @@ def accelerator_for(device: str | None, precision: Precision = "fp32", tracker: 
         raise UserError("--precision fp16 on a CPU", "fp32, or bf16", "--precision bf16")
     if tracker is not None:
         _check_tracker(tracker)
-    return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=tracker)
+    mixed = "no" if precision == "fp32" else precision
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed, log_with=tracker, project_dir=folder)
 
 
 def _check_tracker(tracker: str) -> None:

@@ -132,7 +132,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     """Checks everything and builds it; the run folder is made last. Raises UserError before any image is read for what
     is wrong with recipe, model or folder, and before the first batch for the rest.
     """
-    accelerator = _check(settings, recipe)
+    accelerator = _check(settings, recipe, output)
     output = from_first(accelerator, output)
     if accelerator.is_main_process:
         check_output(output)
@@ -154,7 +154,7 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     On a CPU it ends with the bits of a run that was never stopped. Raises UserError where the data are not those that
     it was trained on.
     """
-    accelerator = _check(settings, recipe)
+    accelerator = _check(settings, recipe, folder)
     state = load_state(state_file(folder))
     training = _build(settings, recipe, accelerator, state["data"])
     _restore(training, state)
@@ -212,7 +212,7 @@ def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any
     return None if one == other else (at, one, other)
 
 
-def _check(settings: Settings, recipe: Recipe) -> Accelerator:
+def _check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
     """What shows without data: losses, models, augmentation, device."""
     check_losses(recipe.losses)
     resolve(settings.model, num_classes=None, image_size=None)
@@ -223,7 +223,7 @@ def _check(settings: Settings, recipe: Recipe) -> Accelerator:
             error.wrong = f"networks.{name}.model: {error.wrong}"
             raise
     transforms.check_policy(recipe.batch.augment.policy)
-    return accelerator_for(settings.device, settings.precision, settings.track)
+    return accelerator_for(settings.device, settings.precision, settings.track, folder)
 
 
 def _build(
@@ -344,9 +344,9 @@ def _build(
 
 def _start_tracker(training: Training) -> None:
     if training.settings.track is not None:
-        accelerator = training.accelerator
-        accelerator.project_configuration.set_directories(str(training.run.folder))
-        accelerator.init_trackers("sdcli", {k: v for k, v in asdict(training.settings).items() if v is not None})
+        training.accelerator.init_trackers(
+            "sdcli", {k: v for k, v in asdict(training.settings).items() if v is not None}
+        )
 
 
 def _network(

@@ -153,6 +153,8 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
         name, number, report = "last", training.epochs, score(training)
     if training.is_first:
         training.run.write_report(report, f"{name}.safetensors")
+    if training.settings.track is not None:
+        training.accelerator.end_training()
     yield Finished(training.run.folder / f"{name}.safetensors", number, report)
 
 

@@ -6,12 +6,15 @@ import csv
 import io
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from sdcli.cli import main
@@ -72,8 +75,8 @@ def refused(result: Result, message: str) -> None:
 
 def test_training_fills_the_run_folder(trained):
     assert sorted(file.name for file in trained.iterdir()) == [
-        "best.safetensors", "last.safetensors", "log.jsonl", "recipe.toml", "report.json", "run.json", "state",
-        "summary.csv",
+        "best.safetensors", "curves.png", "last.safetensors", "log.jsonl", "recipe.toml", "report.json", "run.json",
+        "state", "summary.csv",
     ]  # fmt: skip
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [1, 2]
@@ -390,3 +393,105 @@ def test_ctrl_c_leaves_with_130(sdcli, monkeypatch):
 
     monkeypatch.setattr("sdcli.backbones.resolve", stop)
     assert sdcli("inspect", "test_resnet").code == 130
+
+
+# Runs that go on
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, updates: int, number: int) -> None:
+    """A signal arrives after so many updates."""
+
+    @contextmanager
+    def signals():
+        asked = iter(range(1, updates + 1))
+        yield lambda: None if next(asked, updates) < updates else number
+
+    monkeypatch.setattr("sdcli.cli.train._signals", signals)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_leaves_and_goes_on(trained, tmp_path, sdcli, monkeypatch, number, code):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopping(patch, 3, number)
+        stopped = sdcli("train", "test_resnet", *QUICK, "--output", folder)
+    assert stopped.code == code
+    assert f"to go on: sdcli train --resume {folder}" in stopped.err
+    resumed = sdcli("train", "--resume", folder)
+    assert resumed.code == 0 and "going on in epoch 1 after update 2" in " ".join(resumed.err.split())
+    assert log_without_times(folder) == log_without_times(trained)
+
+
+def test_a_signal_is_noted_first_and_obeyed_the_second_time():
+    from sdcli.cli.train import _signals
+
+    with pytest.raises(KeyboardInterrupt), _signals() as told:
+        assert told() is None
+        signal.raise_signal(signal.SIGINT)
+        assert told() == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path, sdcli, monkeypatch):
+    command = ["train", "test_resnet", *QUICK, "--output", tmp_path / "run", "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        stopping(patch, 1, signal.SIGTERM)
+        assert sdcli(*command).code == 143
+    assert sdcli(*command).code == 0
+    assert log_without_times(tmp_path / "run") == log_without_times(trained)
+    finished = sdcli(*command)
+    assert finished.code == 0 and "all of them done: --epochs N goes on" in " ".join(finished.err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume", "auto"], "--resume auto does not know where the run is\n  expected: --output RUN beside it\n"
+         "  fix:      --resume auto --output runs/mine"),
+        (["--resume", "RUN", "--output", "other"], "--resume RUN and --output exclude each other\n"
+         "  expected: one of them: a run stays where it is"),
+        (["--resume", "RUN", "--seed", 5], "the run in 'RUN' was started with seed = 42, not 5\n"
+         "  expected: the same, or a change of epochs, device, workers, compile, grad_accum_steps, save_every, track\n"
+         "  fix:      leave --seed out, or start a new run"),
+        (["--resume", "RUN", "--lr", 5], "the recipe of the run in 'RUN' has optimizer.lr = 0.05, not 5.0\n"
+         "  expected: the recipe that it was started with; only epochs may change\n"
+         "  fix:      leave it out, or start a new run"),
+        ([], "MODEL is missing\n  expected: a model and a data set\n  fix:      sdcli train resnet18 --dataset cifar100"),
+        (["test_resnet"], "--dataset is missing\n  expected: a model and a data set\n"
+         "  fix:      sdcli train resnet18 --dataset cifar100"),
+        (["test_resnet", "--dataset", "digits", "--device", "cpu", "--precision", "fp16"],
+         "--precision fp16 on a CPU\n  expected: fp32, or bf16\n  fix:      --precision bf16"),
+        (["test_mambaout", *QUICK, "--grad-checkpointing", "--batch-size", 30, "--grad-accum-steps", 7],
+         "a batch of 30 images cannot be shared out evenly to 1 processes in 7 parts each\n"
+         "  expected: a multiple of 7\n  fix:      --batch-size 28"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_going_on_is_explained(options, message, trained, sdcli):
+    options = [str(trained) if option == "RUN" else option for option in options]
+    refused(sdcli("train", *options), message.replace("'RUN'", f"'{trained}'"))
+
+
+def test_curves_are_drawn_at_the_end_and_on_demand(trained, tmp_path, sdcli):
+    pytest.importorskip("matplotlib")
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    result = sdcli("plot", trained, "--output", tmp_path / "c.svg")
+    assert result.code == 0 and result.out.strip() == str(tmp_path / "c.svg")
+    drawn = (tmp_path / "c.svg").read_text()
+    assert drawn.lstrip().startswith("<?xml")
+    refused(
+        sdcli("plot", tmp_path),
+        f"'{tmp_path}' has no epochs to draw\n  expected: a run folder whose log.jsonl has a line",
+    )
+
+
+def test_a_tracker_gets_losses_shares_and_scores(tmp_path, sdcli):
+    pytest.importorskip("tensorboard")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = sdcli(
+        "train", "test_resnet", *QUICK, "--epochs", 1, "--track", "tensorboard", "--output", tmp_path / "run"
+    )
+    assert result.code == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "run" / "sdcli").glob("events*")).parent)).Reload()
+    assert {"train/hint", "gradient_share/hint", "validation/top1_ensemble", "step/lr"} <= set(events.Tags()["scalars"])

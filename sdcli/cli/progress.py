@@ -13,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from sdcli.cli.plots import has_matplotlib, save_curves
 from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import note, talk
 from sdcli.evaluate import Report
 from sdcli.prepare import Training
+from sdcli.runs import read_log
 from sdcli.train import Epoch, Finished, Step, Stopped
 
 PLAIN_EVERY_S = 30.0
@@ -35,6 +37,8 @@ def follow(training: Training, events: Iterable[Event]) -> Stopped | None:
         note(text)
     console.print(_heading(training))
     stopped = (_follow_live if console.is_terminal else _follow_plain)(training, events)
+    if has_matplotlib() and read_log(training.run.folder):
+        save_curves(training.run.folder, training.run.folder / "curves.png")
     if stopped is not None:
         console.print(
             Text.assemble(
