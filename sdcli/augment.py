@@ -36,9 +36,9 @@ def can_batch(augment: Augment, preprocess: Preprocess) -> bool:
     return augment.policy == "none" and augment.crop != "resized" and max(preprocess.size) <= SMALL
 
 
-def key(*numbers: int) -> int:
-    """64 bits that look random and are the same for the same numbers, everywhere and for good."""
-    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+def key(*parts: int | str) -> int:
+    """64 bits that look random and are the same for the same numbers and names, everywhere and for good."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def random_bits(seed: int, epoch: int, index: Tensor, draws: Tensor) -> Tensor:

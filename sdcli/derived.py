@@ -1,13 +1,131 @@
-"""Predictions made from the predictions of several points."""
+"""Predictions made from the predictions of several points, by the name that a recipe gives them.
+
+A kind is a function of (signals, batch) or a module that is built from a `Setting`; its keyword-only arguments are its
+recipe keys. Either gives logits [B, K].
+
+B batch, K classes, C channels, E signals
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
+
+from sdcli.losses.labels import hard_labels
+from sdcli.losses.logits import gated
+from sdcli.losses.relations import propagate
+from sdcli.registry import Registry
+from sdcli.signals import Batch, Signal
+
+SIGNALS = Registry("signal")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a module is built for."""
+
+    num_chs: Sequence[int]
+    """C of each signal that it reads."""
+    num_classes: int
+    num_images: int
+    """Of the split that training images are numbered in."""
 
 
 def ensemble(logits: Iterable[Tensor]) -> Tensor:
     """The mean of the points' logits [B, K]: the ensemble of BYOT's authors (arXiv:1905.08094)."""
     return torch.stack(list(logits)).mean(dim=0)
+
+
+def _logits(signals: Sequence[Signal]) -> list[Tensor]:
+    assert all(signal.logits is not None for signal in signals)
+    return [signal.logits for signal in signals if signal.logits is not None]
+
+
+@SIGNALS.register("mean")
+def mean(signals: Sequence[Signal], batch: Batch) -> Tensor:
+    """The mean of their logits, each counting alike: the ensemble that `sdcli eval` scores (arXiv:1905.08094)."""
+    return ensemble(_logits(signals))
+
+
+@SIGNALS.register("gated")
+class Gated(nn.Module):
+    """Their logits mixed by a gate that is trained along: ONE's teacher (Lan et al. 2018, arXiv:1806.04606).
+
+    The gate reads the pooled map of the first of them and gives each image its own mix: linear, batch norm, ReLU,
+    softmax, as the authors' code has it.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        num = len(setting.num_chs)
+        self.gate = nn.Sequential(nn.Linear(setting.num_chs[0], num), nn.BatchNorm1d(num), nn.ReLU())
+
+    def forward(self, signals: Sequence[Signal], batch: Batch) -> Tensor:
+        # The gate learns from the mix's own loss; the shared layers before it do too.
+        weights = self.gate(signals[0].features.mean(dim=(2, 3))).softmax(dim=1)
+        return gated(_logits(signals), weights)
+
+
+@SIGNALS.register("propagated")
+def propagated(
+    signals: Sequence[Signal],
+    batch: Batch,
+    *,
+    omega: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+    temperature: Annotated[float, Field(gt=0)] = 4.0,
+) -> Tensor:
+    """What is said of the images of the batch that are like it: BAKE's targets (Ge et al. 2021, arXiv:2104.13298).
+
+    `omega` is how far a prediction may be carried. The loss that reads it has to have the same `temperature`, at which
+    a softmax of these logits gives BAKE's probabilities back. Sees the batch of one process.
+    """
+    (signal,) = signals
+    (logits,) = _logits(signals)
+    shares = propagate(logits.detach(), signal.embedding.detach(), omega=omega, temperature=temperature)
+    return temperature * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+
+
+@SIGNALS.register("memory")
+class Memory(nn.Module):
+    """What was said of each training image when it was last seen, and its label before: PS-KD's teacher (Kim et al.
+    2021, arXiv:2006.12000).
+
+    Held in half precision, num_images x K x 2 bytes, and saved with the run's state. Needs one class per image. Several
+    processes tell each other what they saw.
+    """
+
+    past: Tensor
+    seen: Tensor
+    hard_labels = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.register_buffer("past", torch.zeros(setting.num_images, setting.num_classes, dtype=torch.float16))
+        self.register_buffer("seen", torch.zeros(setting.num_images, dtype=torch.bool))
+
+    def forward(self, signals: Sequence[Signal], batch: Batch) -> Tensor:
+        (logits,) = _logits(signals)
+        logits = logits.detach().float()
+        # Far enough apart for a softmax in float32 to give the label everything.
+        sure = torch.zeros_like(logits).scatter_(1, hard_labels(batch)[:, None], 200.0)
+        past = torch.where(self.seen[batch.index][:, None], self.past[batch.index].float(), sure)
+        if self.training:
+            # The same prediction, within half precision's range.
+            index, said = _everyones(batch.index), _everyones(logits.log_softmax(dim=1).clamp(min=-6e4).half())
+            self.past[index] = said
+            self.seen[index] = True
+        return past
+
+
+def _everyones(own: Tensor) -> Tensor:
+    """The same of all processes, one below the other [B of all, …]."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(shares, own.contiguous())
+    return torch.cat(shares)

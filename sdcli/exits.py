@@ -25,6 +25,8 @@ class Width:
 
     num_chs: int
     embedding_dim: int
+    classifies: bool = True
+    """Whether there are logits: not at a tap without a head."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class MultiExit(nn.Module):
 
     def __init__(self, backbone: nn.Module, plan: StagePlan, heads: dict[str, nn.Module]) -> None:
         super().__init__()
-        assert [point for point in heads if point != FINAL] == exit_points(plan), "one head per exit"
+        assert [point for point in heads if point != FINAL] in (exit_points(plan), []), "one head per exit, or none"
         self.backbone = backbone
         self.plan = plan
         self.heads = nn.ModuleDict(heads)
@@ -114,6 +116,11 @@ class MultiExit(nn.Module):
         return [*exit_points(self.plan), FINAL]
 
     @property
+    def classifiers(self) -> list[str]:
+        """The points that have logits: all, but for taps without a head."""
+        return [point for point in self.points if point in self.heads or point == FINAL]
+
+    @property
     def widths(self) -> dict[str, Width]:
         """How wide each point's signal is."""
         widths = {}
@@ -124,7 +131,9 @@ class MultiExit(nn.Module):
                 classifier = self.heads[point].classifier
                 assert isinstance(classifier, nn.Linear)
                 dim = classifier.in_features
-            widths[point] = Width(stage.num_chs, dim)
+            elif point != FINAL:
+                dim = stage.num_chs
+            widths[point] = Width(stage.num_chs, dim, point in self.classifiers)
         return widths
 
     def forward(self, images: Tensor) -> dict[str, Signal]:
@@ -140,7 +149,9 @@ class MultiExit(nn.Module):
         signals = {}
         for point, stage in self.stages.items():
             features = to_map(store[point], stage)
-            if point != FINAL:
+            if point not in self.heads and point != FINAL:
+                signals[point] = Signal(features, features.mean(dim=(2, 3)), None)
+            elif point != FINAL:
                 embedding, exit_logits = self.heads[point](features, prefix_tokens(store[point], stage))
                 signals[point] = Signal(features, embedding, exit_logits)
             elif FINAL in self.heads:
@@ -158,7 +169,12 @@ class MultiExit(nn.Module):
 
 
 def choose_heads(plan: StagePlan, head: str = "auto") -> dict[str, str]:
-    """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown one."""
+    """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown one.
+
+    "none" leaves exits without classifiers: taps, whose maps can be compared.
+    """
+    if head == "none":
+        return {FINAL: POOLED} if plan.encoder else {}
     if head != "auto":
         HEADS.find(head, "networks.student.head")
     stages = zip(exit_points(plan), plan.stages[:-1], strict=True)
@@ -205,8 +221,8 @@ def plan_json(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> di
             **asdict(stage),
             "macs_fraction": stage.macs / plan.macs if plan.macs else 0.0,
             "head": heads.get(point),
-            "head_params": costs[point].params,
-            "head_macs": costs[point].macs,
+            "head_params": costs[point].params if point in costs else 0,
+            "head_macs": costs[point].macs if point in costs else 0,
         }
         for point, stage in zip([*exit_points(plan), FINAL], plan.stages, strict=True)
     ]

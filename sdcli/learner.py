@@ -5,28 +5,110 @@ One module is what DistributedDataParallel, torch.compile and a state dict want.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sdcli.exits import MultiExit
-from sdcli.objective import Objective, address
-from sdcli.recipe import STUDENT
+from sdcli.derived import SIGNALS, Setting
+from sdcli.errors import UserError
+from sdcli.exits import MultiExit, Width
+from sdcli.objective import Objective, Places, address, parsed
+from sdcli.recipe import STUDENT, Derived
 from sdcli.signals import Batch, Signal
+
+
+class Making(nn.Module):
+    """One prediction made from others."""
+
+    def __init__(self, of: Sequence[str], make: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.of = list(of)
+        self.make = make
+
+    def forward(self, signals: Mapping[str, Signal], batch: Batch) -> Signal:
+        """Made in float32 or better; map and embedding are those of the first that it is made of."""
+        sources = [signals[place].at_least_float() for place in self.of]
+        with torch.autocast(batch.images.device.type, enabled=False):
+            logits = self.make(sources, batch)
+        return Signal(sources[0].features, sources[0].embedding, logits)
+
+
+def check_signals(tables: Mapping[str, Derived]) -> None:
+    """Raises UserError for an unknown kind, key, type or range: all that shows without a network."""
+    for name, table in tables.items():
+        SIGNALS.find(table.kind, f"signals.{name}").check(table.options, f"signals.{name}")
+
+
+def build_signals(
+    tables: Mapping[str, Derived], widths: Mapping[str, Width], num_classes: int, num_images: int, mixes: bool
+) -> tuple[dict[str, Making], dict[str, Width]]:
+    """The predictions that `[signals]` asks for, and how wide each is; `widths` are those of the networks' points.
+
+    Raises UserError for a point that is not there or has no classifier, and for a kind that needs one class per image
+    where they are mixed.
+    """
+    made: dict[str, Making] = {}
+    known: dict[str, Width] = {}
+    places = Places(widths, {}, ())
+    for name, table in tables.items():
+        where = f"signals.{name}"
+        entry = SIGNALS.find(table.kind, where)
+        options = entry.check(table.options, where)
+        of = places.on(table.of, where)
+        places.check_classifies(of, where)
+        if mixes and getattr(entry.call, "hard_labels", False):
+            raise UserError(
+                f"{where}: kind = '{table.kind}' needs one class per image, and batch.mixup and batch.cutmix mix them",
+                "a recipe that mixes nothing, or another kind",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+            )
+        own = [places.width(place) for place in of]
+        if isinstance(entry.call, type):
+            make = entry.call(Setting([width.num_chs for width in own], num_classes, num_images), **options)
+        else:
+            make = partial(entry.call, **options)
+        made[name] = Making(of, make)
+        known[name] = own[0]
+    return made, known
 
 
 class Learner(nn.Module):
     """Networks and what they are taught by."""
 
-    def __init__(self, networks: Mapping[str, MultiExit], objective: Objective, frozen: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        networks: Mapping[str, MultiExit],
+        objective: Objective,
+        frozen: Collection[str] = (),
+        derived: Mapping[str, Making] | None = None,
+    ) -> None:
         """`frozen` names the networks that do not learn: they run in eval mode and without gradients."""
         super().__init__()
         self.networks = nn.ModuleDict(networks)
-        self.objective = objective
+        self.derived = nn.ModuleDict(derived or {})
         self.frozen = frozenset(frozen)
         for name in self.frozen:
             self.networks[name].requires_grad_(False)
+        self.teach(objective)
+
+    def teach(self, objective: Objective) -> None:
+        """Takes `objective` and works out what it needs: which networks see which images, and with gradients or not."""
+        self.objective = objective
+        reads = dict(objective.reads)
+        self.makes = [name for name in self.derived if name in reads]
+        for name in self.makes:
+            learns = reads.pop(name)
+            made = self.derived[name]
+            assert isinstance(made, Making)
+            for place in made.of:
+                reads[place] = reads.get(place, False) or learns
+        self.passes: dict[tuple[str, str], bool] = {}
+        for place, learns in reads.items():
+            network, _, images = parsed(place)
+            learns = learns and network not in self.frozen
+            self.passes[network, images] = self.passes.get((network, images), False) or learns
 
     @property
     def student(self) -> MultiExit:
@@ -48,9 +130,11 @@ class Learner(nn.Module):
         The parts are graphs too, so that each one's own gradient can be asked for.
         """
         signals: dict[str, Signal] = {}
-        for name, network in self.networks.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-                said = network(batch.images)
-            signals |= {address(name, point): signal for point, signal in said.items()}
+        for (name, images), learns in self.passes.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                said = self.networks[name](batch.also[images] if images else batch.images)
+            signals |= {address(name, point, images): signal for point, signal in said.items()}
+        for name in self.makes:
+            signals[name] = self.derived[name](signals, batch)
         total, parts = self.objective(signals, batch)
         return total, parts

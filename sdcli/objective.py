@@ -5,7 +5,7 @@ B batch, C channels, D embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,18 +15,25 @@ from torch import Tensor, nn
 from sdcli.errors import UserError, did_you_mean
 from sdcli.exits import FINAL, Width
 from sdcli.losses import LOSSES
-from sdcli.recipe import STUDENT, Loss
+from sdcli.recipe import STUDENT, Loss, Over
+from sdcli.registry import Entry
 from sdcli.signals import Batch, Signal
 
 
-def address(network: str, point: str) -> str:
-    """How recipes and terms call a network's point: the student's by its own name, others' as `peer.exit1`."""
-    return point if network == STUDENT else f"{network}.{point}"
+def address(network: str, point: str, images: str = "") -> str:
+    """How recipes and terms call a network's point: the student's by its own name, others' as `peer.exit1`.
+
+    `images` names those of the batch that it was shown, where they are not its own: `final@view`.
+    """
+    place = point if network == STUDENT else f"{network}.{point}"
+    return f"{place}@{images}" if images else place
 
 
-def network_of(place: str) -> str:
-    """Whose point an address means."""
-    return place.rpartition(".")[0] or STUDENT
+def parsed(place: str) -> tuple[str, str, str]:
+    """Network, point and images of an address."""
+    rest, _, images = place.partition("@")
+    network, _, point = rest.rpartition(".")
+    return network or STUDENT, point, images
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,10 @@ class Term:
     name: str
     on: str
     target: str | None
-    """The point that is compared with, or None where the labels are."""
+    """The point or signal that is compared with, or None where the labels are."""
     reads: str
     """`logits`, `embedding` or `features`."""
-    weight: float
+    weight: Over
     compare: Callable[..., Tensor]
     """The loss with its recipe keys filled in; a module where it has weights of its own."""
     sees_batch: bool = False
@@ -55,22 +62,28 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
 class Objective(nn.Module):
     """All terms of a recipe. Its parameters are those of the losses that have weights of their own (`trained`)."""
 
+    now: Tensor
+
     def __init__(
         self,
         losses: Mapping[str, Loss],
         widths: Mapping[str, Width],
+        *,
         frozen: Collection[str] = (),
+        derived: Mapping[str, Width] | None = None,
         mixes: bool = False,
     ) -> None:
         """Builds the terms for networks with the points of `widths`, by address, each network's shallowest first.
 
-        `frozen` names the networks that do not learn; `mixes` says whether labels are shares of several classes. Raises
-        UserError for an unknown loss or key, a point that is not there or does not learn, weights that do not match the
-        points, exits that no term teaches, and a loss that needs one class per image where they are mixed.
+        `frozen` names the networks that do not learn, `derived` the predictions that are made from others; `mixes` says
+        whether labels are shares of several classes. Raises UserError for an unknown loss or key, a point that is not
+        there, does not learn or has no classifier, weights or targets that do not match the points, exits that no term
+        teaches, and a loss that needs one class per image where they are mixed.
         """
         super().__init__()
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
+        self._places = Places(widths, derived or {}, frozen)
         for name, loss in losses.items():
             if mixes and LOSSES.find(loss.kind, f"losses.{name}").hard_labels:
                 raise UserError(
@@ -79,24 +92,40 @@ class Objective(nn.Module):
                     "a recipe that mixes nothing, or another loss",
                     "--set batch.mixup=0 --set batch.cutmix=0",
                 )
-            self._add(name, loss, widths, frozen)
-        self._check_all_taught(widths, frozen)
+            self._add(name, loss)
+        self._check_all_taught()
+        # Of terms whose weight changes: a tensor, so that a compiled objective need not be compiled again.
+        self.register_buffer("now", torch.ones(len(self.terms)), persistent=False)
+        self.set_time(0.0, 1.0)
 
-    def _add(self, name: str, loss: Loss, widths: Mapping[str, Width], frozen: Collection[str]) -> None:
+    def set_time(self, epoch: float, epochs: float) -> None:
+        """Sets the weights to what they are after `epoch` of `epochs`."""
+        if any(term.weight.varies for term in self.terms):
+            self.now.copy_(torch.tensor([term.weight.at(epoch, epochs) for term in self.terms]))
+
+    @property
+    def names(self) -> list[str]:
+        """The recipe's losses that have a term, in order."""
+        return list(dict.fromkeys(term.name for term in self.terms))
+
+    @property
+    def reads(self) -> dict[str, bool]:
+        """The points and signals that terms read, and whether a gradient is to reach them."""
+        read: dict[str, bool] = {}
+        for term in self.terms:
+            read[term.on] = True
+            if term.target is not None:
+                read.setdefault(term.target, False)
+        return read
+
+    def _add(self, name: str, loss: Loss) -> None:
         where = f"losses.{name}"
         entry = LOSSES.find(loss.kind, where)
         options = entry.check(loss.options, where)
         is_module = isinstance(entry.call, type)
         needs_target = is_module or "teacher" in entry.takes
-        points = _points(loss.on, list(widths), where)
-        for point in points:
-            if network_of(point) in frozen:
-                raise UserError(
-                    f"{where}.on = '{point}': networks.{network_of(point)} does not learn",
-                    "a point of a network that learns",
-                    f"--set networks.{network_of(point)}.learns=true",
-                )
-        weights = loss.weight if isinstance(loss.weight, list) else [loss.weight] * len(points)
+        points = self._places.on(loss.on, where)
+        weights = loss.weights * len(points) if not isinstance(loss.weight, list) else loss.weights
         if len(weights) != len(points):
             raise UserError(
                 f"{where}.weight has {len(weights)} values",
@@ -104,35 +133,50 @@ class Objective(nn.Module):
             )
         if needs_target != (loss.target != "label"):
             known = "'final', 'next' or an exit" if needs_target else "'label', which is the default"
-            raise UserError(f"{where}.target = '{loss.target}' with kind = '{loss.kind}'", known)
-        for point, weight in zip(points, weights, strict=True):
-            target = _target(loss.target, point, list(widths), where) if needs_target else None
-            if weight == 0:
+            raise UserError(f"{where}.target = {loss.target!r} with kind = '{loss.kind}'", known)
+        targets = loss.target if isinstance(loss.target, list) else [loss.target] * len(points)
+        if len(targets) != len(points):
+            raise UserError(
+                f"{where}.target has {len(targets)} entries",
+                f"one, or one for each of {', '.join(points) or 'no points'}",
+            )
+        for point, named, weight in zip(points, targets, weights, strict=True):
+            target = self._places.target(named, point, where) if needs_target else None
+            if not weight.varies and weight.value == 0:
                 continue
-            compare: Callable[..., Tensor] = partial(entry.call, **options)
-            if is_module and target is not None:
-                side = "embedding_dim" if entry.reads == "embedding" else "num_chs"
-                try:
-                    compare = entry.call(getattr(widths[point], side), getattr(widths[target], side), **options)
-                except UserError as error:
-                    error.wrong = f"{where} at {point}: {error.wrong}"
-                    raise
-                assert isinstance(compare, nn.Module)
+            if entry.reads == "logits":
+                self._places.check_classifies([point, *([target] if target else [])], where)
+            compare = self._built(entry, options, point, target, where)
+            if isinstance(compare, nn.Module):
                 self.trained.append(compare)
             sees_batch = bool(getattr(compare, "sees_batch", entry.sees_batch))
             self.terms.append(Term(name, point, target, entry.reads, weight, compare, sees_batch))
 
-    def _check_all_taught(self, widths: Mapping[str, Width], frozen: Collection[str]) -> None:
+    def _built(
+        self, entry: Entry, options: dict[str, object], point: str, target: str | None, where: str
+    ) -> Callable[..., Tensor]:
+        if not isinstance(entry.call, type) or target is None:
+            return partial(entry.call, **options)
+        side = "embedding_dim" if entry.reads == "embedding" else "num_chs"
+        widths = [getattr(self._places.width(place), side) for place in (point, target)]
+        try:
+            built: nn.Module = entry.call(*widths, **options)
+        except UserError as error:
+            error.wrong = f"{where} at {point}: {error.wrong}"
+            raise
+        return built
+
+    def _check_all_taught(self) -> None:
         """An exit whose classifier no term reads would be trained by nothing and still be scored."""
-        taught = {term.on for term in self.terms if term.reads == "logits"}
-        for point in widths:
-            network = network_of(point)
-            if point not in taught and network not in frozen:
+        taught = {parsed(term.on)[:2] for term in self.terms if term.reads == "logits"}
+        for place, width in self._places.widths.items():
+            network, point, _ = parsed(place)
+            if width.classifies and (network, point) not in taught and network not in self._places.frozen:
                 fix = f'add a loss with on = "{address(network, "all")}"'
-                if not point.endswith(FINAL):
+                if point != FINAL:
                     fix += f', or set networks.{network}.exits = "none"'
                 raise UserError(
-                    f"no loss teaches the classifier of {point}", "a loss on the logits of every point", fix
+                    f"no loss teaches the classifier of {place}", "a loss on the logits of every point", fix
                 )
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,57 +189,94 @@ class Objective(nn.Module):
 
     def _parts(self, signals: Mapping[str, Signal], batch: Batch) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
-        for term in self.terms:
+        for number, term in enumerate(self.terms):
             student = getattr(signals[term.on], term.reads)
             if term.target is None:
                 value = term.compare(student, batch)
             else:
                 value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
-            value = value.mean() * term.weight
+            value = value.mean() * (self.now[number] if term.weight.varies else term.weight.value)
             parts[term.name] = parts[term.name] + value if term.name in parts else value
         return parts
 
 
-def _points(on: str | list[str], places: list[str], where: str) -> list[str]:
-    """The points that an `on` stands for; `exits` of a network without any stands for none."""
-    chosen: list[str] = []
-    for name in [on] if isinstance(on, str) else on:
-        network, point = network_of(name), name.rpartition(".")[2]
-        own = [place for place in places if network_of(place) == network]
+class Places:
+    """What an `on` and a `target` may name."""
+
+    def __init__(self, widths: Mapping[str, Width], derived: Mapping[str, Width], frozen: Collection[str]) -> None:
+        self.widths, self.derived, self.frozen = dict(widths), dict(derived), frozenset(frozen)
+
+    def width(self, place: str) -> Width:
+        return self.derived[place] if place in self.derived else self.widths[place.partition("@")[0]]
+
+    def on(self, on: str | list[str], where: str) -> list[str]:
+        """The points that an `on` stands for; `exits` of a network without any stands for none."""
+        chosen: list[str] = []
+        for name in [on] if isinstance(on, str) else on:
+            if name in self.derived:
+                chosen.append(name)
+                continue
+            chosen += self._points(name, f"{where}.on")
+        for place in chosen:
+            network = parsed(place)[0]
+            if network in self.frozen:
+                raise UserError(
+                    f"{where}.on = '{place}': networks.{network} does not learn",
+                    "a point of a network that learns",
+                    f"--set networks.{network}.learns=true",
+                )
+        return chosen
+
+    def _points(self, name: str, where: str) -> list[str]:
+        network, point, images = parsed(name)
+        own = [place for place in self.widths if parsed(place)[0] == network]
         if point == "all" and own:
-            chosen += own
+            bare = own
         elif point == "exits" and own:
-            chosen += own[:-1]
-        elif name in places:
-            chosen.append(name)
+            bare = own[:-1]
+        elif address(network, point) in self.widths:
+            bare = [address(network, point)]
         else:
-            raise _no_such_point(name, places, f"{where}.on")
-    return chosen
+            raise self._missing(name, where)
+        return [f"{place}@{images}" if images else place for place in bare]
 
+    def target(self, name: str, point: str, where: str) -> str:
+        """The place that `target` means for one point of `on`."""
+        if name == "next":
+            network, own, images = parsed(point)
+            if own == FINAL or point in self.derived:
+                raise UserError(f"{where}: '{point}' has no next deeper point", 'on = "exits" with target = "next"')
+            places = list(self.widths)
+            deeper = places[places.index(address(network, own)) + 1]
+            return f"{deeper}@{images}" if images else deeper
+        if name not in self.derived and name.partition("@")[0] not in self.widths:
+            raise self._missing(name, f"{where}.target")
+        if name == point:
+            raise UserError(f"{where}: {point} is compared with itself", "a target other than the point it teaches")
+        return name
 
-def _target(name: str, point: str, places: list[str], where: str) -> str:
-    if name == "next":
-        if point.rpartition(".")[2] == FINAL:
-            raise UserError(f"{where}: '{point}' has no next deeper point", 'on = "exits" with target = "next"')
-        return places[places.index(point) + 1]
-    if name not in places:
-        raise _no_such_point(name, places, f"{where}.target")
-    if name == point:
-        raise UserError(f"{where}: {point} is compared with itself", "a target other than the point it teaches")
-    return name
+    def check_classifies(self, places: Iterable[str], where: str) -> None:
+        for place in places:
+            if not self.width(place).classifies:
+                network = parsed(place)[0]
+                raise UserError(
+                    f"{where} compares predictions, and {place} has no classifier",
+                    "a point with a head",
+                    f"--set networks.{network}.head=auto",
+                )
 
-
-def _no_such_point(name: str, places: list[str], where: str) -> UserError:
-    network = network_of(name)
-    if all(network_of(place) != network for place in places):
-        known = dict.fromkeys(network_of(place) for place in places)
+    def _missing(self, name: str, where: str) -> UserError:
+        network = parsed(name)[0]
+        if all(parsed(place)[0] != network for place in self.widths):
+            known = dict.fromkeys(parsed(place)[0] for place in self.widths)
+            return UserError(
+                f"{where} = '{name}': there is no networks.{network}",
+                "one of " + ", ".join(known),
+                did_you_mean(network, known) or f"add a [networks.{network}] table",
+            )
+        known_places = [*self.widths, *self.derived]
         return UserError(
-            f"{where} = '{name}': there is no networks.{network}",
-            "one of " + ", ".join(known),
-            did_you_mean(network, known) or f"add a [networks.{network}] table",
+            f"{where} = '{name}', a point that this network does not have",
+            "one of " + ", ".join(known_places),
+            did_you_mean(name, known_places),
         )
-    return UserError(
-        f"{where} = '{name}', a point that this network does not have",
-        "one of " + ", ".join(places),
-        did_you_mean(name, places),
-    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ from sdcli.checkpoint import Description
 from sdcli.devices import Precision, accelerator_for, from_first, interleaved
 from sdcli.errors import UserError
 from sdcli.exits import MultiExit, choose_heads
-from sdcli.learner import Learner
+from sdcli.learner import Learner, build_signals, check_signals
 from sdcli.loaders import EpochBatches
 from sdcli.networks import build_network, create_optimizer, create_schedule, plan_network
 from sdcli.objective import Objective, address, check_losses
-from sdcli.recipe import STUDENT, Network, Recipe, check_recipe, load_recipe, to_toml
+from sdcli.recipe import AVERAGE, STUDENT, TEACHER, Network, Recipe, check_recipe, load_recipe, to_toml
 from sdcli.resident import suitable_loader
 from sdcli.runs import Run, check_output, read_settings, state_file
 from sdcli.stages import StagePlan
@@ -107,6 +109,10 @@ class Training:
     mixing: Mixing | None
     data: dict[str, Any]
     """What tells the training split from another."""
+    objectives: list[Objective]
+    """One for each phase."""
+    phase: int = -1
+    """The phase that the run is in; none yet."""
     position: Position = field(default_factory=Position)
     notes: list[str] = field(default_factory=list)
 
@@ -120,7 +126,23 @@ class Training:
     @property
     def epochs(self) -> int:
         """Of the whole run."""
-        return self.recipe.epochs
+        return sum(phase.epochs or 0 for phase in self.recipe.stages)
+
+    @property
+    def phase_of(self) -> int:
+        """The phase that the epoch at which the run stands belongs to."""
+        ends = accumulate(phase.epochs or 0 for phase in self.recipe.stages)
+        return next(number for number, end in enumerate(ends) if self.position.epoch <= end)
+
+    @property
+    def epoch_in_phase(self) -> int:
+        """The epoch at which the run stands, counted from 1 within its phase."""
+        return self.position.epoch - sum(phase.epochs or 0 for phase in self.recipe.stages[: self.phase])
+
+    @property
+    def updates_done(self) -> int:
+        """Within the phase."""
+        return (self.epoch_in_phase - 1) * self.updates_per_epoch + self.position.update
 
     @property
     def is_first(self) -> bool:
@@ -137,6 +159,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     if accelerator.is_main_process:
         check_output(output)
     training = _build(settings, recipe, accelerator, None)
+    enter_phase(training, 0)
     if training.is_first:
         training.run = Run(output)
         training.run.write_recipe(to_toml(recipe))
@@ -190,6 +213,12 @@ def resumed(
             )
     own = load_recipe([str(folder / "recipe.toml")])
     wanted = recipe or load_recipe([str(folder / "recipe.toml")], overrides)
+    if own.phases and own.epochs != wanted.epochs:
+        raise UserError(
+            f"the recipe of the run in '{folder}' has phases, and epochs = {own.epochs}, not {wanted.epochs}",
+            "as many epochs as it was started with",
+            "leave it out, or start a new run",
+        )
     free = {"title", "paper", "epochs"}
     changed = _first_difference(own.model_dump(exclude=free), wanted.model_dump(exclude=free))
     if changed:
@@ -215,6 +244,7 @@ def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any
 def _check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
     """What shows without data: losses, models, augmentation, device."""
     check_losses(recipe.losses)
+    check_signals(recipe.signals)
     resolve(settings.model, num_classes=None, image_size=None)
     for name, network in recipe.others.items():
         try:
@@ -251,9 +281,27 @@ def _build(
         networks[name], *_, more = _network(table, str(table.model), classes, architecture.input_size[1])
         notes += [f"{name}: {note}" for note in more]
     frozen = [name for name, table in recipe.others.items() if not table.learns]
+    ema = _average(student, recipe)
+    if recipe.reads(AVERAGE) and ema is not None:
+        networks[AVERAGE] = ema.module
+        frozen.append(AVERAGE)
+    if any(phase.teacher for phase in recipe.phases):
+        networks[TEACHER] = copy.deepcopy(student)
+        frozen.append(TEACHER)
     widths = {address(name, p): width for name, network in networks.items() for p, width in network.widths.items()}
-    objective = Objective(recipe.losses, widths, frozen, mixes=recipe.batch.mixes)
-    learner = Learner(networks, objective, frozen)
+    num_images = int(train_split.index.max()) + 1
+    making, made = build_signals(recipe.signals, widths, len(classes), num_images, recipe.batch.mixes)
+    objectives = [
+        Objective(
+            {name: recipe.losses[name] for name in phase.losses or ()},
+            widths,
+            frozen=frozen,
+            derived=made,
+            mixes=recipe.batch.mixes,
+        )
+        for phase in recipe.stages
+    ]
+    learner = Learner(networks, objectives[0], frozen, making)
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
 
@@ -267,12 +315,19 @@ def _build(
     scored = val_split or dataset.splits["test"]
     rank, world = accelerator.process_index, accelerator.num_processes
     order = EpochBatches(
-        train_split, batch_size, seed=settings.seed, parts=settings.grad_accum_steps, rank=rank, world=world
+        train_split,
+        batch_size,
+        seed=settings.seed,
+        parts=settings.grad_accum_steps,
+        rank=rank,
+        world=world,
+        mates=recipe.batch.mates,
     )
+    also = {name: table.of for name, table in recipe.batch.also.items()}
     how = {"seed": settings.seed, "workers": settings.workers, "device": accelerator.device}
     # The first process decodes small images, the others find them decoded.
     with accelerator.main_process_first():
-        loader, loader_notes = suitable_loader(train_split, preprocess, augment, order, **how)
+        loader, loader_notes = suitable_loader(train_split, preprocess, augment, order, **how, also=also)
         in_order = EpochBatches(scored, batch_size, rank=rank, world=world)
         scored_loader, more_notes = suitable_loader(scored, preprocess, None, in_order, **how)
     # Both splits may have met the same trouble.
@@ -280,12 +335,15 @@ def _build(
 
     if settings.channels_last:
         learner.to(memory_format=torch.channels_last)
-    ema = _average(student, recipe, accelerator.device)
     if settings.compile:
         learner.compile()
-    optimizer = create_optimizer([learner], recipe.optimizer)
-    schedule = create_schedule(optimizer, recipe.schedule, recipe.epochs, order.updates)
-    module, optimizer = accelerator.prepare(learner, optimizer)
+    learner.to(accelerator.device)
+    if ema is not None:
+        ema.to(accelerator.device)
+    for phase in recipe.stages:
+        create_schedule(
+            create_optimizer([learner], recipe.optimizer), recipe.schedule, phase.epochs or 0, order.updates
+        )
     seen = batch_size // (accelerator.num_processes * settings.grad_accum_steps)
     if accelerator.num_processes > 1:
         notes.append(
@@ -324,9 +382,9 @@ def _build(
         recipe=recipe,
         accelerator=accelerator,
         learner=learner,
-        module=module,
-        optimizer=optimizer,
-        schedule=schedule,
+        module=learner,
+        optimizer=None,
+        schedule=None,
         ema=ema,
         loader=loader,
         scored_loader=scored_loader,
@@ -338,8 +396,33 @@ def _build(
         num_val=len(val_split) if val_split else 0,
         mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
         data=_identity(train_split),
+        objectives=objectives,
         notes=[*dataset.notes, *architecture.notes, *plan.notes, *notes],
     )
+
+
+def enter_phase(training: Training, number: int, begins: bool = True) -> None:
+    """Sets the run up for a phase: its losses, a new optimizer and schedule, and, where it `begins`, its networks."""
+    phase = training.recipe.stages[number]
+    learner, accelerator = training.learner, training.accelerator
+    if begins and phase.teacher:
+        learner.networks[TEACHER].load_state_dict(training.network.state_dict())
+    if begins and phase.fresh:
+        set_seed(training.settings.seed + number)
+        about = training.description
+        table = training.recipe.student
+        new, _ = build_network(table, about.architecture, about.plan, about.heads, len(about.classes))
+        learner.student.load_state_dict(new.state_dict())
+        set_seed(training.settings.seed + number + accelerator.process_index)
+    if begins and training.ema is not None:
+        training.ema.module.load_state_dict(learner.student.state_dict())
+    learner.teach(training.objectives[number].to(accelerator.device))
+    optimizer = create_optimizer([learner], training.recipe.optimizer)
+    epochs = phase.epochs or 0
+    training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)
+    accelerator.free_memory()
+    training.module, training.optimizer = accelerator.prepare(learner, optimizer)
+    training.phase = number
 
 
 def _start_tracker(training: Training) -> None:
@@ -378,13 +461,13 @@ def _checkpoint_gradients(network: MultiExit, model: str) -> None:
         ) from None
 
 
-def _average(student: MultiExit, recipe: Recipe, device: torch.device) -> Any:
+def _average(student: MultiExit, recipe: Recipe) -> Any:
     if recipe.ema is None:
         return None
     from timm.utils import ModelEmaV3
 
     ema = ModelEmaV3(student, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
-    return ema.to(device).requires_grad_(False)
+    return ema.requires_grad_(False)
 
 
 def _mixing(recipe: Recipe, num_classes: int, seed: int, device: torch.device) -> Mixing | None:
@@ -438,12 +521,14 @@ def save(training: Training) -> None:
             "scaler": scaler.state_dict() if scaler else None,
             "random": everyones,
             "data": training.data,
+            "phase": training.phase,
         },
     )
 
 
 def _restore(training: Training, state: Mapping[str, Any]) -> None:
     """Puts everything back to where the state found it."""
+    enter_phase(training, state["phase"], begins=False)
     training.learner.load_state_dict(state["learner"])
     training.optimizer.load_state_dict(state["optimizer"])
     if training.ema:
@@ -456,8 +541,7 @@ def _restore(training: Training, state: Mapping[str, Any]) -> None:
         # Those of all processes: one of them goes on from them.
         sums = sums.to(training.accelerator.device)
         training.position.sums = sums if training.is_first else torch.zeros_like(sums)
-    done = (training.position.epoch - 1) * training.updates_per_epoch + training.position.update
-    training.schedule.step(done)
+    training.schedule.step(training.updates_done)
     everyones = state["random"]
     if len(everyones) == training.accelerator.num_processes:
         restore_random_states(everyones[training.accelerator.process_index])

@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdcli.errors import UserError, invalid, unknown
+from sdcli import ramps
+from sdcli.errors import UserError, did_you_mean, invalid, unknown
 
 STUDENT = "student"
 """The network that the command line names; an address without a network means one of its points."""
-_NETWORK = r"(?:[A-Za-z]\w*\.)?"
-POINTS = re.compile(_NETWORK + r"(?:final|exits|all|exit[1-9]\d*)")
-POINT = re.compile(_NETWORK + r"(?:final|exit[1-9]\d*)")
+_NETWORK, _IMAGES = r"(?:[A-Za-z]\w*\.)?", r"(?:@[A-Za-z]\w*)?"
+POINTS = re.compile(_NETWORK + r"(?:final|exits|all|exit[1-9]\d*)" + _IMAGES)
+POINT = re.compile(_NETWORK + r"(?:final|exit[1-9]\d*)" + _IMAGES)
 
 
 class Table(BaseModel):
@@ -69,6 +70,9 @@ class BatchTable(Table):
     """Images blended with others: alpha of the Beta distribution that says how much of one stays; 0: none are."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     """Images with a rectangle of another; alpha as above. Where both are used, each takes half of the images."""
+    mates: Annotated[int, Field(ge=0)] = 0
+    """Images of the same class that follow each drawn one in a batch: BAKE's sampler."""
+    also: dict[str, Also] = {}
     mix_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How often an image is mixed at all."""
 
@@ -78,7 +82,49 @@ class BatchTable(Table):
         return bool(self.mixup or self.cutmix)
 
 
-Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0)]
+"""A time: below 1 a share of the run, from 1 on epochs."""
+
+
+class Over(Table):
+    """A weight over time: `{ value = 1.0, sigmoid = 0.25 }`. Its shapes multiply."""
+
+    value: Annotated[float, Field(ge=0)] = 1.0
+    to: Annotated[float, Field(ge=0)] | None = None
+    """Where the value goes in a straight line over the run."""
+    warmup: Share | None = None
+    """How long the weight rises in a straight line from 0."""
+    sigmoid: Share | None = None
+    """How long it rises along exp(-5 (1 - t)^2), as ONE's does."""
+    on: Share | None = None
+    """When it begins: 0 before."""
+    off: Share | None = None
+    """When it ends: 0 from then on."""
+    decay: Share | None = None
+    """When it begins to fall in a straight line, to 0 at the end of the run."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether it is not the same all the time."""
+        return any(getattr(self, name) is not None for name in ("to", *RAMPS))
+
+    def at(self, epoch: float, epochs: float) -> float:
+        """The weight after `epoch` of `epochs`."""
+        weight = self.value if self.to is None else ramps.between(epoch, epochs, self.value, self.to)
+        for name, ramp in RAMPS.items():
+            if (time := getattr(self, name)) is not None:
+                weight *= ramp(epoch, epochs, time)
+        return weight
+
+
+RAMPS = {
+    "warmup": ramps.linear_warmup,
+    "sigmoid": ramps.sigmoid_ramp,
+    "on": ramps.on_from,
+    "off": ramps.off_from,
+    "decay": ramps.linear_decay,
+}
+Weight = Annotated[float, Field(ge=0)] | Over
 
 
 class Loss(BaseModel):
@@ -88,28 +134,41 @@ class Loss(BaseModel):
 
     kind: str
     on: str | list[str]
-    target: str = "label"
+    target: str | list[str] = "label"
+    """`label`, `next` (the next deeper point), a point, a signal; or one for each of `on`."""
     weight: Weight | list[Weight] = 1.0
-
-    @field_validator("on")
-    @classmethod
-    def _points(cls, on: str | list[str]) -> str | list[str]:
-        for point in [on] if isinstance(on, str) else on:
-            if not POINTS.fullmatch(point):
-                raise ValueError("'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these")
-        return on
-
-    @field_validator("target")
-    @classmethod
-    def _target(cls, target: str) -> str:
-        if target not in ("label", "next") and not POINT.fullmatch(target):
-            raise ValueError("'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'")
-        return target
 
     @property
     def options(self) -> dict[str, Any]:
         """The loss's own keys."""
         return dict(self.model_extra or {})
+
+    @property
+    def weights(self) -> list[Over]:
+        """One for all points, or one for each."""
+        given = self.weight if isinstance(self.weight, list) else [self.weight]
+        return [weight if isinstance(weight, Over) else Over(value=weight) for weight in given]
+
+
+class Derived(BaseModel):
+    """`[signals.NAME]`: a prediction made from others. Further keys are the kind's own."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    kind: str
+    of: str | list[str]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The kind's own keys."""
+        return dict(self.model_extra or {})
+
+
+class Also(Table):
+    """`[batch.also.NAME]`: images that are shown beside the batch's own, read as `final@NAME`."""
+
+    of: Literal["itself", "class"]
+    """`itself`: the same image, varied anew; `class`: one of its class, drawn anew in each epoch, perhaps itself."""
 
 
 class Optimizer(Table):
@@ -157,6 +216,26 @@ class Ema(Table):
     """Whether the decay begins low, so that the first weights are soon forgotten."""
 
 
+class Phase(Table):
+    """`[[phases]]`: a part of the run, with a schedule and an optimizer of its own."""
+
+    name: str
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """None: the recipe's."""
+    losses: list[str] | None = None
+    """Those that teach in it; None: all."""
+    teacher: bool = False
+    """Whether the student as it is when the phase begins teaches in it, frozen, as `teacher.final`."""
+    fresh: bool = False
+    """Whether the student begins anew."""
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """How many times in a row."""
+
+
+TEACHER, AVERAGE = "teacher", "ema"
+"""Networks that a recipe gets without a table: the student of the phase before, and its average over time."""
+
+
 class Recipe(Table):
     """A whole recipe, checked."""
 
@@ -165,10 +244,12 @@ class Recipe(Table):
     epochs: Annotated[int, Field(ge=1)] = 200
     networks: dict[str, Network] = {}
     batch: BatchTable = BatchTable()
+    signals: dict[str, Derived] = {}
     losses: dict[str, Loss]
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     ema: Ema | None = None
+    phases: list[Phase] = []
 
     @property
     def student(self) -> Network:
@@ -179,6 +260,31 @@ class Recipe(Table):
     def others(self) -> dict[str, Network]:
         """All networks but the student, by name."""
         return {name: network for name, network in self.networks.items() if name != STUDENT}
+
+    @property
+    def stages(self) -> list[Phase]:
+        """Its phases one after the other, rounds and all, each with its epochs and losses; one where none are named."""
+        phases = self.phases or [Phase(name="")]
+        return [
+            phase.model_copy(
+                update={"epochs": phase.epochs or self.epochs, "losses": phase.losses or list(self.losses)}
+            )
+            for phase in phases
+            for _ in range(phase.rounds)
+        ]
+
+    def reads(self, network: str) -> bool:
+        """Whether a loss or a signal names a point of this network."""
+        places: list[str] = []
+        for loss in self.losses.values():
+            places += [*_listed(loss.on), *_listed(loss.target)]
+        for signal in self.signals.values():
+            places += _listed(signal.of)
+        return any(place.startswith(f"{network}.") for place in places)
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def recipe_folder() -> Path:
@@ -216,6 +322,13 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         raise _explain(error, origins or {}) from None
     if not recipe.losses:
         raise UserError("the recipe has no losses", "at least one [losses.NAME] table", 'add extends = "baseline"')
+    for number, phase in enumerate(recipe.phases):
+        for name in phase.losses or ():
+            if name not in recipe.losses:
+                refusal = unknown("loss", name, recipe.losses)
+                raise UserError(f"phases[{number}].losses: {refusal.wrong}", refusal.expected, refusal.fix)
+        if number == 0 and phase.teacher:
+            raise UserError("phases[0].teacher = true: there is no student before the first phase", "a later phase")
     if recipe.student.model is not None:
         raise UserError(
             f"networks.student.model = {recipe.student.model!r}",
@@ -224,6 +337,8 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         )
     if not recipe.student.learns:
         raise UserError("networks.student.learns = false", "a student that learns")
+    for name, loss in recipe.losses.items():
+        _check_addresses(name, loss, recipe, origins or {})
     for name, network in recipe.others.items():
         if network.model is None:
             raise UserError(
@@ -232,6 +347,35 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
                 f'add model = "resnet18" to [networks.{name}]',
             )
     return recipe
+
+
+def _check_addresses(name: str, loss: Loss, recipe: Recipe, origins: Mapping[str, str]) -> None:
+    """Raises UserError for an `on` or a `target` that cannot be a point, whatever the model."""
+    fields = {
+        "on": (loss.on, POINTS, (), "'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"),
+        "target": (
+            loss.target,
+            POINT,
+            ("label", "next"),
+            "'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'",
+        ),
+    }
+    for key, (given, pattern, words, expected) in fields.items():
+        for place in [given] if isinstance(given, str) else given:
+            where = f"losses.{name}.{key}"
+            source = next((f"{origins[o]}: " for o in (where, f"losses.{name}") if o in origins), "")
+            if place in words or place in recipe.signals:
+                continue
+            if not pattern.fullmatch(place):
+                known = f", or a signal: {', '.join(recipe.signals)}" if recipe.signals else ""
+                raise UserError(f"{source}{where} = {given!r}", expected + known, did_you_mean(place, recipe.signals))
+            images = place.partition("@")[2]
+            if images and images not in recipe.batch.also:
+                raise UserError(
+                    f"{source}{where} = {given!r}: there are no images '{images}'",
+                    f"one of {', '.join(recipe.batch.also)}" if recipe.batch.also else "a [batch.also.NAME] table",
+                    did_you_mean(images, recipe.batch.also) or f"add a [batch.also.{images}] table",
+                )
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -354,8 +498,9 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     tables: dict[str, type[BaseModel]] = {
         "networks": Network, "losses": Loss, "batch": BatchTable, "augment": Augment,
         "optimizer": Optimizer, "schedule": Schedule, "ema": Ema,
+        "signals": Derived, "also": Also, "phases": Phase, "weight": Over,
     }  # fmt: skip
     if path:
-        model = tables.get(path[0] if path[0] in ("networks", "losses") else path[-1])
+        model = tables.get(path[-1]) or tables.get(path[-2] if len(path) > 1 else "")
     keys = sorted(model.model_fields) if model else []
     return [*keys, "extends"] if not path else keys

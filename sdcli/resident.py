@@ -5,7 +5,7 @@ B batch, C channels, H W the input's height and width in pixels, N images of a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from sdcli.augment import Augmentation, can_batch
 from sdcli.cached import MEMORY, Pixels, cached_pixels
 from sdcli.data import Split
-from sdcli.loaders import EpochBatches, Loader, make_loader, suitable_workers
+from sdcli.loaders import Beside, EpochBatches, Loader, make_loader, suitable_workers
 from sdcli.recipe import Augment
 from sdcli.signals import Batch
 from sdcli.transforms import Preprocess, eval_transform, train_transform
@@ -33,13 +33,15 @@ def suitable_loader(
     seed: int,
     workers: int | None,
     device: torch.device,
+    also: Mapping[str, str] | None = None,
 ) -> tuple[Loader | ResidentLoader, list[str]]:
     """Batches of a split for training, or for evaluation where `augment` is None, and what to tell the user.
 
     From cached bytes where images are small and can be varied in batches. Else each image is read and varied on its
     own, by `workers` processes, as many as suit where that is None. The two draw their variations from different
-    generators.
+    generators. `also` names the images that are shown beside each batch's own, and says which (`recipe.Also.of`).
     """
+    beside = Beside(split.labels, seed, also) if also else None
     pixels, notes = None, list[str]()
     if augment is None or can_batch(augment, preprocess):
         pixels, notes = cached_pixels(split, preprocess)
@@ -48,20 +50,43 @@ def suitable_loader(
         if workers:
             notes.append(f"--workers {workers} has no effect on split '{split.name}': small images are decoded once")
         augmentation = Augmentation(preprocess, device, seed=seed, **options)
-        return ResidentLoader(split, pixels, augmentation, batches, device), notes
+        others = {
+            name: Augmentation(preprocess, device, seed=beside.seed_of(name), **options)
+            for name in also or {}
+            if beside is not None
+        }
+        return ResidentLoader(split, pixels, augmentation, batches, device, beside, others), notes
     transform = train_transform(preprocess, **options) if augment else eval_transform(preprocess)
     if workers is None:
         workers = suitable_workers(device, preprocess)
-    return make_loader(split, transform, batches, seed=seed if augment else None, workers=workers), notes
+    loader = make_loader(
+        split,
+        transform,
+        batches,
+        seed=seed if augment else None,
+        workers=workers,
+        beside=beside,
+        pin=device.type == "cuda",
+    )
+    return loader, notes
 
 
 class ResidentLoader:
     """What `loaders.Loader` is to images that are decoded each time; until `set_epoch` is called the epoch is 0."""
 
     def __init__(
-        self, split: Split, pixels: Pixels, augmentation: Augmentation, batches: EpochBatches, device: torch.device
+        self,
+        split: Split,
+        pixels: Pixels,
+        augmentation: Augmentation,
+        batches: EpochBatches,
+        device: torch.device,
+        beside: Beside | None = None,
+        others: Mapping[str, Augmentation] | None = None,
     ) -> None:
+        """`others` vary the images that `beside` shows beside the batch's own, by name."""
         self.split, self.pixels, self.augmentation, self.batches = split, pixels, augmentation, batches
+        self.beside, self.others = beside, dict(others or {})
         self.device = device
         self.resident = _on_device(pixels, device) if _fits(pixels, device) else None
 
@@ -88,7 +113,18 @@ class ResidentLoader:
             own = slice(start, start + len(share))
             start += len(share)
             images = self.augmentation(self._images(share, places[own]), index[own], epoch)
-            yield Batch(images, labels[own], index[own])
+            yield Batch(images, labels[own], index[own], self._also(share, epoch))
+
+    def _also(self, share: NDArray[np.int64], epoch: int) -> dict[str, Tensor]:
+        """The images beside those at `share`, varied on their own."""
+        also = {}
+        for name, augmentation in self.others.items():
+            assert self.beside is not None
+            chosen = self.beside.places(name, epoch, share)
+            places = torch.from_numpy(chosen).to(self.device, non_blocking=True)
+            index = torch.from_numpy(self.split.index[chosen]).to(self.device, non_blocking=True)
+            also[name] = augmentation(self._images(chosen, places), index, epoch)
+        return also
 
     def _images(self, own: NDArray[np.int64], places: Tensor) -> Tensor:
         """Bytes of the images at these places [B, C, H, W], on the device."""

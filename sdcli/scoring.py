@@ -37,9 +37,9 @@ def score_checkpoint(
     network, about = rebuild(path)
     if points is not None:
         for point in points:
-            if point not in network.points:
-                raise unknown("exit", point, network.points)
-        points = [point for point in network.points if point in points]
+            if point not in network.classifiers:
+                raise unknown("exit", point, network.classifiers)
+        points = [point for point in network.classifiers if point in points]
     trained_on = about.dataset
     own = dataset is None
     opened = data.open_dataset(
@@ -69,7 +69,7 @@ def score_checkpoint(
         device=accelerator.device,
     )
     notes += loader_notes
-    points = points or network.points
+    points = points or network.classifiers
     total = len(chosen)
     report = evaluate(
         network.to(accelerator.device),

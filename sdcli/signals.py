@@ -5,10 +5,13 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 @dataclass
@@ -19,16 +22,18 @@ class Signal:
     """The stage's map [B, C, H, W], whatever the model's own layout."""
     embedding: Tensor
     """The vector that the classifier reads [B, D]."""
-    logits: Tensor
-    """[B, K], before the softmax."""
+    logits: Tensor | None
+    """[B, K], before the softmax; [B, K, N] where each of N places has its own say; None at a tap without a head."""
 
     def at_least_float(self) -> Signal:
         """The same with half precision widened to float32: losses are never worked out in less."""
         return Signal(_widen(self.features), _widen(self.embedding), _widen(self.logits))
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _widen(tensor: T) -> T:
+    if isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.float()
+    return tensor
 
 
 @dataclass
@@ -41,6 +46,8 @@ class Batch:
     """Class numbers [B]."""
     index: Tensor
     """Each image's place in its split [B]: for what is remembered per training image."""
+    also: dict[str, Tensor] = field(default_factory=dict)
+    """Images beside these [B, 3, H, W], by the recipe's names for them."""
     whole: int = 0
     """Images of the whole update, over all processes and parts: what a loss that sums over the batch is scaled by."""
 
@@ -50,4 +57,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         images, labels, index = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.index))
-        return Batch(images, labels, index, self.whole)
+        also = {name: images.to(device, non_blocking=True) for name, images in self.also.items()}
+        return Batch(images, labels, index, also, self.whole)
+
+    def pin_memory(self) -> Batch:
+        """The same where a GPU can copy it from while it works; DataLoader asks for it."""
+        also = {name: images.pin_memory() for name, images in self.also.items()}
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), also, self.whole)

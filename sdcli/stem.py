@@ -218,15 +218,21 @@ def smaller_patches(build: Build, model: nn.Module, input_size: tuple[int, int, 
             continue
         first, last = min(stages[0].size), min(stages[-1].size)
         goal = GRID if first == last else SMALLEST_MAP
+        if last > 3 * goal:
+            reason = f"patches of {size}x{size} would leave {last * last} tokens"
+            break
         # As near to the goal as possible, and of two that are equally near the one with fewer tokens.
         rank = (abs(math.log2(last / goal)), float(last))
         if best is None or rank < best[0]:
             note = f"Patches of {size}x{size} instead of {patch}x{patch}: the last map is {last}x{last}."
             best = (rank, Patches(arguments, note))
-        if last > 2 * goal:
-            break
     if best is None:
-        raise UserError(f"patches of no size fit an image of {image} pixels: {reason}")
+        multiple = max(1, round(image / patch)) * patch
+        raise UserError(
+            f"patches of no size fit an image of {image} pixels: {reason}",
+            f"an image size that a patch of 2 to {patch} pixels divides",
+            f"--image-size {multiple}",
+        )
     if best[0][1] < SMALLEST_MAP:
         raise UserError(f"smaller patches leave the last map at {best[0][1]:g}x{best[0][1]:g}")
     return best[1]

@@ -19,7 +19,7 @@ from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluate import Report, evaluate
 from sdcli.exits import all_costs
-from sdcli.prepare import Position, Training, save
+from sdcli.prepare import Position, Training, enter_phase, save
 from sdcli.runs import read_log
 from sdcli.signals import Batch
 
@@ -48,6 +48,7 @@ class Epoch:
     """An epoch that is done."""
 
     epoch: int
+    phase: str
     lr: float
     losses: dict[str, float]
     """What each loss of the recipe added to the sum, on average over the images."""
@@ -62,6 +63,7 @@ class Epoch:
         """A line of `log.jsonl`."""
         return {
             "epoch": self.epoch,
+            "phase": self.phase,
             "lr": self.lr,
             "loss": sum(self.losses.values()),
             "losses": self.losses,
@@ -120,6 +122,9 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
     best = _best_so_far(training)
     position = training.position
     while position.epoch <= training.epochs:
+        if training.phase_of != training.phase:
+            enter_phase(training, training.phase_of)
+            best = None
         epoch: Epoch | None = None
         for event in train_epoch(training, told_to_stop):
             if isinstance(event, Epoch):
@@ -171,7 +176,7 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
     return evaluate(
         training.network,
         training.scored_loader,
-        points=training.network.points,
+        points=training.network.classifiers,
         costs=all_costs(about.plan, about.heads, len(about.classes)),
         device=training.accelerator.device,
         model=about.architecture.model,
@@ -205,9 +210,7 @@ def train_step(training: Training, batches: list[Batch]) -> Tensor:
     if table.nonfinite == "stop" or bool(accelerator.reduce(losses.clone()).isfinite().all()):
         training.optimizer.step()
         if training.ema is not None:
-            position = training.position
-            done = (position.epoch - 1) * training.updates_per_epoch + position.update
-            training.ema.update(training.learner.student, step=done + 1)
+            training.ema.update(training.learner.student, step=training.updates_done + 1)
     training.optimizer.zero_grad(set_to_none=True)
     return losses
 
@@ -228,8 +231,10 @@ def train_epoch(
     loaded = iter(training.loader)
     while position.update < training.updates_per_epoch:
         batches = _next_update(training, loaded)
-        shares = gradient_shares(training, batches[0]) if _is_measured(position) else None
+        shares = gradient_shares(training, batches[0]) if _is_measured(training) else None
         position.shares = shares or position.shares
+        epochs = training.recipe.stages[training.phase].epochs or 0
+        training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
         position.lr = training.optimizer.param_groups[0]["lr"]
         losses = train_step(training, batches)
         own = sum(len(batch.labels) for batch in batches)
@@ -238,7 +243,7 @@ def train_epoch(
         position.num_images += batches[0].whole
         position.update += 1
         watch.see(losses, position)
-        training.schedule.step((position.epoch - 1) * training.updates_per_epoch + position.update)
+        training.schedule.step(training.updates_done)
         now = time.monotonic()
         if now - told >= LOG_EVERY_S or position.update == 1 or shares:
             told = now
@@ -260,7 +265,8 @@ def train_epoch(
     assert position.sums is not None
     sums = training.accelerator.reduce(position.sums.clone())
     named = watch.check(sums / position.num_images)
-    yield Epoch(position.epoch, position.lr, named, position.num_images, seconds, speed, position.shares)
+    phase = training.recipe.stages[training.phase].name
+    yield Epoch(position.epoch, phase, position.lr, named, position.num_images, seconds, speed, position.shares)
 
 
 def _next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
@@ -274,6 +280,7 @@ def _next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
         batch.whole = own * training.accelerator.num_processes
         if training.settings.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+            batch.also = {n: t.contiguous(memory_format=torch.channels_last) for n, t in batch.also.items()}
     return batches
 
 
@@ -284,7 +291,7 @@ class _Watch:
     """Looks out for losses that are not finite, without waiting for the device at every update."""
 
     def __init__(self, training: Training) -> None:
-        self.names = list(dict.fromkeys(term.name for term in training.learner.objective.terms))
+        self.names = training.learner.objective.names
         self.rates: list[tuple[int, float]] = []
         self.first_bad: Tensor | None = None
         self.epoch = training.position.epoch
@@ -316,12 +323,11 @@ class _Watch:
         return dict(zip(self.names, values, strict=True))
 
 
-def _is_measured(position: Position) -> bool:
+def _is_measured(training: Training) -> bool:
     """Whether the gradient's shares are measured at the next update: the first, tenth and hundredth, and the first of
-    epochs 2, 4, 8, …"""
-    if position.epoch == 1:
-        return position.update + 1 in (1, 10, 100)
-    return position.update == 0 and position.epoch & (position.epoch - 1) == 0
+    epochs 2, 4, 8, …, of each phase."""
+    epoch, update = training.epoch_in_phase, training.position.update
+    return update + 1 in (1, 10, 100) if epoch == 1 else update == 0 and epoch & (epoch - 1) == 0
 
 
 def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
@@ -408,9 +414,10 @@ def _track_step(training: Training, losses: dict[str, float]) -> None:
 
 
 def _best_so_far(training: Training) -> tuple[int, Report] | None:
-    """The epoch to beat, from the log of a run that goes on."""
+    """The epoch of this phase to beat, from the log of a run that goes on."""
     best: tuple[int, Report] | None = None
-    for line in read_log(training.run.folder)[: training.position.epoch - 1]:
+    before = sum(phase.epochs or 0 for phase in training.recipe.stages[: training.phase])
+    for line in read_log(training.run.folder)[before : training.position.epoch - 1]:
         if line["validation"]:
             report = Report.from_dict(line["validation"])
             if best is None or _beats(report, best[1]):

@@ -12,11 +12,12 @@ from torch import Tensor
 from sdcli import ramps
 from sdcli.errors import UserError
 from sdcli.exits import Width
+from sdcli.loaders import classmates
 from sdcli.losses import LOSSES
 from sdcli.losses.features import FitNet, Hint, attention, attention_map, mmd, sad
 from sdcli.losses.labels import cross_entropy, mixed_with_past, tf_nkd, virtual_teacher, votes, zipf, zipf_label
 from sdcli.losses.logits import balanced_kl, dist, dkd, gated, kl, nkd, soft_cross_entropy
-from sdcli.losses.relations import classmates, propagate, similarity
+from sdcli.losses.relations import propagate, similarity
 from sdcli.objective import Objective
 from sdcli.recipe import Loss, check_recipe
 from sdcli.signals import Batch, Signal

@@ -238,4 +238,4 @@ def test_weights_are_given_per_exit():
     objective = Objective(
         load_recipe(["byot"], ["losses.exits.weight=[0.25, 0.5]", "losses.hint.weight=0.0"]).losses, WIDTHS
     )
-    assert [t.weight for t in objective.terms if t.name == "exits"] == [0.25, 0.5]
+    assert [t.weight.value for t in objective.terms if t.name == "exits"] == [0.25, 0.5]

@@ -80,9 +80,9 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of augment, cutmix, mix_prob, mixup, size\n  fix:      did you mean 'size'?"),
+        ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of also, augment, cutmix, mates, mix_prob, mixup, size\n  fix:      did you mean 'size'?"),
         ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, "
-         "paper, schedule, title\n  fix:      did you mean 'epochs'?"),
+         "paper, phases, schedule, signals, title\n  fix:      did you mean 'epochs'?"),
         ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer"),
         ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1"),
         ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'"),

@@ -142,3 +142,13 @@ def test_smaller_patches_aim_for_a_grid_of_eight() -> None:
         "Patches of 4x4 instead of 16x16: the last map is 8x8."
     )
     assert patch_size(on_meta("resnet18")) is None
+
+
+def test_an_image_that_only_tiny_patches_divide_is_refused_with_the_nearest_that_fits() -> None:
+    with pytest.raises(UserError) as caught:
+        smaller_patches(lambda arguments: on_meta("test_vit", **arguments), on_meta("test_vit"), (3, 97, 97))
+    assert str(caught.value) == (
+        "patches of no size fit an image of 97 pixels: patches of 1x1 would leave 9409 tokens\n"
+        "  expected: an image size that a patch of 2 to 16 pixels divides\n"
+        "  fix:      --image-size 96"
+    )

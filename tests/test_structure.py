@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "sdcli"
 ROWS = [
     {"errors", "ramps"},
     {"registry", "recipe", "signals", "stages", "metrics", "state"},
-    {"losses", "derived", "heads", "stem", "transforms"},
-    {"backbones", "augment"},
+    {"losses", "heads", "stem", "transforms"},
+    {"backbones", "augment", "derived"},
     {"exits", "checkpoint", "devices", "data"},
     {"objective", "networks", "loaders", "cached", "evaluate"},
     {"learner", "runs", "resident"},

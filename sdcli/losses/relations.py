@@ -52,25 +52,3 @@ def propagate(logits: Tensor, embeddings: Tensor, *, omega: float, temperature: 
     p = F.softmax(logits.to(unit.dtype) / temperature, dim=1)
     targets: Tensor = (1 - omega) * torch.linalg.solve(same.to(unit.dtype) - omega * affinity, p)
     return targets
-
-
-def classmates(
-    labels: Tensor, anchors: Tensor, num: int = 1, *, itself: bool = False, generator: torch.Generator | None = None
-) -> Tensor:
-    """For each anchor (a place in `labels`) the places of `num` images of its class, drawn at random [A, M].
-
-    With `itself` an anchor may be drawn as its own mate, as in CS-KD (Yun et al. 2020, arXiv:2003.13964); without, it
-    is so only where its class has no other image, as in BAKE. The mates of one anchor differ as long as the class has
-    enough images.
-    """
-    shuffled = torch.randperm(len(labels), generator=generator)
-    order = shuffled[labels[shuffled].argsort(stable=True)]
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    count = torch.bincount(labels)
-    first = count.cumsum(0) - count
-    size, start, own = count[labels[anchors]], first[labels[anchors]], place[anchors] - first[labels[anchors]]
-    # A random stretch of the class's shuffled circle, which begins right after the anchor where that is left out.
-    drawn = size if itself else (size - 1).clamp(min=1)
-    offset = (torch.rand(len(anchors), generator=generator, dtype=torch.float64) * drawn).long()
-    steps = (offset[:, None] + torch.arange(num)) % drawn[:, None] + (0 if itself else 1)
-    return order[start[:, None] + (own[:, None] + steps) % size[:, None]]
