@@ -1,0 +1,226 @@
+"""Every recipe trains, is scored, and goes on exactly: on a convnet and on a transformer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdcli.data import Split
+from sdcli.derived import Memory, Setting
+from sdcli.errors import UserError
+from sdcli.loaders import EpochBatches
+from sdcli.prepare import Settings, Training, prepare, resume, resumed
+from sdcli.recipe import Over, load_recipe, recipe_names
+from sdcli.scoring import score_checkpoint
+from sdcli.signals import Batch, Signal
+from sdcli.train import Epoch, Finished, Stopped, fit
+
+# Short and small, whatever the recipe says: two epochs of each phase, two updates each.
+SHORT = ("epochs=2", "batch.size=32", "schedule.warmup=0", "optimizer.lr=0.01")
+MODELS = {"convnet": "test_resnet", "transformer": "test_vit"}
+
+
+def settings(model: str) -> Settings:
+    return Settings(MODELS[model], "digits", limit_train=64, limit_val=20, device="cpu", workers=0)
+
+
+def recipe_of(name: str, model: str) -> Any:
+    # Heads that are made for maps need some.
+    heads = () if model == "convnet" or load_recipe([name]).student.head == "none" else ("networks.student.head=auto",)
+    return load_recipe([name], [*SHORT, *heads])
+
+
+def after(questions: int) -> Callable[[], int | None]:
+    asked = iter(range(1, questions + 1))
+    return lambda: None if next(asked, questions) < questions else 15
+
+
+def outcome(folder: Path) -> Any:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, tmp_path: Path) -> None:
+    recipe = recipe_of(name, model)
+    whole = list(fit(prepare(settings(model), recipe, tmp_path / "whole")))
+    assert isinstance(whole[-1], Finished)
+    log = outcome(tmp_path / "whole")
+    assert len(log) == 2 * len(recipe.stages)
+    assert all(torch.tensor(list(line["losses"].values())).isfinite().all() for line in log)
+    assert whole[-1].report.exits[-1].point == "final"
+
+    if model == "transformer":
+        return  # what goes on exactly does not depend on the network
+    # In the middle of the second epoch.
+    assert isinstance(list(fit(prepare(settings(model), recipe, tmp_path / "parts"), after(4)))[-1], Stopped)
+    torch.manual_seed(1)
+    list(fit(resume(tmp_path / "parts", *resumed(tmp_path / "parts", {}, None, []))))
+    assert outcome(tmp_path / "parts") == log
+    first, second = (load_file(tmp_path / folder / "last.safetensors") for folder in ("whole", "parts"))
+    assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
+
+
+# What the methods are made of
+
+
+def losses_of(tables: str, tmp_path: Path, *overrides: str) -> Any:
+    file = tmp_path / "recipe.toml"
+    file.write_text(tables)
+    return load_recipe([str(file)], [*SHORT, *overrides])
+
+
+def prepared(tables: str, tmp_path: Path, model: str = "convnet") -> Training:
+    return prepare(settings(model), losses_of(tables, tmp_path), tmp_path / "run")
+
+
+def batch_of(training: Training, epoch: int = 1) -> Batch:
+    training.loader.set_epoch(epoch)
+    return next(iter(training.loader))
+
+
+def test_weights_over_time_multiply() -> None:
+    assert Over(value=2.0).at(3, 10) == 2.0 and not Over(value=2.0).varies
+    assert Over(value=2.0, warmup=4).at(1, 10) == 0.5
+    assert Over(value=1.0, warmup=0.5).at(2.5, 10) == 0.5
+    assert Over(value=1.0, on=0.5).at(4.9, 10) == 0.0 and Over(value=1.0, on=0.5).at(5.0, 10) == 1.0
+    assert Over(value=1.0, to=0.2).at(5, 10) == pytest.approx(0.6)
+    assert Over(value=1.0, on=2, off=8, decay=0.5).at(6, 10) == pytest.approx(0.8)
+    assert Over(value=1.0, sigmoid=80).at(40, 300) == pytest.approx(math.exp(-5 / 4))
+
+
+def test_a_weight_over_time_is_set_at_every_update(tmp_path: Path) -> None:
+    tables = 'extends = "baseline"\n[losses.more]\nkind = "cross_entropy"\non = "final"\nweight = { value = 3.0, on = 0.5 }\n'
+    training = prepared(tables, tmp_path)
+    list(fit(training))
+    log = outcome(tmp_path / "run")
+    assert [line["losses"]["more"] for line in log] == [0.0, pytest.approx(3 * log[1]["losses"]["task"], rel=1e-5)]
+
+
+def test_views_are_the_same_images_varied_anew_and_mates_are_of_the_same_class(tmp_path: Path) -> None:
+    tables = (
+        'extends = "baseline"\n[batch.also.view]\nof = "itself"\n[batch.also.mate]\nof = "class"\n'
+        '[losses.view]\nkind = "kl"\non = "final"\ntarget = "final@view"\n'
+        '[losses.mate]\nkind = "kl"\non = "final"\ntarget = "final@mate"\n'
+    )
+    training = prepared(tables, tmp_path)
+    first, again, later = batch_of(training), batch_of(training), batch_of(training, 2)
+    assert set(first.also) == {"view", "mate"}
+    assert torch.equal(first.also["mate"], again.also["mate"])
+    assert not torch.equal(first.also["view"], first.images)
+    assert not torch.equal(first.also["mate"][:4], later.also["mate"][:4])
+    loader = training.loader
+    mates = loader.beside.places("mate", 1, np.arange(len(loader.split)))
+    assert (loader.split.labels[mates] == loader.split.labels).all()
+    assert 0 < (mates == np.arange(len(mates))).mean() < 0.6, "some are their own mates, by chance"
+    # The mate is a constant: its pass has no gradient, and the network is the same.
+    assert training.learner.passes == {("student", ""): True, ("student", "view"): False, ("student", "mate"): False}
+
+
+def test_groups_of_a_class_stay_together_whatever_shares_them() -> None:
+    labels = np.arange(60) % 5
+    split = Split("train", None, labels, np.arange(60))  # type: ignore[arg-type]
+    shares = [EpochBatches(split, 24, seed=1, mates=2, world=2, rank=rank, parts=2) for rank in (0, 1)]
+    seen: list[int] = []
+    for share in shares:
+        assert len(share) == 4
+        for places in share.places():
+            groups = places.reshape(-1, 3)
+            assert (labels[groups] == labels[groups[:, :1]]).all()
+            assert all(len(set(group)) == 3 for group in groups.tolist())
+            seen += groups[:, 0].tolist()
+    assert len(set(seen)) == len(seen) == 16
+
+
+def test_a_memory_gives_the_label_first_and_then_what_was_said() -> None:
+    memory = Memory(Setting([1], 3, 10))
+    said = torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0]])
+    batch = Batch(torch.zeros(2, 3, 1, 1), torch.tensor([2, 0]), torch.tensor([7, 1]))
+    signal = Signal(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1), said)
+    assert memory([signal], batch).softmax(1).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    torch.testing.assert_close(memory([signal], batch).softmax(1), said.softmax(1), atol=1e-3, rtol=0)
+    memory.eval()
+    memory([Signal(signal.features, signal.embedding, -said)], batch)
+    torch.testing.assert_close(memory([signal], batch).softmax(1), said.softmax(1), atol=1e-3, rtol=0)
+
+
+def test_a_gate_learns_from_the_mix_and_not_from_what_the_mix_teaches(tmp_path: Path) -> None:
+    training = prepare(settings("convnet"), recipe_of("one-exits", "convnet"), tmp_path / "run")
+    training.learner.objective.set_time(1.0, 2.0)
+    gate = training.learner.derived["mix"].make.gate[0].weight
+    _, parts = training.learner(batch_of(training))
+    assert torch.autograd.grad(parts["labels"], gate, retain_graph=True)[0].abs().sum() > 0
+    assert torch.autograd.grad(parts["soft"], gate, allow_unused=True)[0] is None
+
+
+def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None:
+    training = prepare(settings("convnet"), recipe_of("sp", "convnet"), tmp_path / "run")
+    assert training.network.classifiers == ["final"] and len(training.network.points) == 4
+    report = list(fit(training))[-1].report
+    assert [result.point for result in report.exits] == ["final"] and report.ensemble is None
+    assert score_checkpoint(tmp_path / "run" / "best.safetensors", limit=20, device="cpu")[0].ensemble is None
+    with pytest.raises(UserError) as error:
+        prepare(settings("convnet"), load_recipe(["byot"], ["networks.student.head=none"]), tmp_path / "x")
+    assert str(error.value) == (
+        "losses.exits compares predictions, and exit1 has no classifier\n"
+        "  expected: a point with a head\n"
+        "  fix:      --set networks.student.head=auto"
+    )
+
+
+def test_a_born_again_student_begins_anew_and_is_taught_by_the_one_before(tmp_path: Path) -> None:
+    training = prepare(settings("convnet"), recipe_of("born-again", "convnet"), tmp_path / "run")
+    events = fit(training)
+    for event in events:
+        if isinstance(event, Epoch) and event.epoch == 2:
+            break
+    before = {name: tensor.clone() for name, tensor in training.learner.student.state_dict().items()}
+    next(events)  # the first update of the second phase has been made
+    teacher, student = training.learner.networks["teacher"].state_dict(), training.learner.student.state_dict()
+    assert all(torch.equal(teacher[name], before[name]) for name in before)
+    assert not torch.allclose(student["backbone.conv1.weight"], before["backbone.conv1.weight"], atol=0.05)
+    assert [line["phase"] for line in outcome(tmp_path / "run")] == ["first", "first"]
+    list(events)
+    assert [line["phase"] for line in outcome(tmp_path / "run")] == ["first", "first", "again", "again"]
+
+
+def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
+    training = prepare(settings("convnet"), recipe_of("ema-teacher", "convnet"), tmp_path / "run")
+    assert training.learner.passes == {("student", ""): True, ("ema", "view"): False}
+    assert training.learner.networks["ema"] is training.ema.module
+    list(fit(training))
+    assert all(parameter.grad is None for parameter in training.ema.module.parameters())
+    trained = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    assert not trained & {id(p) for p in training.ema.module.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "final@veiw"\n[batch.also.view]\nof = "itself"\n',
+         "losses.x.target = 'final@veiw': there are no images 'veiw'\n  expected: one of view\n  fix:      did you mean 'view'?"),
+        ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "final@view"\n',
+         "losses.x.target = 'final@view': there are no images 'view'\n  expected: a [batch.also.NAME] table\n"
+         "  fix:      add a [batch.also.view] table"),
+        ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "mix"\n[signals.mixed]\nkind = "mean"\nof = "all"\n',
+         "losses.x.target = 'mix'\n  expected: 'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1', "
+         "or a signal: mixed\n  fix:      did you mean 'mixed'?"),
+        ('[[phases]]\nname = "a"\nlosses = ["tusk"]\n',
+         "phases[0].losses: unknown loss 'tusk'\n  expected: one of task\n  fix:      did you mean 'task'?"),
+        ('[[phases]]\nname = "a"\nteacher = true\n',
+         "phases[0].teacher = true: there is no student before the first phase\n  expected: a later phase"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_method_is_explained(tables: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        losses_of('extends = "baseline"\n' + tables, tmp_path)
+    assert str(error.value).endswith(message)
