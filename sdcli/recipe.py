@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from sdcli import toml
 from sdcli.errors import UserError, invalid, unknown
 
 STUDENT = "student"
@@ -198,6 +200,11 @@ def load_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError for a file that is not there or not TOML, and for any key, type or range that is wrong, saying
     which file brought the value.
     """
+    return read_recipe(names, overrides)[0]
+
+
+def read_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, str]]:
+    """`load_recipe`, and which file or flag brought each dotted key; what is not among these is a default."""
     tables: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name in names:
@@ -205,7 +212,7 @@ def load_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> Recipe:
             _merge(tables, part, origins, source)
     for override in overrides:
         _merge(tables, _parse_override(override), origins, f"--set {override}")
-    return check_recipe(tables, origins)
+    return check_recipe(tables, origins), origins
 
 
 def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Recipe:
@@ -236,9 +243,50 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
 
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as a file that `--recipe` takes again."""
-    import tomli_w
+    return toml.write(recipe.model_dump(exclude_none=True))
 
-    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+@contextmanager
+def blaming(origins: Mapping[str, str]) -> Iterator[None]:
+    """Says of each mistake that is found within who brought the value: the file or the flag, by the dotted key that the
+    message begins with."""
+    try:
+        yield
+    except UserError as error:
+        found = re.match(r"([A-Za-z][\w-]*(?:\.[\w-]+)*)(?:: unknown key '([\w-]+)')?", error.wrong)
+        keys = [*found[1].split("."), *([found[2]] if found[2] else [])] if found else []
+        while keys and ".".join(keys) not in origins:
+            keys.pop()
+        if keys:
+            error.wrong = f"{origins['.'.join(keys)]}: {error.wrong}"
+        raise
+
+
+def recipe_file(name: str) -> Path:
+    """The file of the recipe called `name`, or at that path; raises UserError where there is none."""
+    return _find(name, Path())
+
+
+def copy_recipe(name: str, to: Path) -> None:
+    """Copies a recipe's file as it is, header included. What it extends by path stays found from the new place.
+
+    Raises UserError for a place that is taken or cannot be written.
+    """
+    source = recipe_file(name)
+    if to.exists():
+        raise UserError(
+            f"'{to}' exists already", "a file that is not there yet: nothing is overwritten", "another name"
+        )
+    text = source.read_text(encoding="utf-8")
+    parent = _read(source).get("extends")
+    # A path is relative to the file that has it; a name is the same from anywhere.
+    if isinstance(parent, str) and _is_path(parent) and not Path(parent).expanduser().is_absolute():
+        whole = str((source.parent / parent).resolve())
+        text = re.sub(r"(?m)^extends\s*=.*$", lambda _: f"extends = {toml.write_value(whole)}", text, count=1)
+    try:
+        to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in a folder that is there") from None
 
 
 def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -263,7 +311,7 @@ def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _find(name: str, folder: Path) -> Path:
     """The file of a recipe: a path (relative to the file that extends it), else one of our own."""
-    if name.endswith(".toml") or name.startswith((".", "/", "~")):
+    if _is_path(name):
         path = folder / Path(name).expanduser()
         if path.is_dir():
             raise UserError(f"recipe '{name}' is a folder", "a .toml file")
@@ -274,6 +322,10 @@ def _find(name: str, folder: Path) -> Path:
     if not path.is_file():
         raise unknown("recipe", name, recipe_names(), f"for a file of your own write its path: ./{name}.toml")
     return path
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(".toml") or name.startswith((".", "/", "~"))
 
 
 def _short(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdcli.errors import UserError
+from sdcli.headers import parse_header
 from sdcli.recipe import Recipe, check_recipe, load_recipe, recipe_folder, recipe_names, to_toml
 
 TASK = '[losses.task]\nkind = "cross_entropy"\non = "final"\n'
@@ -37,14 +38,10 @@ def test_every_recipe_says_where_its_numbers_come_from():
     files = list(recipe_folder().rglob("*.toml"))
     assert files
     for file in files:
-        header = file.read_text().split("\n\n")[0]
-        assert "# Sources " in header, file
+        header = parse_header(file.read_text())
+        assert header.idea and header.sources, file
         if file.parent == recipe_folder():
-            assert (
-                "sdcli train" in file.read_text()
-                and "# Measured " in file.read_text()
-                and "# Differs " in file.read_text()
-            )
+            assert header.commands and header.differs and header.sections["measured"], file
 
 
 def test_extends_refines_table_by_table(tmp_path):
