@@ -47,9 +47,64 @@ class Term:
 
 
 def check_losses(losses: Mapping[str, Loss]) -> None:
-    """Raises UserError for an unknown loss, key, type or range: all that shows without a network."""
+    """Raises UserError for an unknown loss, key, type or range, and a target that is missing or has no effect: all that
+    shows without a network."""
     for name, loss in losses.items():
-        LOSSES.find(loss.kind, f"losses.{name}").check(loss.options, f"losses.{name}")
+        LOSSES.find(loss.kind, f"losses.{name}.kind").check(loss.options, f"losses.{name}")
+        _needs_target(loss, f"losses.{name}")
+
+
+def check_mixing(losses: Mapping[str, Loss], mixes: bool) -> None:
+    """Raises UserError for a loss that needs one class per image where they are mixed."""
+    for name, loss in losses.items():
+        if mixes and LOSSES.find(loss.kind, f"losses.{name}.kind").hard_labels:
+            raise UserError(
+                f"losses.{name}: kind = '{loss.kind}' needs one class per image, and batch.mixup and batch.cutmix "
+                "mix them",
+                "a recipe that mixes nothing, or another loss",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+            )
+
+
+def check_networks(losses: Mapping[str, Loss], networks: Mapping[str, bool]) -> None:
+    """Raises UserError for a point of a network that there is not, and one that would teach a network that does not
+    learn. `networks` tells of each whether it does."""
+    points = [address(network, FINAL) for network in networks]
+    for name, loss in losses.items():
+        for point in [loss.on] if isinstance(loss.on, str) else loss.on:
+            if network_of(point) not in networks:
+                raise _no_such_point(point, points, f"losses.{name}.on")
+            _check_learns(point, [other for other in networks if not networks[other]], f"losses.{name}")
+        if network_of(loss.target) not in networks:
+            raise _no_such_point(loss.target, points, f"losses.{name}.target")
+
+
+def _check_learns(point: str, frozen: Collection[str], where: str) -> None:
+    if network_of(point) in frozen:
+        raise UserError(
+            f"{where}.on = '{point}': networks.{network_of(point)} does not learn",
+            "a point of a network that learns",
+            f"--set networks.{network_of(point)}.learns=true",
+        )
+
+
+def _needs_target(loss: Loss, where: str) -> bool:
+    """Whether the loss compares with another point; raises UserError where its table says otherwise."""
+    entry = LOSSES.find(loss.kind, f"{where}.kind")
+    needs = isinstance(entry.call, type) or "teacher" in entry.takes
+    if needs and loss.target == "label":
+        raise UserError(
+            f"{where}: kind = '{loss.kind}' compares with another point, and no target is named",
+            "target = 'final', 'next' or an exit",
+            f'add target = "final" to [{where}]',
+        )
+    if not needs and loss.target != "label":
+        raise UserError(
+            f"{where}.target = '{loss.target}': kind = '{loss.kind}' compares with the labels alone",
+            "no target",
+            f"take target out of [{where}], or choose a kind that has one, such as kl",
+        )
+    return needs
 
 
 class Objective(nn.Module):
@@ -71,40 +126,26 @@ class Objective(nn.Module):
         super().__init__()
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
+        check_mixing(losses, mixes)
         for name, loss in losses.items():
-            if mixes and LOSSES.find(loss.kind, f"losses.{name}").hard_labels:
-                raise UserError(
-                    f"losses.{name}: kind = '{loss.kind}' needs one class per image, and batch.mixup and batch.cutmix "
-                    "mix them",
-                    "a recipe that mixes nothing, or another loss",
-                    "--set batch.mixup=0 --set batch.cutmix=0",
-                )
             self._add(name, loss, widths, frozen)
         self._check_all_taught(widths, frozen)
 
     def _add(self, name: str, loss: Loss, widths: Mapping[str, Width], frozen: Collection[str]) -> None:
         where = f"losses.{name}"
-        entry = LOSSES.find(loss.kind, where)
+        entry = LOSSES.find(loss.kind, f"{where}.kind")
         options = entry.check(loss.options, where)
         is_module = isinstance(entry.call, type)
-        needs_target = is_module or "teacher" in entry.takes
+        needs_target = _needs_target(loss, where)
         points = _points(loss.on, list(widths), where)
         for point in points:
-            if network_of(point) in frozen:
-                raise UserError(
-                    f"{where}.on = '{point}': networks.{network_of(point)} does not learn",
-                    "a point of a network that learns",
-                    f"--set networks.{network_of(point)}.learns=true",
-                )
+            _check_learns(point, frozen, where)
         weights = loss.weight if isinstance(loss.weight, list) else [loss.weight] * len(points)
         if len(weights) != len(points):
             raise UserError(
                 f"{where}.weight has {len(weights)} values",
                 f"one number, or one for each of {', '.join(points) or 'no points'}",
             )
-        if needs_target != (loss.target != "label"):
-            known = "'final', 'next' or an exit" if needs_target else "'label', which is the default"
-            raise UserError(f"{where}.target = '{loss.target}' with kind = '{loss.kind}'", known)
         for point, weight in zip(points, weights, strict=True):
             target = _target(loss.target, point, list(widths), where) if needs_target else None
             if weight == 0:
