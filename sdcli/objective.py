@@ -50,7 +50,15 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
     """Raises UserError for an unknown loss, key, type or range, and a target that is missing or has no effect: all that
     shows without a network."""
     for name, loss in losses.items():
-        LOSSES.find(loss.kind, f"losses.{name}.kind").check(loss.options, f"losses.{name}")
+        entry = LOSSES.find(loss.kind, f"losses.{name}.kind")
+        try:
+            entry.check(loss.options, f"losses.{name}")
+        except UserError as error:
+            stray = next((key for key in loss.options if key not in entry.options), "")
+            having = [other.name for other in LOSSES if stray in other.options]
+            if having and not error.fix:
+                error.fix = f"kinds that have {stray}: {', '.join(having)}"
+            raise
         _needs_target(loss, f"losses.{name}")
 
 

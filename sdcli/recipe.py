@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sdcli import toml
-from sdcli.errors import UserError, invalid, unknown
+from sdcli.errors import UserError, did_you_mean, invalid, unknown
 
 STUDENT = "student"
 """The network that the command line names; an address without a network means one of its points."""
@@ -294,7 +294,12 @@ def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     links: list[tuple[str, dict[str, Any]]] = []
     seen: list[Path] = []
     while True:
-        path = _find(name, folder)
+        try:
+            path = _find(name, folder)
+        except UserError as error:
+            if links:
+                error.wrong = f"{links[-1][0]}: extends = {name!r}: {error.wrong}"
+            raise
         if path in seen:
             loop = " -> ".join(p.name for p in [*seen, path])
             raise UserError(f"{path}: 'extends' goes round in a circle: {loop}", "a chain that ends")
@@ -339,9 +344,21 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{_short(path)} is not TOML: {error}", "a recipe file") from None
+        raise UserError(
+            f"{_short(path)} is not TOML: {error}", "[TABLE] and KEY = VALUE", _faulty(path, error)
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{_short(path)} cannot be read: {error}", "a recipe file") from None
+
+
+def _faulty(path: Path, error: tomllib.TOMLDecodeError) -> str:
+    """The line that is not TOML, and what is wrong with it where that is plain."""
+    found = re.search(r"at line (\d+)", str(error))
+    line = path.read_text(encoding="utf-8").splitlines()[int(found[1]) - 1].strip() if found else ""
+    word = re.fullmatch(r"([\w.-]+)\s*=\s*([A-Za-z][\w/.+-]*)", line)
+    if word:
+        return f'text stands in quotes: {word[1]} = "{word[2]}"'
+    return f"look at line {found[1]}: {line}" if found and line else ""
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -387,8 +404,15 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
     if len(same) > 1:
         said = dict.fromkeys(str(p["msg"]).removeprefix("Value error, ").removeprefix("Input should be ") for p in same)
         result.expected = ", or ".join(said)
+        if first["type"] not in ("int_type", "float_type"):
+            # The first branch's idea of what was meant is not the others'.
+            result.fix = did_you_mean(first["input"], re.findall(r"'([^']+)'", result.expected))
     if "." not in (key := ".".join(path)) and first["type"] == "missing":
         result.fix = f'add a [{key}.NAME] table, or extends = "baseline"'
+    elif first["type"] in ("model_type", "dict_type") and path[0] in ("losses", "networks") and len(path) < 3:
+        result.fix = f"[{path[0]}.NAME], with a name of your own"
+    elif first["type"] == "extra_forbidden" and not result.fix and (place := _table_of(path[-1])):
+        result.fix = f"{path[-1]} belongs into [{place}]" if place.rpartition(".")[2] != path[-1] else f"[{place}]"
     while path and ".".join(path) not in origins:
         path.pop()
     if path:
@@ -396,6 +420,17 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
     return result
 
 
+def _table_of(key: str) -> str:
+    """The table that has a key, or is called so; "" where there is none."""
+    return next(
+        (place for place, model in _TABLES.items() if key in model.model_fields or place.endswith(f".{key}")), ""
+    )
+
+
+_TABLES: dict[str, type[BaseModel]] = {
+    "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
+    "networks.NAME": Network, "ema": Ema,
+}  # fmt: skip
 _BRANCHES = {"int", "float", "str", "constrained-int", "constrained-float"}
 
 

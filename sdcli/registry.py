@@ -94,7 +94,8 @@ class Registry:
     def find(self, name: str, where: str = "") -> Entry:
         """The entry called `name`; raises UserError with the nearest name where there is none."""
         if name not in self.entries:
-            error = unknown(self.what, name, self.entries)
+            plural = self.what + ("es" if self.what.endswith("s") else "s")
+            error = unknown(self.what, name, self.entries, f"sdcli recipes {plural} tells what each is")
             if where:
                 error.wrong = f"{where}: {error.wrong}"
             raise error

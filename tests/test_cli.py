@@ -8,45 +8,18 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from conftest import refused
 from safetensors.torch import load_file
 
 from sdcli.cli import main
 
 QUICK = ("--dataset", "digits", "--recipe", "quick", "--epochs", "2", "--limit-train", "120", "--limit-val", "40",
          "--workers", "0", "--device", "cpu", "--image-size", "32")  # fmt: skip
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def sdcli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["sdcli", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return Result(code, said.out, said.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +37,6 @@ def main_without_exit() -> None:
         main()
     except SystemExit as end:
         assert not end.code
-
-
-def refused(result: Result, message: str) -> None:
-    """Exit code 2, one message, nothing on stdout, no traceback."""
-    assert (result.code, result.out) == (2, "")
-    assert "Traceback" not in result.err
-    assert result.err.strip() == f"error: {message}"
 
 
 def test_training_fills_the_run_folder(trained):

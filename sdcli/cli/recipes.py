@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,21 +120,27 @@ def check(
 
     Stops at the first mistake, with exit code 2.
     """
-    from sdcli.recipe import blaming, read_recipe
+    from sdcli.recipe import read_recipe
 
     if image_size is not None and model is None:
         raise UserError("--image-size without effect: no --model is named", "both", "--model resnet18")
+    # What the tables alone show comes before torch is loaded.
+    found = []
     for file in files:
-        # What the tables alone show comes before torch is loaded.
-        recipe, origins = read_recipe([file], set_ or [])
+        with _in_file(file):
+            found.append((file, *read_recipe([file], set_ or [])))
 
-        from sdcli.checks import check_names, check_with_model, remarks
-        from sdcli.cli.talk import note
-        from sdcli.extensions import load_imports
+    from sdcli.backbones import resolve
+    from sdcli.checks import check_names, check_with_model, remarks
+    from sdcli.cli.talk import note
+    from sdcli.extensions import load_imports
 
-        load_imports(import_ or [])
+    load_imports(import_ or [])
+    if model is not None:
+        resolve(model, num_classes=None, image_size=image_size)
+    for file, recipe, origins in found:
         exits = ""
-        with blaming(origins):
+        with _in_file(file, origins):
             check_names(recipe)
             if model is not None:
                 student = check_with_model(recipe, model, image_size=image_size)
@@ -140,6 +148,20 @@ def check(
         typer.echo(f"{file}: ok  {_summary(recipe)}{exits}")
         for text in remarks(recipe):
             note(f"{file}: {text}")
+
+
+@contextmanager
+def _in_file(file: str, origins: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Says of a mistake in which file it is, and where that one has it from."""
+    from sdcli.recipe import blaming
+
+    try:
+        with blaming(origins or {}):
+            yield
+    except UserError as error:
+        if file not in error.wrong:
+            error.wrong = f"{file}: {error.wrong}"
+        raise
 
 
 def diff(
