@@ -84,8 +84,22 @@ def policies() -> list[Item]:
     return [_item(name, words) for name, words in {**POLICIES, **TIMM_POLICIES}.items()]
 
 
-SHELVES: dict[str, Callable[[], list[Item]]] = {"losses": losses, "heads": heads, "policies": policies}
-"""What `sdcli recipes` can print, one command each. Nothing is loaded before it is asked for."""
+@dataclass(frozen=True)
+class Shelf:
+    """One kind of name: a command of `sdcli recipes`."""
+
+    one: str
+    """What one of them is called."""
+    help: str
+    items: Callable[[], list[Item]]
+    """Loads what it tells of only once it is called."""
+
+
+SHELVES = {
+    "losses": Shelf("loss", "Print the kinds of [losses.NAME]: what each compares, its keys, its paper.", losses),
+    "heads": Shelf("head", "Print the values of networks.NAME.head.", heads),
+    "policies": Shelf("policy", "Print the values of batch.augment.policy.", policies),
+}
 
 
 def _items(registry: Registry, against: Callable[[Entry], str] = lambda entry: "") -> list[Item]:

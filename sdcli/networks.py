@@ -14,6 +14,7 @@ from sdcli.backbones import Architecture, create
 from sdcli.checkpoint import Description, load_checkpoint, read_tensors
 from sdcli.errors import UserError, unknown
 from sdcli.exits import MultiExit, attach
+from sdcli.heads import HEADS, POOLED
 from sdcli.recipe import Network, Optimizer, Schedule
 from sdcli.stages import StagePlan, find_stages
 
@@ -45,6 +46,13 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     """The network that a checkpoint holds; raises UserError where tensors and description do not belong together."""
     tensors, description = load_checkpoint(path)
     architecture = description.architecture
+    for point, kind in description.heads.items():
+        if kind != POOLED and kind not in HEADS.entries:
+            raise UserError(
+                f"'{path}': the head of {point} is '{kind}', which this sdcli does not have",
+                "the file that registers it, which it was trained with",
+                f"sdcli eval {path} --import FILE.py",
+            )
     model = attach(create(architecture, device="cpu"), description.plan, description.heads, len(description.classes))
     own = model.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

@@ -170,7 +170,7 @@ WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}
     [
         (
             ["losses.soft.kind=kll"],
-            "losses.soft: unknown loss 'kll'\n"
+            "losses.soft.kind: unknown loss 'kll'\n"
             "  expected: one of attention, balanced_kl, cross_entropy, dist, dkd, fitnet, hint, kl, mmd, nkd, sad, similarity, "
             "… (16 in all)\n"
             "  fix:      did you mean 'kl'?",

@@ -82,13 +82,14 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
          "paper, schedule, title\n  fix:      did you mean 'epochs'?"),
         ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer"),
         ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1"),
-        ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'"),
+        ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'\n  fix:      did you mean 'pad'?"),
         ("optimizer.lr=-1.0", "optimizer.lr = -1.0\n  expected: greater than 0"),
         ("optimizer=3", "optimizer = 3\n  expected: a table"),
         ("losses.task.kind=3", "losses.task.kind = 3\n  expected: a valid string"),
-        ("losses.task.on=exit0", "losses.task.on = 'exit0'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"),
+        ("losses.task.on=exit0", "losses.task.on = 'exit0'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these\n"
+         "  fix:      did you mean 'exits'?"),
         ("losses.task.target=exits", "losses.task.target = 'exits'\n  expected: 'label', 'next' (the next deeper point), "
-         "'final', or one exit such as 'exit1'"),
+         "'final', or one exit such as 'exit1'\n  fix:      did you mean 'exit1'?"),
         ("losses.new.weight=1", "losses.new.kind is missing\n  expected: a value: it has no default"),
         ("losses.task.weight=-1", "losses.task.weight = -1\n  expected: greater than or equal to 0, or a valid list"),
         ("networks.student.exits=some", "networks.student.exits = 'some'\n  expected: 'auto' or 'none', or a valid integer, or a valid list"),

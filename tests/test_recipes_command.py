@@ -287,7 +287,7 @@ def test_a_difference_is_a_table_options_or_json(sdcli: Command) -> None:
 
 @pytest.mark.parametrize("shelf", list(SHELVES))
 def test_a_shelf_tells_every_name_with_its_keys(shelf: str, sdcli: Command) -> None:
-    items = SHELVES[shelf]()
+    items = SHELVES[shelf].items()
     assert items and all(item.summary for item in items)
     table = sdcli("recipes", shelf).out
     assert [item["name"] for item in json.loads(sdcli("recipes", shelf, "--json").out)] == [i.name for i in items]
@@ -410,3 +410,42 @@ def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_
     assert lost.stderr.startswith(f"error: --import {folder / 'mine.py'}: there is no such file\n")
     again = own_process("train", "--resume", "runs/mine", "--epochs", 3, "--import", moved, cwd=folder)
     assert again.returncode == 0, again.stderr
+
+
+HEAD = """
+from torch import nn
+from sdcli.heads import HEADS
+
+@HEADS.register("flat")
+class Flat(nn.Module):
+    \"\"\"A linear layer on the pooled map.\"\"\"
+
+    def __init__(self, plan, stage, num_classes):
+        super().__init__()
+        self.classifier = nn.Linear(stage.num_chs, num_classes)
+
+    def forward(self, features, prefix):
+        embedding = features.mean(dim=(2, 3))
+        return embedding, self.classifier(embedding)
+"""
+
+
+def test_a_checkpoint_with_an_imported_head_needs_its_file(
+    sdcli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, run = write(tmp_path, HEAD), tmp_path / "run"
+    trained = sdcli(
+        "train", "test_resnet", "--dataset", "digits", "--recipe", "deep-supervision", "--import", file,
+        "--set", "networks.student.head=flat", "--epochs", 1, "-b", 16, "--limit-train", 16, "--limit-val", 8, "-j", 0,
+        "--device", "cpu", "--output", run,
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    short = ("--limit", 8, "-j", 0, "--device", "cpu")
+    assert sdcli("eval", run / "last.safetensors", *short, "--import", file).code == 0
+    monkeypatch.setattr(HEADS, "entries", {name: entry for name, entry in HEADS.entries.items() if name != "flat"})
+    refused(
+        sdcli("eval", run / "last.safetensors", *short),
+        f"'{run / 'last.safetensors'}': the head of exit1 is 'flat', which this sdcli does not have\n"
+        "  expected: the file that registers it, which it was trained with\n"
+        f"  fix:      sdcli eval {run / 'last.safetensors'} --import FILE.py",
+    )

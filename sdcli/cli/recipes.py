@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcli.catalogue import SHELVES
+from sdcli.catalogue import SHELVES, Shelf
 from sdcli.errors import UserError, unknown
 
 COPY = "Example:  sdcli recipes copy byot mine.toml"
@@ -23,12 +23,6 @@ Example:  sdcli recipes show byot
 
 {CHECK}
 """
-SHELF_HELP = {
-    "losses": "Print the kinds of [losses.NAME]: what each compares, its keys, its paper.",
-    "heads": "Print the values of networks.NAME.head.",
-    "policies": "Print the values of batch.augment.policy.",
-}
-
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any value: losses.soft.weight=0.5")
 ]
@@ -48,9 +42,9 @@ def register(app: typer.Typer) -> None:
     recipes.command("copy", epilog=COPY)(copy)
     recipes.command("check", epilog=CHECK)(check)
     recipes.command("diff", epilog="Example:  sdcli recipes diff byot byot-scan")(diff)
-    for name in SHELVES:
+    for name, shelf in SHELVES.items():
         example = f"Example:  sdcli recipes {name}" + ("\n\nExample:  sdcli recipes losses kl" * (name == "losses"))
-        recipes.command(name, help=SHELF_HELP[name], epilog=example)(_shelf(name))
+        recipes.command(name, help=shelf.help, epilog=example)(_printing(name, shelf))
     app.add_typer(recipes, name="recipes")
 
 
@@ -71,7 +65,7 @@ def list_(as_json: Json = False) -> None:
 
 def show(
     names: Annotated[
-        list[str], typer.Argument(help="Recipes' names or files; they refine each other.", metavar="NAME…")
+        list[str], typer.Argument(help="Recipes' names or files; they refine each other.", metavar="NAME")
     ],
     set_: Set = None,
     plain: Annotated[bool, typer.Option("--plain", help="Leave out who brought each value.")] = False,
@@ -108,7 +102,7 @@ def copy(
 
 
 def check(
-    files: Annotated[list[str], typer.Argument(help="Recipe files, or names of ours.", metavar="FILE…")],
+    files: Annotated[list[str], typer.Argument(help="Recipe files, or names of ours.", metavar="FILE")],
     model: Annotated[str | None, typer.Option(help="Check exits and widths with this timm model too.")] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Input height and width. [default: the model's own]")
@@ -195,13 +189,11 @@ def diff(
         note(f"{key} is in {one} alone, and no --set takes it away")
 
 
-def _shelf(shelf: str) -> Any:
+def _printing(title: str, shelf: Shelf) -> Any:
     """The command that prints one of the catalogue's shelves."""
 
     def command(
-        names: Annotated[
-            list[str] | None, typer.Argument(help="Tell all about these alone.", metavar="[NAME…]")
-        ] = None,
+        names: Annotated[list[str] | None, typer.Argument(help="Tell all about these alone.", metavar="NAME")] = None,
         import_: Import = None,
         as_json: Json = False,
     ) -> None:
@@ -210,22 +202,19 @@ def _shelf(shelf: str) -> Any:
         from sdcli.extensions import load_imports
 
         load_imports(import_ or [])
-        items = SHELVES[shelf]()
+        items = shelf.items()
         known = {item.name: item for item in items}
         for name in names or []:
             if name not in known:
-                raise unknown(WHAT[shelf], name, known, limit=len(known))
+                raise unknown(shelf.one, name, known, limit=len(known))
         chosen = [known[name] for name in names] if names else items
         if as_json:
             typer.echo(json.dumps([item.to_dict() for item in chosen], indent=2))
             return
         console = output()
-        console.print(catalogue_details(chosen) if names else catalogue_table(WHAT[shelf], chosen))
+        console.print(catalogue_details(chosen) if names else catalogue_table(title, shelf.one, chosen))
 
     return command
-
-
-WHAT = {"losses": "loss", "heads": "head", "policies": "policy"}
 
 
 def _summary(recipe: Any) -> str:

@@ -159,11 +159,11 @@ def difference_table(one: str, other: str, found: Difference) -> Table:
     return table
 
 
-def catalogue_table(what: str, items: Sequence[Item]) -> Table:
+def catalogue_table(title: str, one: str, items: Sequence[Item]) -> Table:
     """What `recipes losses` and its like show: a row per name, its keys below what it is."""
-    table = _table(f"{len(items)} {PLURAL[what]}")
+    table = _table(f"{len(items)} {title}")
     reads = any(item.reads for item in items)
-    table.add_column(what, style="bold", no_wrap=True)
+    table.add_column(one, style="bold", no_wrap=True)
     if reads:
         table.add_column("compares", no_wrap=True)
     table.add_column("what it is")
@@ -176,9 +176,6 @@ def catalogue_table(what: str, items: Sequence[Item]) -> Table:
         if any(item.keys for item in items):
             table.add_section()
     return table
-
-
-PLURAL = {"loss": "losses", "head": "heads", "policy": "policies"}
 
 
 def catalogue_details(items: Sequence[Item]) -> Text:
