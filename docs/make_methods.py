@@ -33,7 +33,8 @@ def methods() -> str:
 
 def _index(recipes: list[Overview]) -> str:
     rows = [
-        f"| [`{r.name}`](#{r.name}) | {r.recipe.title} | {_paper(r.recipe.paper)} | {r.header.measured or 'not yet'} |"
+        f"| [`{r.name}`](#{r.name}) | {_markdown(r.recipe.title)} | {_paper(r.recipe.paper)} | "
+        f"{_markdown(r.header.measured) or 'not yet'} |"
         for r in recipes
     ]
     return "\n".join(["| recipe | title | paper | measured |", "| --- | --- | --- | --- |", *rows, ""])
@@ -51,9 +52,9 @@ def _recipe(this: Overview, kinds: list[Item]) -> str:
         "Paper": _paper(this.recipe.paper),
         "Needs": "; ".join(needs(this.recipe)),
         "Losses": named,
-        **{name.capitalize(): text for name, text in header.sections.items()},
+        **{name.capitalize(): _markdown(text) for name, text in header.sections.items()},
     }
-    lines = [f"### {this.name}\n", f"{header.idea}\n"]
+    lines = [f"### {this.name}\n", f"{_markdown(header.idea)}\n"]
     lines += [*(f"    {command}" for command in header.commands), "", "What is minimised:\n", "```"]
     lines += [formula(this.recipe), "```\n"]
     lines += [f"- {name}: {text}" for name, text in told.items() if text]

@@ -59,7 +59,7 @@ def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Iterable[st
         return UserError(f"{place} = {shown(value)}", "a table", fix)
     # "Input should be a valid integer" reads better without its subject.
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return UserError(f"{place} = {shown(value)}", expected, fix or _mended(path[-1], kind, value, expected))
+    return UserError(f"{place} = {shown(value)}", expected, fix or _mended(place, kind, value, expected))
 
 
 def shown(value: Any) -> str:
@@ -67,9 +67,9 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _mended(key: str, kind: str, value: Any, expected: str) -> str:
+def _mended(place: str, kind: str, value: Any, expected: str) -> str:
     """The line that was meant, where a slip is a common one; "" otherwise."""
-    number = str(value).strip()
+    key, number = place.rpartition(".")[2], str(value).strip()
     if (
         kind in ("int_type", "float_type")
         and isinstance(value, str)

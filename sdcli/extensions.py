@@ -53,13 +53,12 @@ def _load(path: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:
+    except UserError as error:
         del sys.modules[name]
-        if isinstance(error, UserError):
-            error.wrong = f"--import {path}: {error.wrong}"
-            raise
-        if not isinstance(error, Exception):
-            raise
+        error.wrong = f"--import {path}: {error.wrong}"
+        raise
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise UserError(
             f"--import {path}{_line_in(path, error)}: {type(error).__name__}: {error}",
             "a file that Python can import",
@@ -67,7 +66,7 @@ def _load(path: Path) -> None:
         ) from error
 
 
-def _line_in(path: Path, error: Exception) -> str:
+def _line_in(path: Path, error: BaseException) -> str:
     """Which of the file's lines failed, as ", line 3"; "" where none did."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}" if error.lineno else ""

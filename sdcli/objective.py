@@ -6,7 +6,7 @@ B batch, C channels, D embedding
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from sdcli.errors import UserError, did_you_mean
 from sdcli.exits import FINAL, Width
 from sdcli.losses import LOSSES
 from sdcli.recipe import STUDENT, Loss
+from sdcli.registry import Entry
 from sdcli.signals import Batch, Signal
 
 
@@ -51,6 +52,7 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
     shows without a network."""
     for name, loss in losses.items():
         entry = LOSSES.find(loss.kind, f"losses.{name}.kind")
+        _check_form(entry)
         try:
             entry.check(loss.options, f"losses.{name}")
         except UserError as error:
@@ -60,6 +62,24 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
                 error.fix = f"kinds that have {stray}: {', '.join(having)}"
             raise
         _needs_target(loss, f"losses.{name}")
+
+
+def _check_form(entry: Entry) -> None:
+    """Raises UserError for a loss, of a user's own mostly, that cannot be called as losses are."""
+    readable = [field.name for field in fields(Signal)]
+    if entry.reads not in readable:
+        raise UserError(
+            f"loss '{entry.name}' reads {entry.reads!r}",
+            ", ".join(readable),
+            f'@LOSSES.register("{entry.name}", reads="logits")',
+        )
+    takes = [p.name for p in entry.parameters if p.kind is not p.KEYWORD_ONLY]
+    if not isinstance(entry.call, type) and takes not in (["student", "batch"], ["student", "teacher", "batch"]):
+        raise UserError(
+            f"loss '{entry.name}' takes ({', '.join(takes)})",
+            "(student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *",
+            f"def {entry.call.__name__}(student, teacher, batch, *, …)",
+        )
 
 
 def check_mixing(losses: Mapping[str, Loss], mixes: bool) -> None:

@@ -253,7 +253,7 @@ def blaming(origins: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        found = re.match(r"([A-Za-z][\w-]*(?:\.[\w-]+)*)(?:: unknown key '([\w-]+)')?", error.wrong)
+        found = re.match(r"([A-Za-z][\w-]*(?:\.[\w-]+)*)(?=:| = | at | has )(?:: unknown key '([\w-]+)')?", error.wrong)
         keys = [*found[1].split("."), *([found[2]] if found[2] else [])] if found else []
         while keys and ".".join(keys) not in origins:
             keys.pop()
@@ -354,7 +354,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _faulty(path: Path, error: tomllib.TOMLDecodeError) -> str:
     """The line that is not TOML, and what is wrong with it where that is plain."""
     found = re.search(r"at line (\d+)", str(error))
-    line = path.read_text(encoding="utf-8").splitlines()[int(found[1]) - 1].strip() if found else ""
+    line = path.read_text(encoding="utf-8").split("\n")[int(found[1]) - 1].strip() if found else ""
     word = re.fullmatch(r"([\w.-]+)\s*=\s*([A-Za-z][\w/.+-]*)", line)
     if word:
         return f'text stands in quotes: {word[1]} = "{word[2]}"'
@@ -409,7 +409,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
             result.fix = did_you_mean(first["input"], re.findall(r"'([^']+)'", result.expected))
     if "." not in (key := ".".join(path)) and first["type"] == "missing":
         result.fix = f'add a [{key}.NAME] table, or extends = "baseline"'
-    elif first["type"] in ("model_type", "dict_type") and path[0] in ("losses", "networks") and len(path) < 3:
+    elif first["type"] in ("model_type", "dict_type") and path[:1] in (["losses"], ["networks"]) and path[2:] == []:
         result.fix = f"[{path[0]}.NAME], with a name of your own"
     elif first["type"] == "extra_forbidden" and not result.fix and (place := _table_of(path[-1])):
         result.fix = f"{path[-1]} belongs into [{place}]" if place.rpartition(".")[2] != path[-1] else f"[{place}]"

@@ -353,6 +353,7 @@ def test_an_imported_loss_is_listed_and_checked_like_ours(sdcli: Command, tmp_pa
         ("def f(:\n", ", line 1: SyntaxError: invalid syntax (mine.py, line 1)"),
         (MINE.replace('"mine"', '"kl"'), ": loss 'kl' is registered twice"),
         (MINE + MINE, ": loss 'mine' is registered twice"),
+        ("raise SystemExit(1)\n", ", line 1: SystemExit: 1"),
     ],
 )
 def test_an_import_that_fails_says_where_and_why(text: str | None, wrong: str, sdcli: Command, tmp_path: Path) -> None:
@@ -361,6 +362,38 @@ def test_an_import_that_fails_says_where_and_why(text: str | None, wrong: str, s
         result = sdcli("recipes", *command, "--import", file)
         assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
         assert result.err.startswith(f"error: --import {file}{wrong}\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (', reads="logits"', "", "loss 'mine' reads ''\n  expected: features, embedding, logits\n"
+         '  fix:      @LOSSES.register("mine", reads="logits")'),
+        ("teacher, batch, *,", "target, batch, *,", "loss 'mine' takes (student, target, batch)\n"
+         "  expected: (student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *\n"
+         "  fix:      def mine(student, teacher, batch, *, …)"),
+        ("batch, *,", "batch,", "loss 'mine' takes (student, teacher, batch, scale)\n"
+         "  expected: (student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *\n"
+         "  fix:      def mine(student, teacher, batch, *, …)"),
+    ],
+)  # fmt: skip
+def test_an_imported_loss_of_another_form_is_refused(
+    old: str, new: str, message: str, sdcli: Command, tmp_path: Path
+) -> None:
+    file = write(tmp_path, MINE.replace(old, new))
+    recipe = write(tmp_path, BYOT + '[losses.more]\nkind = "mine"\non = "exits"\ntarget = "final"\n', "mine.toml")
+    refused(sdcli("recipes", "check", recipe, "--import", file), f"{recipe}: {message}")
+
+
+def test_an_imported_head_without_a_classifier_is_refused(sdcli: Command, tmp_path: Path) -> None:
+    file = write(tmp_path, HEAD.replace("self.classifier", "self.last"))
+    recipe = write(tmp_path, 'extends = "deep-supervision"\n[networks.student]\nhead = "flat"\n', "mine.toml")
+    refused(
+        sdcli("recipes", "check", recipe, "--import", file, "--model", "test_resnet"),
+        f"{recipe}: head 'flat' has no linear classifier\n"
+        "  expected: a module whose classifier is an nn.Linear that reads the embedding\n"
+        "  fix:      self.classifier = nn.Linear(embedding_dim, num_classes)",
+    )
 
 
 def own_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
