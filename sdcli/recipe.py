@@ -273,18 +273,19 @@ def copy_recipe(name: str, to: Path) -> None:
     Raises UserError for a place that is taken or cannot be written.
     """
     source = recipe_file(name)
-    if to.exists():
-        raise UserError(
-            f"'{to}' exists already", "a file that is not there yet: nothing is overwritten", "another name"
-        )
-    text = source.read_text(encoding="utf-8")
     parent = _read(source).get("extends")
+    text = source.read_bytes().decode("utf-8")
     # A path is relative to the file that has it; a name is the same from anywhere.
     if isinstance(parent, str) and _is_path(parent) and not Path(parent).expanduser().is_absolute():
         whole = str((source.parent / parent).resolve())
-        text = re.sub(r"(?m)^extends\s*=.*$", lambda _: f"extends = {toml.write_value(whole)}", text, count=1)
+        text = re.sub(r"(?m)^extends\s*=[^\r\n]*", lambda _: f"extends = {toml.write_value(whole)}", text, count=1)
     try:
-        to.write_text(text, encoding="utf-8")
+        with to.open("xb") as file:
+            file.write(text.encode("utf-8"))
+    except FileExistsError:
+        raise UserError(
+            f"'{to}' exists already", "a file that is not there yet: nothing is overwritten", "another name"
+        ) from None
     except OSError as error:
         raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in a folder that is there") from None
 
