@@ -1,5 +1,6 @@
 """What a user can put right: one message that says what was wrong, what was expected and how to fix it."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -23,7 +24,10 @@ class UserError(Exception):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest known name as a question ("did you mean 'byot'?"), or "" where none is near."""
-    near = get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    names = list(known)
+    near = get_close_matches(str(name), names, n=1, cutoff=0.6)
+    # "kl_div" and "randaugment" begin with what is meant.
+    near = near or sorted((k for k in names if len(k) > 1 and str(name).startswith(k)), key=len)[-1:]
     return f"did you mean '{near[0]}'?" if near else ""
 
 
@@ -52,7 +56,30 @@ def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Iterable[st
     if kind == "missing":
         return UserError(f"{place} is missing", "a value: it has no default", fix)
     if kind in ("model_type", "dict_type"):
-        return UserError(f"{place} = {value!r}", "a table", fix)
+        return UserError(f"{place} = {shown(value)}", "a table", fix)
     # "Input should be a valid integer" reads better without its subject.
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return UserError(f"{place} = {value!r}", expected, fix)
+    return UserError(f"{place} = {shown(value)}", expected, fix or _mended(place, kind, value, expected))
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _mended(place: str, kind: str, value: Any, expected: str) -> str:
+    """The line that was meant, where a slip is a common one; "" otherwise."""
+    key, number = place.rpartition(".")[2], str(value).strip()
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(value, str)
+        and re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", number)
+    ):
+        return f"without quotes: {key} = {number}"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"{key} = {value:.0f}"
+    if kind == "bool_type" and number.lower() in ("true", "false"):
+        return f"without quotes: {key} = {number.lower()}"
+    if kind == "list_type" and isinstance(value, (int, float)):
+        return f"in brackets: {key} = [{shown(value)}]"
+    return did_you_mean(value, re.findall(r"'([^']+)'", expected)) if isinstance(value, str) else ""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcli.errors import UserError
 from sdcli.registry import Registry
 from sdcli.stages import Stage, StagePlan, count
 
@@ -37,7 +38,12 @@ def build_head(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> nn
     if kind == POOLED:
         return PooledHead(plan.embedding_dim, num_classes)
     head = HEADS.find(kind).call(plan, stage, num_classes)
-    assert isinstance(head, nn.Module)
+    if not isinstance(head, nn.Module) or not isinstance(getattr(head, "classifier", None), nn.Linear):
+        raise UserError(
+            f"head '{kind}' has no linear classifier",
+            "a module whose classifier is an nn.Linear that reads the embedding",
+            "self.classifier = nn.Linear(embedding_dim, num_classes)",
+        )
     return head
 
 
@@ -58,7 +64,9 @@ class ConvNormAct(nn.Sequential):
     def __init__(self, num_in: int, num_out: int, kernel: int, stride: int = 1) -> None:
         padding = kernel // 2 if stride == 1 else 0
         super().__init__(
-            nn.Conv2d(num_in, num_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(num_out), nn.ReLU(inplace=True)
+            nn.Conv2d(num_in, num_out, kernel, stride, padding, bias=False),
+            nn.BatchNorm2d(num_out),
+            nn.ReLU(inplace=True),
         )
 
 

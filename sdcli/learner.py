@@ -15,7 +15,7 @@ from sdcli.derived import SIGNALS, Setting
 from sdcli.errors import UserError
 from sdcli.exits import MultiExit, Width
 from sdcli.objective import Objective, Places, address, parsed
-from sdcli.recipe import STUDENT, Derived
+from sdcli.recipe import STUDENT, Derived, Recipe
 from sdcli.signals import Batch, Signal
 
 
@@ -38,7 +38,7 @@ class Making(nn.Module):
 def check_signals(tables: Mapping[str, Derived]) -> None:
     """Raises UserError for an unknown kind, key, type or range: all that shows without a network."""
     for name, table in tables.items():
-        SIGNALS.find(table.kind, f"signals.{name}").check(table.options, f"signals.{name}")
+        SIGNALS.find(table.kind, f"signals.{name}.kind").check(table.options, f"signals.{name}")
 
 
 def build_signals(
@@ -54,7 +54,7 @@ def build_signals(
     places = Places(widths, {}, ())
     for name, table in tables.items():
         where = f"signals.{name}"
-        entry = SIGNALS.find(table.kind, where)
+        entry = SIGNALS.find(table.kind, f"{where}.kind")
         options = entry.check(table.options, where)
         of = places.on(table.of, where)
         places.check_classifies(of, where)
@@ -72,6 +72,29 @@ def build_signals(
         made[name] = Making(of, make)
         known[name] = own[0]
     return made, known
+
+
+def build_objectives(
+    recipe: Recipe, widths: Mapping[str, Width], num_classes: int, num_images: int
+) -> tuple[list[Objective], dict[str, Making]]:
+    """What teaches in each phase, and the predictions made from others; `widths` are those of the points by address.
+
+    Raises UserError for what only shows with the networks: points that are not there, widths that do not match, exits
+    that nothing teaches.
+    """
+    making, made = build_signals(recipe.signals, widths, num_classes, num_images, recipe.batch.mixes)
+    frozen = [name for name, learns in recipe.taking_part.items() if not learns]
+    objectives = [
+        Objective(
+            {name: recipe.losses[name] for name in phase.losses or ()},
+            widths,
+            frozen=frozen,
+            derived=made,
+            mixes=recipe.batch.mixes,
+        )
+        for phase in recipe.stages
+    ]
+    return objectives, making
 
 
 class Learner(nn.Module):

@@ -14,6 +14,7 @@ from sdcli.backbones import Architecture, create
 from sdcli.checkpoint import Description, load_checkpoint, read_tensors
 from sdcli.errors import UserError, unknown
 from sdcli.exits import MultiExit, attach
+from sdcli.heads import HEADS, POOLED
 from sdcli.recipe import Network, Optimizer, Schedule
 from sdcli.stages import StagePlan, find_stages
 
@@ -45,6 +46,13 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     """The network that a checkpoint holds; raises UserError where tensors and description do not belong together."""
     tensors, description = load_checkpoint(path)
     architecture = description.architecture
+    for point, kind in description.heads.items():
+        if kind != POOLED and kind not in HEADS.entries:
+            raise UserError(
+                f"'{path}': the head of {point} is '{kind}', which this sdcli does not have",
+                "the file that registers it, which it was trained with",
+                f"sdcli eval {path} --import FILE.py",
+            )
     model = attach(create(architecture, device="cpu"), description.plan, description.heads, len(description.classes))
     own = model.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -93,12 +101,19 @@ FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that update all weights in one kernel where they are asked to."""
 
 
-def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
-    """timm's optimizer over every parameter of `modules` that is trained; torch's own are fused."""
+def check_optimizer(table: Optimizer) -> None:
+    """Raises UserError for an optimizer that timm does not have."""
     import timm.optim
 
     if table.opt not in timm.optim.list_optimizers():
         raise _at("optimizer.opt", unknown("optimizer", table.opt, timm.optim.list_optimizers()))
+
+
+def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
+    """timm's optimizer over every parameter of `modules` that is trained; torch's own are fused."""
+    import timm.optim
+
+    check_optimizer(table)
     together = nn.ModuleList(modules)
     parameters: Any = [parameter for parameter in together.parameters() if parameter.requires_grad]
     if not table.decay_norm_and_bias:
@@ -117,6 +132,20 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
     return optimizer
 
 
+def check_schedule(table: Schedule, epochs: int) -> None:
+    """Raises UserError for a warm-up that lasts as long as the run."""
+    if table.warmup >= epochs:
+        raise _too_long(table, epochs)
+
+
+def _too_long(table: Schedule, epochs: int) -> UserError:
+    return UserError(
+        f"schedule.warmup = {table.warmup:g} lasts as long as the run of {epochs} epochs",
+        "fewer epochs than the run has, or a share of it below 1",
+        "--set schedule.warmup=0.05",
+    )
+
+
 def create_schedule(optimizer: torch.optim.Optimizer, table: Schedule, epochs: int, updates_per_epoch: int) -> Any:
     """timm's learning-rate schedule, counted in updates; `step(update)` sets the rate of the update that follows."""
     from timm.scheduler import create_scheduler_v2
@@ -128,11 +157,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, table: Schedule, epochs: i
         return round(time * (updates_per_epoch if time >= 1 else total))
 
     if updates(table.warmup) >= total:
-        raise UserError(
-            f"schedule.warmup = {table.warmup:g} lasts as long as the run of {epochs} epochs",
-            "fewer epochs than the run has, or a share of it below 1",
-            "--set schedule.warmup=0.05",
-        )
+        raise _too_long(table, epochs)
     schedule, _ = create_scheduler_v2(
         optimizer,
         # A step that is never reached holds the rate and keeps the warm-up.

@@ -6,7 +6,7 @@ B batch, C channels, D embedding
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -54,9 +54,88 @@ class Term:
 
 
 def check_losses(losses: Mapping[str, Loss]) -> None:
-    """Raises UserError for an unknown loss, key, type or range: all that shows without a network."""
+    """Raises UserError for an unknown loss, key, type or range, and a target that is missing or has no effect: all that
+    shows without a network."""
     for name, loss in losses.items():
-        LOSSES.find(loss.kind, f"losses.{name}").check(loss.options, f"losses.{name}")
+        entry = LOSSES.find(loss.kind, f"losses.{name}.kind")
+        _check_form(entry)
+        try:
+            entry.check(loss.options, f"losses.{name}")
+        except UserError as error:
+            stray = next((key for key in loss.options if key not in entry.options), "")
+            having = [other.name for other in LOSSES if stray in other.options]
+            if having and not error.fix:
+                error.fix = f"kinds that have {stray}: {', '.join(having)}"
+            raise
+        _needs_target(loss, f"losses.{name}")
+
+
+def _check_form(entry: Entry) -> None:
+    """Raises UserError for a loss, of a user's own mostly, that cannot be called as losses are."""
+    readable = [field.name for field in fields(Signal)]
+    if entry.reads not in readable:
+        raise UserError(
+            f"loss '{entry.name}' reads {entry.reads!r}",
+            ", ".join(readable),
+            f'@LOSSES.register("{entry.name}", reads="logits")',
+        )
+    takes = [p.name for p in entry.parameters if p.kind is not p.KEYWORD_ONLY]
+    if not isinstance(entry.call, type) and takes not in (["student", "batch"], ["student", "teacher", "batch"]):
+        raise UserError(
+            f"loss '{entry.name}' takes ({', '.join(takes)})",
+            "(student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *",
+            f"def {entry.call.__name__}(student, teacher, batch, *, …)",
+        )
+
+
+def check_mixing(losses: Mapping[str, Loss], mixes: bool) -> None:
+    """Raises UserError for a loss that needs one class per image where they are mixed."""
+    for name, loss in losses.items():
+        if mixes and LOSSES.find(loss.kind, f"losses.{name}.kind").hard_labels:
+            raise UserError(
+                f"losses.{name}: kind = '{loss.kind}' needs one class per image, and batch.mixup and batch.cutmix "
+                "mix them",
+                "a recipe that mixes nothing, or another loss",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+            )
+
+
+def check_networks(losses: Mapping[str, Loss], networks: Mapping[str, bool], signals: Collection[str]) -> None:
+    """Raises UserError for a point of a network that there is not, and one that would teach a network that does not
+    learn. `networks` tells of each whether it does; `signals` are no points."""
+    places = Places(
+        {address(network, FINAL): Width(0, 0) for network in networks},
+        {},
+        [name for name, learns in networks.items() if not learns],
+    )
+    for name, loss in losses.items():
+        for key, given in (("on", loss.on), ("target", loss.target)):
+            for place in [given] if isinstance(given, str) else given:
+                if place in signals or place in ("label", "next"):
+                    continue
+                if parsed(place)[0] not in networks:
+                    raise places.missing(place, f"losses.{name}.{key}")
+                if key == "on":
+                    places.check_learns(place, f"losses.{name}")
+
+
+def _needs_target(loss: Loss, where: str) -> bool:
+    """Whether the loss compares with another point; raises UserError where its table says otherwise."""
+    entry = LOSSES.find(loss.kind, f"{where}.kind")
+    needs = isinstance(entry.call, type) or "teacher" in entry.takes
+    if needs and loss.target == "label":
+        raise UserError(
+            f"{where}: kind = '{loss.kind}' compares with another point, and no target is named",
+            "target = 'final', 'next' or an exit",
+            f'add target = "final" to [{where}]',
+        )
+    if not needs and loss.target != "label":
+        raise UserError(
+            f"{where}.target = {loss.target!r}: kind = '{loss.kind}' compares with the labels alone",
+            "no target",
+            f"take target out of [{where}], or choose a kind that has one, such as kl",
+        )
+    return needs
 
 
 class Objective(nn.Module):
@@ -84,14 +163,8 @@ class Objective(nn.Module):
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
         self._places = Places(widths, derived or {}, frozen)
+        check_mixing(losses, mixes)
         for name, loss in losses.items():
-            if mixes and LOSSES.find(loss.kind, f"losses.{name}").hard_labels:
-                raise UserError(
-                    f"losses.{name}: kind = '{loss.kind}' needs one class per image, and batch.mixup and batch.cutmix "
-                    "mix them",
-                    "a recipe that mixes nothing, or another loss",
-                    "--set batch.mixup=0 --set batch.cutmix=0",
-                )
             self._add(name, loss)
         self._check_all_taught()
         # Of terms whose weight changes: a tensor, so that a compiled objective need not be compiled again.
@@ -120,10 +193,9 @@ class Objective(nn.Module):
 
     def _add(self, name: str, loss: Loss) -> None:
         where = f"losses.{name}"
-        entry = LOSSES.find(loss.kind, where)
+        entry = LOSSES.find(loss.kind, f"{where}.kind")
         options = entry.check(loss.options, where)
-        is_module = isinstance(entry.call, type)
-        needs_target = is_module or "teacher" in entry.takes
+        needs_target = _needs_target(loss, where)
         points = self._places.on(loss.on, where)
         weights = loss.weights * len(points) if not isinstance(loss.weight, list) else loss.weights
         if len(weights) != len(points):
@@ -131,9 +203,6 @@ class Objective(nn.Module):
                 f"{where}.weight has {len(weights)} values",
                 f"one number, or one for each of {', '.join(points) or 'no points'}",
             )
-        if needs_target != (loss.target != "label"):
-            known = "'final', 'next' or an exit" if needs_target else "'label', which is the default"
-            raise UserError(f"{where}.target = {loss.target!r} with kind = '{loss.kind}'", known)
         targets = loss.target if isinstance(loss.target, list) else [loss.target] * len(points)
         if len(targets) != len(points):
             raise UserError(
@@ -218,14 +287,18 @@ class Places:
                 continue
             chosen += self._points(name, f"{where}.on")
         for place in chosen:
-            network = parsed(place)[0]
-            if network in self.frozen:
-                raise UserError(
-                    f"{where}.on = '{place}': networks.{network} does not learn",
-                    "a point of a network that learns",
-                    f"--set networks.{network}.learns=true",
-                )
+            self.check_learns(place, where)
         return chosen
+
+    def check_learns(self, place: str, where: str) -> None:
+        """Raises UserError for a point of a network that does not."""
+        network = parsed(place)[0]
+        if network in self.frozen:
+            raise UserError(
+                f"{where}.on = '{place}': networks.{network} does not learn",
+                "a point of a network that learns",
+                f"--set networks.{network}.learns=true",
+            )
 
     def _points(self, name: str, where: str) -> list[str]:
         network, point, images = parsed(name)
@@ -237,7 +310,7 @@ class Places:
         elif address(network, point) in self.widths:
             bare = [address(network, point)]
         else:
-            raise self._missing(name, where)
+            raise self.missing(name, where)
         return [f"{place}@{images}" if images else place for place in bare]
 
     def target(self, name: str, point: str, where: str) -> str:
@@ -250,12 +323,13 @@ class Places:
             deeper = places[places.index(address(network, own)) + 1]
             return f"{deeper}@{images}" if images else deeper
         if name not in self.derived and name.partition("@")[0] not in self.widths:
-            raise self._missing(name, f"{where}.target")
+            raise self.missing(name, f"{where}.target")
         if name == point:
             raise UserError(f"{where}: {point} is compared with itself", "a target other than the point it teaches")
         return name
 
     def check_classifies(self, places: Iterable[str], where: str) -> None:
+        """Raises UserError for a point without logits."""
         for place in places:
             if not self.width(place).classifies:
                 network = parsed(place)[0]
@@ -265,7 +339,8 @@ class Places:
                     f"--set networks.{network}.head=auto",
                 )
 
-    def _missing(self, name: str, where: str) -> UserError:
+    def missing(self, name: str, where: str) -> UserError:
+        """The error for a point that is not there."""
         network = parsed(name)[0]
         if all(parsed(place)[0] != network for place in self.widths):
             known = dict.fromkeys(parsed(place)[0] for place in self.widths)

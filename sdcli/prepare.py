@@ -18,20 +18,22 @@ from sdcli import data, transforms
 from sdcli.augment import Mixing
 from sdcli.backbones import Architecture, pretrained_transform, resolve
 from sdcli.checkpoint import Description
+from sdcli.checks import check_names
 from sdcli.devices import Precision, accelerator_for, from_first, interleaved
 from sdcli.errors import UserError
 from sdcli.exits import MultiExit, choose_heads
-from sdcli.learner import Learner, build_signals, check_signals
+from sdcli.extensions import load_imports
+from sdcli.learner import Learner, build_objectives
 from sdcli.loaders import EpochBatches
 from sdcli.networks import build_network, create_optimizer, create_schedule, plan_network
-from sdcli.objective import Objective, address, check_losses
+from sdcli.objective import Objective, address
 from sdcli.recipe import AVERAGE, STUDENT, TEACHER, Network, Recipe, check_recipe, load_recipe, to_toml
 from sdcli.resident import suitable_loader
 from sdcli.runs import Run, check_output, read_settings, state_file
 from sdcli.stages import StagePlan
 from sdcli.state import load_state, random_states, restore_random_states, save_state
 
-MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "track")
+MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "track", "imports")
 """Settings that a resumed run may be given anew: they change how it is worked out, not what."""
 
 
@@ -61,6 +63,8 @@ class Settings:
     """Updates after which the state is saved within an epoch; it is always saved after one."""
     track: str | None = None
     """One of accelerate's trackers."""
+    imports: list[str] = field(default_factory=list)
+    """The user's own Python files, which register losses and heads; whole paths."""
 
 
 @dataclass
@@ -242,17 +246,10 @@ def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any
 
 
 def _check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
-    """What shows without data: losses, models, augmentation, device."""
-    check_losses(recipe.losses)
-    check_signals(recipe.signals)
+    """What shows without data: the recipe, models, device."""
+    load_imports(settings.imports)
+    check_names(recipe)
     resolve(settings.model, num_classes=None, image_size=None)
-    for name, network in recipe.others.items():
-        try:
-            resolve(str(network.model), num_classes=None, image_size=None)
-        except UserError as error:
-            error.wrong = f"networks.{name}.model: {error.wrong}"
-            raise
-    transforms.check_policy(recipe.batch.augment.policy)
     return accelerator_for(settings.device, settings.precision, settings.track, folder)
 
 
@@ -280,27 +277,15 @@ def _build(
         # All see the same images, the student's.
         networks[name], *_, more = _network(table, str(table.model), classes, architecture.input_size[1])
         notes += [f"{name}: {note}" for note in more]
-    frozen = [name for name, table in recipe.others.items() if not table.learns]
     ema = _average(student, recipe)
     if recipe.reads(AVERAGE) and ema is not None:
         networks[AVERAGE] = ema.module
-        frozen.append(AVERAGE)
-    if any(phase.teacher for phase in recipe.phases):
+    if TEACHER in recipe.taking_part and TEACHER not in networks:
         networks[TEACHER] = copy.deepcopy(student)
-        frozen.append(TEACHER)
+    frozen = [name for name in networks if not recipe.taking_part[name]]
     widths = {address(name, p): width for name, network in networks.items() for p, width in network.widths.items()}
     num_images = int(train_split.index.max()) + 1
-    making, made = build_signals(recipe.signals, widths, len(classes), num_images, recipe.batch.mixes)
-    objectives = [
-        Objective(
-            {name: recipe.losses[name] for name in phase.losses or ()},
-            widths,
-            frozen=frozen,
-            derived=made,
-            mixes=recipe.batch.mixes,
-        )
-        for phase in recipe.stages
-    ]
+    objectives, making = build_objectives(recipe, widths, len(classes), num_images)
     learner = Learner(networks, objectives[0], frozen, making)
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
@@ -427,9 +412,8 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
 
 def _start_tracker(training: Training) -> None:
     if training.settings.track is not None:
-        training.accelerator.init_trackers(
-            "sdcli", {k: v for k, v in asdict(training.settings).items() if v is not None}
-        )
+        chosen = asdict(training.settings) | {"imports": ", ".join(training.settings.imports)}
+        training.accelerator.init_trackers("sdcli", {k: v for k, v in chosen.items() if v is not None})
 
 
 def _network(

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdcli import ramps
+from sdcli import ramps, toml
 from sdcli.errors import UserError, did_you_mean, invalid, unknown
 
 STUDENT = "student"
@@ -273,6 +274,16 @@ class Recipe(Table):
             for _ in range(phase.rounds)
         ]
 
+    @property
+    def taking_part(self) -> dict[str, bool]:
+        """Every network by name, those without a table included, and whether it learns."""
+        networks = {STUDENT: True} | {name: table.learns for name, table in self.others.items()}
+        if self.ema is not None:
+            networks[AVERAGE] = False
+        if any(phase.teacher for phase in self.phases):
+            networks[TEACHER] = False
+        return networks
+
     def reads(self, network: str) -> bool:
         """Whether a loss or a signal names a point of this network."""
         places: list[str] = []
@@ -304,6 +315,11 @@ def load_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError for a file that is not there or not TOML, and for any key, type or range that is wrong, saying
     which file brought the value.
     """
+    return read_recipe(names, overrides)[0]
+
+
+def read_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, str]]:
+    """`load_recipe`, and which file or flag brought each dotted key; what is not among these is a default."""
     tables: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name in names:
@@ -311,7 +327,7 @@ def load_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> Recipe:
             _merge(tables, part, origins, source)
     for override in overrides:
         _merge(tables, _parse_override(override), origins, f"--set {override}")
-    return check_recipe(tables, origins)
+    return check_recipe(tables, origins), origins
 
 
 def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Recipe:
@@ -368,7 +384,8 @@ def _check_addresses(name: str, loss: Loss, recipe: Recipe, origins: Mapping[str
                 continue
             if not pattern.fullmatch(place):
                 known = f", or a signal: {', '.join(recipe.signals)}" if recipe.signals else ""
-                raise UserError(f"{source}{where} = {given!r}", expected + known, did_you_mean(place, recipe.signals))
+                near = did_you_mean(place, [*recipe.signals, *re.findall(r"'([^']+)'", expected)])
+                raise UserError(f"{source}{where} = {given!r}", expected + known, near)
             images = place.partition("@")[2]
             if images and images not in recipe.batch.also:
                 raise UserError(
@@ -380,9 +397,51 @@ def _check_addresses(name: str, loss: Loss, recipe: Recipe, origins: Mapping[str
 
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as a file that `--recipe` takes again."""
-    import tomli_w
+    return toml.write(recipe.model_dump(exclude_none=True))
 
-    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+@contextmanager
+def blaming(origins: Mapping[str, str]) -> Iterator[None]:
+    """Says of each mistake that is found within who brought the value: the file or the flag, by the dotted key that the
+    message begins with."""
+    try:
+        yield
+    except UserError as error:
+        found = re.match(r"([A-Za-z][\w-]*(?:\.[\w-]+)*)(?=:| = | at | has )(?:: unknown key '([\w-]+)')?", error.wrong)
+        keys = [*found[1].split("."), *([found[2]] if found[2] else [])] if found else []
+        while keys and ".".join(keys) not in origins:
+            keys.pop()
+        if keys:
+            error.wrong = f"{origins['.'.join(keys)]}: {error.wrong}"
+        raise
+
+
+def recipe_file(name: str) -> Path:
+    """The file of the recipe called `name`, or at that path; raises UserError where there is none."""
+    return _find(name, Path())
+
+
+def copy_recipe(name: str, to: Path) -> None:
+    """Copies a recipe's file as it is, header included. What it extends by path stays found from the new place.
+
+    Raises UserError for a place that is taken or cannot be written.
+    """
+    source = recipe_file(name)
+    parent = _read(source).get("extends")
+    text = source.read_bytes().decode("utf-8")
+    # A path is relative to the file that has it; a name is the same from anywhere.
+    if isinstance(parent, str) and _is_path(parent) and not Path(parent).expanduser().is_absolute():
+        whole = str((source.parent / parent).resolve())
+        text = re.sub(r"(?m)^extends\s*=[^\r\n]*", lambda _: f"extends = {toml.write_value(whole)}", text, count=1)
+    try:
+        with to.open("xb") as file:
+            file.write(text.encode("utf-8"))
+    except FileExistsError:
+        raise UserError(
+            f"'{to}' exists already", "a file that is not there yet: nothing is overwritten", "another name"
+        ) from None
+    except OSError as error:
+        raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in a folder that is there") from None
 
 
 def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -390,7 +449,12 @@ def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     links: list[tuple[str, dict[str, Any]]] = []
     seen: list[Path] = []
     while True:
-        path = _find(name, folder)
+        try:
+            path = _find(name, folder)
+        except UserError as error:
+            if links:
+                error.wrong = f"{links[-1][0]}: extends = {name!r}: {error.wrong}"
+            raise
         if path in seen:
             loop = " -> ".join(p.name for p in [*seen, path])
             raise UserError(f"{path}: 'extends' goes round in a circle: {loop}", "a chain that ends")
@@ -407,7 +471,7 @@ def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _find(name: str, folder: Path) -> Path:
     """The file of a recipe: a path (relative to the file that extends it), else one of our own."""
-    if name.endswith(".toml") or name.startswith((".", "/", "~")):
+    if _is_path(name):
         path = folder / Path(name).expanduser()
         if path.is_dir():
             raise UserError(f"recipe '{name}' is a folder", "a .toml file")
@@ -418,6 +482,10 @@ def _find(name: str, folder: Path) -> Path:
     if not path.is_file():
         raise unknown("recipe", name, recipe_names(), f"for a file of your own write its path: ./{name}.toml")
     return path
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(".toml") or name.startswith((".", "/", "~"))
 
 
 def _short(path: Path) -> str:
@@ -431,9 +499,21 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{_short(path)} is not TOML: {error}", "a recipe file") from None
+        raise UserError(
+            f"{_short(path)} is not TOML: {error}", "[TABLE] and KEY = VALUE", _faulty(path, error)
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{_short(path)} cannot be read: {error}", "a recipe file") from None
+
+
+def _faulty(path: Path, error: tomllib.TOMLDecodeError) -> str:
+    """The line that is not TOML, and what is wrong with it where that is plain."""
+    found = re.search(r"at line (\d+)", str(error))
+    line = path.read_text(encoding="utf-8").split("\n")[int(found[1]) - 1].strip() if found else ""
+    word = re.fullmatch(r"([\w.-]+)\s*=\s*([A-Za-z][\w/.+-]*)", line)
+    if word:
+        return f'text stands in quotes: {word[1]} = "{word[2]}"'
+    return f"look at line {found[1]}: {line}" if found and line else ""
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -479,8 +559,15 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
     if len(same) > 1:
         said = dict.fromkeys(str(p["msg"]).removeprefix("Value error, ").removeprefix("Input should be ") for p in same)
         result.expected = ", or ".join(said)
+        if first["type"] not in ("int_type", "float_type"):
+            # The first branch's idea of what was meant is not the others'.
+            result.fix = did_you_mean(first["input"], re.findall(r"'([^']+)'", result.expected))
     if "." not in (key := ".".join(path)) and first["type"] == "missing":
         result.fix = f'add a [{key}.NAME] table, or extends = "baseline"'
+    elif first["type"] in ("model_type", "dict_type") and path[:1] in (["losses"], ["networks"]) and path[2:] == []:
+        result.fix = f"[{path[0]}.NAME], with a name of your own"
+    elif first["type"] == "extra_forbidden" and not result.fix and (place := _table_of(path[-1])):
+        result.fix = f"{path[-1]} belongs into [{place}]" if place.rpartition(".")[2] != path[-1] else f"[{place}]"
     while path and ".".join(path) not in origins:
         path.pop()
     if path:
@@ -488,6 +575,17 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
     return result
 
 
+def _table_of(key: str) -> str:
+    """The table that has a key, or is called so; "" where there is none."""
+    return next(
+        (place for place, model in _TABLES.items() if key in model.model_fields or place.endswith(f".{key}")), ""
+    )
+
+
+_TABLES: dict[str, type[BaseModel]] = {
+    "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
+    "networks.NAME": Network, "ema": Ema, "signals.NAME": Derived, "batch.also.NAME": Also, "phases": Phase,
+}  # fmt: skip
 _BRANCHES = {"int", "float", "str", "constrained-int", "constrained-float"}
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from sdcli.errors import invalid, unknown
+from sdcli.errors import UserError, invalid, unknown
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ class Entry:
         return {p.name: p.default for p in self.parameters if p.kind is p.KEYWORD_ONLY}
 
     @cached_property
+    def hints(self) -> dict[str, Any]:
+        """The annotations of all arguments, ranges included."""
+        return get_type_hints(self.call.__init__ if inspect.isclass(self.call) else self.call, include_extras=True)
+
+    @cached_property
     def _model(self) -> type[BaseModel]:
-        function = self.call.__init__ if inspect.isclass(self.call) else self.call
-        hints = get_type_hints(function, include_extras=True)
         fields: dict[str, Any] = {
-            name: (hints[name], ... if default is inspect.Parameter.empty else default)
+            name: (self.hints.get(name, Any), ... if default is inspect.Parameter.empty else default)
             for name, default in self.options.items()
         }
         config = ConfigDict(extra="forbid", strict=True)
@@ -73,10 +76,16 @@ class Registry:
     def register(
         self, name: str, *, reads: str = "", sees_batch: bool = False, hard_labels: bool = False
     ) -> Callable[[Any], Any]:
-        """Decorator: makes a function or class known under `name`; the rest as in `Entry`."""
+        """Decorator: makes a function or class known under `name`; the rest as in `Entry`. Raises UserError for a name
+        that there is already."""
 
         def add(call: Any) -> Any:
-            assert name not in self.entries, f"{self.what} '{name}' is registered twice"
+            if name in self.entries:
+                raise UserError(
+                    f"{self.what} '{name}' is registered twice",
+                    f"a name that no other {self.what} has",
+                    f'@….register("my_{name}")',
+                )
             self.entries[name] = Entry(name, call, reads, sees_batch, hard_labels)
             return call
 
@@ -85,7 +94,8 @@ class Registry:
     def find(self, name: str, where: str = "") -> Entry:
         """The entry called `name`; raises UserError with the nearest name where there is none."""
         if name not in self.entries:
-            error = unknown(self.what, name, self.entries)
+            plural = self.what + ("es" if self.what.endswith("s") else "s")
+            error = unknown(self.what, name, self.entries, f"sdcli recipes {plural} tells what each is")
             if where:
                 error.wrong = f"{where}: {error.wrong}"
             raise error

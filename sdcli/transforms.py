@@ -29,7 +29,15 @@ POLICIES = {
     "cifar10": "AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019, arXiv:1805.09501), torchvision's",
     "trivial": "TrivialAugment Wide (Müller and Hutter 2021, arXiv:2103.10158), torchvision's",
 }
-TIMM_POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+TIMM_POLICIES = {
+    "rand": "RandAugment (Cubuk et al. 2019, arXiv:1909.13719), timm's; with options: rand-m9-mstd0.5-inc1",
+    "augmix": "AugMix (Hendrycks et al. 2019, arXiv:1912.02781), timm's; with options: augmix-m3-w3",
+    "original": "AutoAugment's policy for ImageNet (Cubuk et al. 2018, arXiv:1805.09501), timm's",
+    "originalr": "`original`, posterizing as the authors' research code does, timm's",
+    "v0": "AutoAugment's policy for ImageNet as TensorFlow's TPU code has it, timm's",
+    "v0r": "`v0`, posterizing as the authors' research code does, timm's",
+    "3a": "ThreeAugment: grayscale, solarize or blur (DeiT III, Touvron et al. 2022, arXiv:2204.07118), timm's",
+}
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}
     [
         (
             ["losses.soft.kind=kll"],
-            "losses.soft: unknown loss 'kll'\n"
+            "losses.soft.kind: unknown loss 'kll'\n"
             "  expected: one of attention, balanced_kl, cross_entropy, dist, dkd, fitnet, hint, kl, mmd, nkd, sad, similarity, "
             "… (16 in all)\n"
             "  fix:      did you mean 'kl'?",
@@ -194,11 +194,11 @@ WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}
         ),
         (
             ["losses.soft.target=label"],
-            "losses.soft.target = 'label' with kind = 'kl'\n  expected: 'final', 'next' or an exit",
+            "losses.soft: kind = 'kl' compares with another point, and no target is named\n  expected: target = 'final', 'next' or an exit\n  fix:      add target = \"final\" to [losses.soft]",
         ),
         (
             ["losses.task.target=exit1"],
-            "losses.task.target = 'exit1' with kind = 'cross_entropy'\n  expected: 'label', which is the default",
+            "losses.task.target = 'exit1': kind = 'cross_entropy' compares with the labels alone\n  expected: no target\n  fix:      take target out of [losses.task], or choose a kind that has one, such as kl",
         ),
         (
             ["losses.soft.on=all"],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdcli.errors import UserError
+from sdcli.headers import parse_header
 from sdcli.recipe import Recipe, check_recipe, load_recipe, recipe_folder, recipe_names, to_toml
 
 TASK = '[losses.task]\nkind = "cross_entropy"\non = "final"\n'
@@ -37,14 +38,10 @@ def test_every_recipe_says_where_its_numbers_come_from():
     files = list(recipe_folder().rglob("*.toml"))
     assert files
     for file in files:
-        header = file.read_text().split("\n\n")[0]
-        assert "# Sources " in header, file
+        header = parse_header(file.read_text())
+        assert header.idea and header.sources, file
         if file.parent == recipe_folder():
-            assert (
-                "sdcli train" in file.read_text()
-                and "# Measured " in file.read_text()
-                and "# Differs " in file.read_text()
-            )
+            assert header.commands and header.differs and header.sections["measured"], file
 
 
 def test_extends_refines_table_by_table(tmp_path):
@@ -85,13 +82,14 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
          "paper, phases, schedule, signals, title\n  fix:      did you mean 'epochs'?"),
         ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer"),
         ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1"),
-        ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'"),
+        ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'\n  fix:      did you mean 'pad'?"),
         ("optimizer.lr=-1.0", "optimizer.lr = -1.0\n  expected: greater than 0"),
         ("optimizer=3", "optimizer = 3\n  expected: a table"),
         ("losses.task.kind=3", "losses.task.kind = 3\n  expected: a valid string"),
-        ("losses.task.on=exit0", "losses.task.on = 'exit0'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"),
+        ("losses.task.on=exit0", "losses.task.on = 'exit0'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these\n"
+         "  fix:      did you mean 'exits'?"),
         ("losses.task.target=exits", "losses.task.target = 'exits'\n  expected: 'label', 'next' (the next deeper point), "
-         "'final', or one exit such as 'exit1'"),
+         "'final', or one exit such as 'exit1'\n  fix:      did you mean 'exit1'?"),
         ("losses.new.weight=1", "losses.new.kind is missing\n  expected: a value: it has no default"),
         ("losses.task.weight=-1", "losses.task.weight = -1\n  expected: greater than or equal to 0, or a valid list"),
         ("networks.student.exits=some", "networks.student.exits = 'some'\n  expected: 'auto' or 'none', or a valid integer, or a valid list"),
@@ -129,7 +127,7 @@ def test_the_students_model_is_the_command_lines():
 
 def test_an_unknown_recipe_gets_the_nearest_name():
     said = message(["byott"])
-    assert said.startswith("unknown recipe 'byott'\n  expected: one of baseline, byot, ")
+    assert said.startswith("unknown recipe 'byott'\n  expected: one of at, bake, baseline, born-again, byot, ")
     assert said.endswith("\n  fix:      did you mean 'byot'?")
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "sdcli"
 
 ROWS = [
-    {"errors", "ramps"},
-    {"registry", "recipe", "signals", "stages", "metrics", "state"},
-    {"losses", "heads", "stem", "transforms"},
+    {"errors", "headers", "ramps", "toml"},
+    {"extensions", "registry", "recipe", "signals", "stages", "metrics", "state"},
+    {"about", "losses", "heads", "stem", "transforms"},
     {"backbones", "augment", "derived"},
-    {"exits", "checkpoint", "devices", "data"},
+    {"catalogue", "exits", "checkpoint", "devices", "data"},
     {"objective", "networks", "loaders", "cached", "evaluate"},
     {"learner", "runs", "resident"},
+    {"checks"},
     {"prepare", "scoring"},
     {"train"},
     {"cli"},
@@ -78,7 +79,8 @@ def test_help_and_recipes_load_neither_torch_nor_timm():
     heavy = {"torch", "timm", "datasets", "accelerate", "torchvision", "numpy"}
     for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["inspect", "--help"]):
         assert not loaded_by(*arguments) & heavy, arguments
-    assert not loaded_by("recipes", "list") & heavy
+    for arguments in (["list"], ["show", "byot"], ["diff", "byot", "byot-scan"], ["losses", "--help"]):
+        assert not loaded_by("recipes", *arguments) & heavy, arguments
 
 
 def test_inspect_loads_neither_datasets_nor_accelerate():

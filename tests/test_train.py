@@ -195,7 +195,7 @@ def test_what_makes_another_run_is_refused(whole: tuple[Recipe, Path]) -> None:
 
     assert refused({"seed": 7}) == (
         f"the run in '{folder}' was started with seed = 42, not 7\n"
-        "  expected: the same, or a change of epochs, device, workers, compile, grad_accum_steps, save_every, track\n"
+        "  expected: the same, or a change of epochs, device, workers, compile, grad_accum_steps, save_every, track, imports\n"
         "  fix:      leave --seed out, or start a new run"
     )
     assert refused({}, None, ["optimizer.lr=0.5"]).startswith(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sdcli.errors import UserError
+from sdcli.extensions import load_imports
 
 EPILOG = "Example:  sdcli eval runs/first/best.safetensors --exits all"
 
@@ -33,6 +34,10 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option("--workers", "-j", min=0, help="Processes that load images. [default: what suits]")
     ] = None,
+    import_: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="FILE.py", help="Your own heads, where it was trained with them; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
@@ -50,6 +55,7 @@ def evaluate(
     from sdcli.cli.talk import note, output
     from sdcli.scoring import score_checkpoint
 
+    load_imports(import_ or [])
     with scoring() as progress:
         report, notes = score_checkpoint(
             checkpoint,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,10 +16,15 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from sdcli.about import needs
+from sdcli.toml import write_value
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from sdcli.about import Difference, Overview
+    from sdcli.catalogue import Item
     from sdcli.evaluate import ExitResult, Report
 
 
@@ -102,6 +109,105 @@ def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> 
         }
         table.add_row(*(cell for title, cell in cells.items() if title not in dropped))
     return table
+
+
+def recipes_table(recipes: Sequence[Overview], console: Console) -> Table:
+    """What `recipes list` shows; what no recipe needs gets no column."""
+    asked = [needs(recipe.recipe) for recipe in recipes]
+    table = _table(f"{len(recipes)} recipes")
+    table.add_column("recipe", style="bold", no_wrap=True)
+    table.add_column("title", ratio=3)
+    table.add_column("paper", no_wrap=True, max_width=18 if console.width < 120 else None)
+    if any(asked):
+        table.add_column("needs", ratio=2)
+    table.add_column("measured", ratio=3)
+    for recipe, needed in zip(recipes, asked, strict=True):
+        table.add_row(
+            recipe.name,
+            recipe.recipe.title,
+            _paper(recipe.recipe.paper),
+            *([Text("; ".join(needed) or "-", style="" if needed else "dim")] if any(asked) else []),
+            shortened(recipe.header.measured) if recipe.header.measured else Text("not yet", style="dim"),
+        )
+    return table
+
+
+def _paper(link: str) -> Text:
+    """The paper's number or place, which a terminal opens."""
+    short = re.sub(r"^https?://(arxiv\.org/abs/|doi\.org/|www\.)?", "", link)
+    return Text(short, style=f"link {link}") if link else Text("-", style="dim")
+
+
+def shortened(measured: str, width: int = 90) -> str:
+    """The first of what was measured, without how, seeds and machine."""
+    return shorten(re.sub(r"^[^:;.]{0,60}: ", "", measured).split(" (")[0], width, placeholder=" …")
+
+
+def difference_table(one: str, other: str, found: Difference) -> Table:
+    """What `recipes diff` shows: a row per value, table by table."""
+    table = _table(f"{one} → {other}")
+    table.add_column("key", no_wrap=True)
+    for title in (one, other):
+        table.add_column(title)
+    rows = found.rows()
+    for number, (key, *values) in enumerate(rows):
+        of_table, _, name = key.rpartition(".")
+        last = number + 1 == len(rows) or rows[number + 1][0].rpartition(".")[0] != of_table
+        label = Text.assemble((f"{of_table}." if of_table else "", "dim"), (name, "bold"))
+        cells = [Text("-", style="dim") if value is None else Text(write_value(value)) for value in values]
+        table.add_row(label, *cells, end_section=last and number + 1 < len(rows))
+    return table
+
+
+def catalogue_table(title: str, one: str, items: Sequence[Item]) -> Table:
+    """What `recipes losses` and its like show: a row per name, its keys below what it is."""
+    table = _table(f"{len(items)} {title}")
+    reads = any(item.reads for item in items)
+    table.add_column(one, style="bold", no_wrap=True)
+    if reads:
+        table.add_column("compares", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("arXiv", no_wrap=True)
+    for item in items:
+        cell = Text("\n").join([Text(without_papers(item.summary)), *_keys(item)])
+        compared = [Text.assemble(item.reads, "\n", (f"with {item.against}", "dim"))] if reads else []
+        papers = [Text(number, style=f"link https://arxiv.org/abs/{number}") for number in item.papers[:1]]
+        table.add_row(item.name, *compared, cell, papers[0] if papers else Text("-", style="dim"))
+        if any(item.keys for item in items):
+            table.add_section()
+    return table
+
+
+def catalogue_details(items: Sequence[Item]) -> Text:
+    """All that is known of a few names."""
+    text = Text()
+    for item in items:
+        text.append(item.name, style="bold")
+        if item.reads:
+            text.append(f"  compares {item.reads} with the {item.against}", style="dim")
+        text.append(f"\n\n{item.summary}.\n")
+        for paragraph in filter(None, item.details.split("\n\n")):
+            text.append(f"\n{paragraph}\n")
+        for number, line in enumerate(_keys(item)):
+            text.append("\n" * (number == 0)).append_text(line).append("\n")
+        for number, paper in enumerate(item.papers):
+            text.append("\n" * (number == 0)).append(f"https://arxiv.org/abs/{paper}\n", style="dim")
+        text.append("\n")
+    text.rstrip()
+    return text
+
+
+def _keys(item: Item) -> list[Text]:
+    """One line per key, as a recipe would have it, and what else it may be."""
+    settings = [f"{key.name} = {'…' if key.required else write_value(key.default)}" for key in item.keys]
+    wide = max(map(len, settings), default=0) + 2
+    pairs = zip(settings, item.keys, strict=True)
+    return [Text.assemble((f"{setting:<{wide}}", "cyan"), (key.type, "dim")) for setting, key in pairs]
+
+
+def without_papers(summary: str) -> str:
+    """A docstring's first sentence without its references and shapes."""
+    return re.sub(r" \([^()]*(?:arXiv|\b(?:19|20)\d\d)[^()]*\)|,? (?:per image )?\[B\]$", "", summary)
 
 
 def _table(title: str) -> Table:

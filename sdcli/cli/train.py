@@ -13,6 +13,7 @@ import typer
 
 from sdcli.cli.inspect import parse_exits
 from sdcli.errors import UserError
+from sdcli.extensions import find_imports
 
 EPILOG = """
 Example:  sdcli train resnet18 --dataset digits --recipe quick --output runs/first
@@ -51,6 +52,12 @@ def train(
         list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", help="Change any value: losses.soft.weight=0.5", rich_help_panel=RECIPE
+        ),
+    ] = None,
+    import_: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import", metavar="FILE.py", help="Your own losses and heads; repeatable.", rich_help_panel=RECIPE
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Short for --set epochs=N.", rich_help_panel=RECIPE)] = None,
@@ -188,13 +195,15 @@ def train(
         "grad_accum_steps": grad_accum_steps,
         "save_every": save_every,
         "track": track,
+        "imports": find_imports(import_ or []),
     }
-    said = {name for name in chosen if _was_given(ctx, "compile_" if name == "compile" else name)}
+    parameter = {"compile": "compile_", "imports": "import_"}
+    said = {name for name in chosen if _was_given(ctx, parameter.get(name, name))}
     going_on = _run_to_resume(resume, output)
 
-    from sdcli.recipe import load_recipe
+    from sdcli.recipe import blaming, read_recipe
 
-    whole = load_recipe(recipe or ["default"], overrides) if recipe or not going_on else None
+    whole, origins = read_recipe(recipe or ["default"], overrides) if recipe or not going_on else (None, {})
     if not going_on:
         if model is None or dataset is None:
             missing = "MODEL" if model is None else "--dataset"
@@ -215,7 +224,8 @@ def train(
         training = go_on(going_on, settings, loaded)
     else:
         assert whole is not None
-        training = prepare(Settings(**chosen), whole, folder)
+        with blaming(origins):
+            training = prepare(Settings(**chosen), whole, folder)
     with _signals() as told_to_stop:
         stopped = follow(training, fit(training, told_to_stop))
     if stopped is not None:

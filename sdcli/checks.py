@@ -1,0 +1,103 @@
+"""A recipe checked before any data are read: names, keys, types and ranges; with a model, its exits and widths too."""
+
+from __future__ import annotations
+
+import torch
+
+from sdcli.backbones import Architecture, create, resolve
+from sdcli.errors import UserError, did_you_mean
+from sdcli.exits import MultiExit, attach, choose_heads
+from sdcli.heads import HEADS
+from sdcli.learner import build_objectives, check_signals
+from sdcli.networks import check_optimizer, check_schedule, plan_network
+from sdcli.objective import address, check_losses, check_mixing, check_networks
+from sdcli.recipe import STUDENT, Network, Recipe
+from sdcli.transforms import check_policy
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises UserError for what shows without data and without the student's model: losses and their keys, points of
+    networks that there are not, heads, other networks' models, augmentation, optimizer, schedule.
+    """
+    check_losses(recipe.losses)
+    check_signals(recipe.signals)
+    check_networks(recipe.losses, recipe.taking_part, recipe.signals)
+    check_mixing(recipe.losses, recipe.batch.mixes)
+    for name, network in {STUDENT: recipe.student, **recipe.others}.items():
+        if network.head not in ("auto", "none"):
+            HEADS.find(network.head, f"networks.{name}.head")
+        _check_weights(f"networks.{name}.weights", network.weights)
+    for name, network in recipe.others.items():
+        try:
+            resolve(str(network.model), num_classes=None, image_size=None)
+        except UserError as error:
+            error.wrong = f"networks.{name}.model: {error.wrong}"
+            raise
+    try:
+        check_policy(recipe.batch.augment.policy)
+    except UserError as error:
+        error.wrong = f"batch.augment.policy: {error.wrong}"
+        raise
+    check_optimizer(recipe.optimizer)
+    for phase in recipe.stages:
+        check_schedule(recipe.schedule, phase.epochs or recipe.epochs)
+
+
+def _check_weights(where: str, weights: str) -> None:
+    # A word is not a file: nobody means a checkpoint without a dot or a slash.
+    if weights not in ("random", "pretrained") and not set("./~") & set(weights):
+        known = ("random", "pretrained")
+        raise UserError(
+            f"{where} = '{weights}'", "random, pretrained, or a .safetensors file", did_you_mean(weights, known)
+        )
+
+
+def check_with_model(
+    recipe: Recipe, model: str, *, image_size: int | None = None, num_classes: int | None = None
+) -> MultiExit:
+    """The student as the recipe makes it of `model`, on the meta device: no weights, no data, no memory.
+
+    Raises UserError for what only shows with a model: exits that it does not have, widths that do not match, and exits
+    that no loss teaches.
+    """
+    networks = {STUDENT: _on_meta(recipe.student, model, image_size, num_classes)}
+    for name, table in recipe.others.items():
+        student = networks[STUDENT].plan.input_size[1]
+        networks[name] = _on_meta(table, str(table.model), student, num_classes)
+    own = {name: networks.get(name, networks[STUDENT]) for name in recipe.taking_part}
+    widths = {address(name, p): width for name, network in own.items() for p, width in network.widths.items()}
+    with torch.device("meta"):
+        build_objectives(recipe, widths, num_classes or 2, 1)
+    return networks[STUDENT]
+
+
+def _on_meta(table: Network, model: str, image_size: int | None, num_classes: int | None) -> MultiExit:
+    architecture: Architecture = resolve(
+        model,
+        num_classes=num_classes,
+        image_size=image_size,
+        stem=table.stem,
+        pretrained=table.weights == "pretrained",
+        model_args=table.model_args,
+    )
+    plan = plan_network(table, architecture)
+    with torch.device("meta"):
+        return attach(create(architecture), plan, choose_heads(plan, table.head), num_classes or 2)
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What is allowed and has no effect."""
+    found = []
+    schedule, epochs = recipe.schedule, recipe.epochs
+    late = [time for time in schedule.milestones if time >= 1 and time >= epochs]
+    if schedule.sched == "multistep" and late:
+        times = ", ".join(f"{time:g}" for time in late)
+        found.append(f"schedule.milestones: {times} will not be reached in {epochs} epochs; below 1 they are shares")
+    if schedule.milestones and schedule.sched != "multistep":
+        found.append(f"schedule.milestones has no effect with sched = '{schedule.sched}'")
+    found += [
+        f"losses.{name} has no effect: its weight is 0"
+        for name, loss in recipe.losses.items()
+        if all(not weight.varies and weight.value == 0 for weight in loss.weights)
+    ]
+    return found

@@ -1,0 +1,78 @@
+"""A user's own Python files (`--import FILE.py`), which register losses and heads beside ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+
+from sdcli.errors import UserError
+
+WHAT = "a Python file that registers losses or heads (README, Losses of your own)"
+
+
+def find_imports(files: Iterable[Path | str]) -> list[str]:
+    """The files' whole paths, found again from any folder; raises UserError for one that is not there."""
+    return [str(_existing(Path(file).expanduser())) for file in files]
+
+
+def load_imports(files: Iterable[Path | str]) -> None:
+    """Runs each file once, however often it is asked for.
+
+    Raises UserError for a file that is not there, one that fails (where and why), and one that registers a name that
+    there is already.
+    """
+    for file in files:
+        _load(_existing(Path(file).expanduser()))
+
+
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path.resolve()
+    near = sorted(str(other) for other in path.parent.glob("*.py"))
+    raise UserError(
+        f"--import {path}: there is no such file",
+        WHAT,
+        "give its new place with --import" + (f"; beside it there is {', '.join(near[:5])}" if near else ""),
+    )
+
+
+def _load(path: Path) -> None:
+    # A module of its own name, so that compiled and pickled functions find their way back.
+    name = f"sdcli_import_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(
+            f"--import {path} is not Python: its name does not end in .py", WHAT, f"rename it {path.stem}.py"
+        )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:
+        del sys.modules[name]
+        error.wrong = f"--import {path}: {error.wrong}"
+        raise
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UserError(
+            f"--import {path}{_line_in(path, error)}: {type(error).__name__}: {error}",
+            "a file that Python can import",
+            f"python {path} shows the whole of it",
+        ) from error
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """Which of the file's lines failed, as ", line 3"; "" where none did."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}" if error.lineno else ""
+    number, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            number = trace.tb_lineno
+        trace = trace.tb_next
+    return f", line {number}" if number else ""

@@ -1,0 +1,487 @@
+"""`sdcli recipes`, and losses of one's own, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Command, refused
+
+from sdcli.catalogue import SHELVES
+from sdcli.heads import HEADS
+from sdcli.losses import LOSSES
+from sdcli.recipe import load_recipe, recipe_folder, recipe_names
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_losses_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (LOSSES, HEADS):
+        monkeypatch.setattr(registry, "entries", dict(registry.entries))
+    for name in [name for name in sys.modules if name.startswith("sdcli_import_")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_list_has_every_recipe_with_what_it_is(sdcli: Command) -> None:
+    listed = sdcli("recipes", "list").out
+    assert all(name in listed for name in recipe_names())
+    assert "Be your own teacher" in listed and "1905.08094" in listed and "not yet" in listed
+    assert "ensemble 98.61 %" in listed and "1 seed" not in listed
+
+
+def test_the_list_as_json_has_all_that_the_headers_say(sdcli: Command) -> None:
+    listed = {recipe["name"]: recipe for recipe in json.loads(sdcli("recipes", "list", "--json").out)}
+    assert list(listed) == recipe_names()
+    byot = listed["byot"]
+    assert byot["paper"] == "https://arxiv.org/abs/1905.08094" and byot["needs"] == [] and byot["measured"] == ""
+    assert byot["idea"].startswith("Be your own teacher") and byot["sources"] and byot["differs"]
+    assert byot["commands"] == ["sdcli train resnet18 --dataset cifar100 --recipe byot"]
+    assert listed["quick"]["measured"].endswith("version 0.1.0)")
+
+
+def test_what_show_prints_is_a_recipe_with_origins_or_without(sdcli: Command, tmp_path: Path) -> None:
+    text = sdcli("recipes", "show", "byot", "schedules/transformer", "--set", "epochs=7").out
+    assert re.search(r"^epochs = 7 +# --set$", text, re.M)
+    assert re.search(r'^opt = "adamw" +# schedules/transformer$', text, re.M)
+    assert re.search(r"^erase = 0.0 +# default$", text, re.M)
+    plain = sdcli("recipes", "show", "byot", "schedules/transformer", "--set", "epochs=7", "--plain").out
+    assert "#" not in plain
+    recipes = []
+    for number, said in enumerate((text, plain)):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(said, encoding="utf-8")
+        recipes.append(load_recipe([str(file)]))
+    assert recipes == [load_recipe(["byot", "schedules/transformer"], ["epochs=7"])] * 2
+
+
+def test_a_copy_is_the_file_as_it_is_and_is_never_written_over(sdcli: Command, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    assert sdcli("recipes", "copy", "byot", mine).code == 0
+    assert mine.read_text() == (recipe_folder() / "byot.toml").read_text()
+    assert load_recipe([str(mine)]) == load_recipe(["byot"])
+    refused(
+        sdcli("recipes", "copy", "quick", mine),
+        f"'{mine}' exists already\n  expected: a file that is not there yet: nothing is overwritten\n"
+        "  fix:      another name",
+    )
+
+
+def test_a_copy_still_finds_what_it_extends_by_path(sdcli: Command, tmp_path: Path) -> None:
+    (tmp_path / "parent.toml").write_text('extends = "byot"\nepochs = 7\n')
+    (tmp_path / "child.toml").write_text('# Mine.\nextends = "./parent.toml"  # near\n')
+    (tmp_path / "elsewhere").mkdir()
+    sdcli("recipes", "copy", tmp_path / "child.toml", tmp_path / "elsewhere" / "copy.toml")
+    assert load_recipe([str(tmp_path / "elsewhere" / "copy.toml")]).epochs == 7
+
+
+@pytest.mark.parametrize("place", ["no-folder/mine.toml"])
+def test_a_copy_to_where_nothing_can_be_written_is_refused(place: str, sdcli: Command, tmp_path: Path) -> None:
+    result = sdcli("recipes", "copy", "byot", tmp_path / place)
+    assert result.code == 2 and f"'{tmp_path / place}' cannot be written: No such file or directory" in result.err
+
+
+def test_every_recipe_is_right_with_a_model(sdcli: Command) -> None:
+    result = sdcli("recipes", "check", *recipe_names(), "--model", "test_resnet", "--image-size", 64)
+    # It is `byot` with its hint turned off: what the note says is what it is for.
+    assert (result.code, result.err) == (0, "note: byot-nohint: losses.hint has no effect: its weight is 0\n")
+    lines = result.out.splitlines()
+    assert [line.split(":")[0] for line in lines] == recipe_names()
+    assert "byot: ok  4 losses (cross_entropy, kl, hint), 200 epochs of batches of 128, momentum 0.1, multistep; " in (
+        result.out
+    )
+    assert lines[recipe_names().index("byot")].endswith("test_resnet: exit1, exit2, exit3, final")
+
+
+BYOT = 'extends = "byot"\n'
+MISTAKES = {
+    "a key that is misspelt": (
+        BYOT + "epoch = 30\n",
+        "FILE: recipe: unknown key 'epoch'\n"
+        "  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
+        "schedule, signals, title\n"
+        "  fix:      did you mean 'epochs'?",
+    ),
+    "a key in the wrong table": (
+        BYOT + "[optimizer]\nwarmup = 5\n",
+        "FILE: optimizer: unknown key 'warmup'\n"
+        "  expected: one of clip_grad, decay_norm_and_bias, lr, momentum, nonfinite, opt, weight_decay\n"
+        "  fix:      warmup belongs into [schedule]",
+    ),
+    "a table in the wrong place": (
+        BYOT + '[augment]\npolicy = "trivial"\n',
+        "FILE: recipe: unknown key 'augment'\n"
+        "  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
+        "schedule, signals, title\n"
+        "  fix:      [batch.augment]",
+    ),
+    "a loss under another name": (
+        BYOT + '[losses.soft]\nkind = "kl_div"\n',
+        "FILE: losses.soft.kind: unknown loss 'kl_div'\n"
+        "  expected: one of attention, balanced_kl, cross_entropy, dist, dkd, fitnet, hint, kl, mmd, nkd, sad, "
+        "similarity, … (16 in all)\n"
+        "  fix:      did you mean 'kl'?",
+    ),
+    "a key of another loss": (
+        BYOT + "[losses.task]\ntemperature = 3.0\n",
+        "FILE: losses.task: unknown key 'temperature'\n"
+        "  expected: one of smooth_over, smoothing, standardise\n"
+        "  fix:      kinds that have temperature: virtual_teacher, kl, soft_cross_entropy, balanced_kl, dkd, nkd, dist",
+    ),
+    "a number in quotes": (
+        BYOT + '[losses.soft]\nweight = "0.5"\n',
+        "FILE: losses.soft.weight = '0.5'\n"
+        "  expected: a valid number, or a valid list\n"
+        "  fix:      without quotes: weight = 0.5",
+    ),
+    "a point that there is not": (
+        BYOT + '[losses.exits]\non = "exit"\n',
+        "FILE: losses.exits.on = 'exit'\n"
+        "  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these\n"
+        "  fix:      did you mean 'exits'?",
+    ),
+    "a loss without its target": (
+        '[losses.task]\nkind = "cross_entropy"\non = "all"\n[losses.soft]\nkind = "kl"\non = "exits"\n',
+        "FILE: losses.soft: kind = 'kl' compares with another point, and no target is named\n"
+        "  expected: target = 'final', 'next' or an exit\n"
+        '  fix:      add target = "final" to [losses.soft]',
+    ),
+    "a value out of its range": (
+        BYOT + "[optimizer]\nmomentum = 9\n",
+        "FILE: optimizer.momentum = 9\n  expected: less than 1",
+    ),
+    "a head under another name": (
+        BYOT + '[networks.student]\nhead = "bottleneck-attention"\n',
+        "FILE: networks.student.head: unknown head 'bottleneck-attention'\n"
+        "  expected: one of bottleneck, bottleneck+attention, linear, sepconv, sepconv+attention, tokens\n"
+        "  fix:      did you mean 'bottleneck+attention'?",
+    ),
+    "a policy under another name": (
+        BYOT + '[batch.augment]\npolicy = "randaugment"\n',
+        "FILE: batch.augment.policy: unknown augmentation policy 'randaugment'\n"
+        "  expected: none, cifar10, trivial, or timm's rand, augmix, original, originalr, v0, v0r, 3a with their "
+        "options (rand-m9-mstd0.5-inc1)\n"
+        "  fix:      did you mean 'rand'?",
+    ),
+    "text without quotes": (
+        BYOT + "[optimizer]\nopt = adamw\n",
+        "FILE is not TOML: Invalid value (at line 3, column 7)\n"
+        "  expected: [TABLE] and KEY = VALUE\n"
+        '  fix:      text stands in quotes: opt = "adamw"',
+    ),
+    "a table that is not closed": (
+        BYOT + "[optimizer\nlr = 0.1\n",
+        "FILE is not TOML: Expected ']' at the end of a table declaration (at line 2, column 11)\n"
+        "  expected: [TABLE] and KEY = VALUE\n"
+        "  fix:      look at line 2: [optimizer",
+    ),
+    "a parent that there is not": (
+        'extends = "byot-jurnal"\n',
+        "FILE: extends = 'byot-jurnal': unknown recipe 'byot-jurnal'\n"
+        "  expected: one of " + ", ".join(recipe_names()[:12]) + f", … ({len(recipe_names())} in all)\n"
+        "  fix:      did you mean 'byot-journal'?",
+    ),
+    "losses without names": (
+        '[losses]\nkind = "cross_entropy"\non = "all"\n',
+        "FILE: losses.kind = 'cross_entropy'\n  expected: a table\n  fix:      [losses.NAME], with a name of your own",
+    ),
+    "one number where a list is due": (
+        BYOT + "[schedule]\nmilestones = 100\n",
+        "FILE: schedule.milestones = 100\n  expected: a valid list\n  fix:      in brackets: milestones = [100]",
+    ),
+    "an optimizer under another name": (
+        BYOT + '[optimizer]\nopt = "adam_w"\n',
+        "FILE: optimizer.opt: unknown optimizer 'adam_w'\n"
+        "  expected: one of adabelief, adadelta, adafactor, adafactorbv, adafactorbvc, adagrad, adahessian, adam, adamax, "
+        "adamc, adamp, adamuon, … (101 in all)\n"
+        "  fix:      did you mean 'adamw'?",
+    ),
+    "a teacher that there is not": (
+        BYOT + '[losses.soft]\ntarget = "teacher.final"\n',
+        "FILE: losses.soft.target = 'teacher.final': there is no networks.teacher\n"
+        "  expected: one of student\n"
+        "  fix:      add a [networks.teacher] table",
+    ),
+    "a warm-up as long as the run": (
+        BYOT + "epochs = 5\n[schedule]\nwarmup = 5\n",
+        "FILE: schedule.warmup = 5 lasts as long as the run of 5 epochs\n"
+        "  expected: fewer epochs than the run has, or a share of it below 1\n"
+        "  fix:      --set schedule.warmup=0.05",
+    ),
+    "a part that is no recipe of its own": (
+        "epochs = 30\n",
+        "FILE: losses is missing\n  expected: a value: it has no default\n"
+        '  fix:      add a [losses.NAME] table, or extends = "baseline"',
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcli: Command, tmp_path: Path) -> None:
+    text, message = MISTAKES[mistake]
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    refused(sdcli("recipes", "check", file), message.replace("FILE", str(file)))
+
+
+def test_training_tells_the_same_mistake_before_it_looks_for_data(sdcli: Command, tmp_path: Path) -> None:
+    text, message = MISTAKES["a policy under another name"]
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    result = sdcli("train", "test_resnet", "--dataset", "no-such-data", "--recipe", file, "--device", "cpu")
+    refused(result, message.replace("FILE", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            BYOT + '[losses.soft]\non = "exit9"\n',
+            "FILE: losses.soft.on = 'exit9', a point that this network does not have\n"
+            "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?",
+        ),
+        (
+            '[losses.task]\nkind = "cross_entropy"\non = "final"\n',
+            "FILE: no loss teaches the classifier of exit1\n  expected: a loss on the logits of every point\n"
+            '  fix:      add a loss with on = "all", or set networks.student.exits = "none"',
+        ),
+        (
+            BYOT + '[networks.student]\nhead = "linear"\n',
+            "FILE: recipes/byot.toml: losses.hint at exit1: a hint compares embeddings of 32 and 96 values\n"
+            "  expected: two of the same width\n"
+            '  fix:      adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
+        ),
+    ],
+)
+def test_a_model_shows_points_widths_and_exits_that_nothing_teaches(
+    text: str, message: str, sdcli: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    assert sdcli("recipes", "check", file).code == 0
+    refused(sdcli("recipes", "check", file, "--model", "test_resnet"), message.replace("FILE", str(file)))
+
+
+def test_what_has_no_effect_is_noted(sdcli: Command, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(BYOT + "epochs = 100\n[schedule]\nmilestones = [75, 130]\n[losses.hint]\nweight = 0\n")
+    said = " ".join(sdcli("recipes", "check", file).err.split())
+    assert "schedule.milestones: 130 will not be reached in 100 epochs" in said
+    assert "losses.hint has no effect: its weight is 0" in said
+
+
+def test_a_difference_is_a_table_options_or_json(sdcli: Command) -> None:
+    table = sdcli("recipes", "diff", "byot", "default").out
+    assert "byot → default" in table and re.search(r'optimizer.opt +"momentum" +"sgd"', table)
+    assert re.search(r"optimizer.clip_grad +- +5.0", table)
+    options = sdcli("recipes", "diff", "byot", "default", "--as-set").out
+    assert "--set optimizer.opt=sgd\n" in options and "--set 'schedule.milestones=[]'\n" in options
+    found = json.loads(sdcli("recipes", "diff", "byot", "default", "--json").out)
+    assert found["changed"]["optimizer.opt"] == {"from": "momentum", "to": "sgd"}
+    assert found["added"] == {"optimizer.clip_grad": 5.0} and found["removed"] == {}
+    same = sdcli("recipes", "diff", "byot", "byot")
+    assert same.out == "" and "byot and byot train the same" in same.err
+
+
+@pytest.mark.parametrize("shelf", list(SHELVES))
+def test_a_shelf_tells_every_name_with_its_keys(shelf: str, sdcli: Command) -> None:
+    items = SHELVES[shelf].items()
+    assert items and all(item.summary for item in items)
+    table = sdcli("recipes", shelf).out
+    assert [item["name"] for item in json.loads(sdcli("recipes", shelf, "--json").out)] == [i.name for i in items]
+    for item in items:
+        assert item.name in table
+        assert all(f"{key.name} = " in table for key in item.keys)
+
+
+def test_a_loss_is_told_with_types_ranges_defaults_and_paper(sdcli: Command) -> None:
+    (kl,) = json.loads(sdcli("recipes", "losses", "kl", "--json").out)
+    assert (kl["reads"], kl["against"], kl["papers"][0]) == ("logits", "target", "1503.02531")
+    assert kl["keys"][0] == {"name": "temperature", "type": "number > 0", "default": 4.0, "required": False}
+    assert kl["keys"][2]["type"] == '"forward" or "reverse"'
+    assert kl["summary"].startswith("KL divergence") and "et al. 2015, arXiv:1503.02531" in kl["summary"]
+    said = sdcli("recipes", "losses", "kl").out
+    assert "A higher `temperature`" in said and "https://arxiv.org/abs/1503.02531" in said
+    assert "did you mean 'kl'?" in sdcli("recipes", "losses", "kll").err
+
+
+def test_docs_methods_is_what_its_script_makes() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from make_methods import FILE, methods
+    finally:
+        sys.path.pop(0)
+    assert FILE.read_text(encoding="utf-8") == methods(), "run python docs/make_methods.py"
+
+
+# Losses of one's own
+
+MINE = (
+    "from sdcli.losses import LOSSES\n"
+    '@LOSSES.register("mine", reads="logits")\n'
+    "def mine(student, teacher, batch, *, scale: float = 1.0):\n"
+    '    """Mine (Me 2024, arXiv:2401.00001)."""\n'
+    "    return (student - teacher).abs().mean(dim=1) * scale\n"
+)
+
+
+def write(folder: Path, text: str, name: str = "mine.py") -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def test_an_imported_loss_is_listed_and_checked_like_ours(sdcli: Command, tmp_path: Path) -> None:
+    file = write(tmp_path, MINE)
+    assert "scale = 1.0  number" in sdcli("recipes", "losses", "mine", "--import", file).out
+    recipe = write(tmp_path, BYOT + '[losses.soft]\nkind = "mine"\nscale = 2.0\n', "mine.toml")
+    # What byot gave its kl is no key of this loss.
+    assert "unknown key 'temperature'" in sdcli("recipes", "check", recipe, "--import", file).err
+    recipe.write_text(BYOT + '[losses.more]\nkind = "mine"\non = "exits"\ntarget = "final"\nscale = "2"\n')
+    refused(
+        sdcli("recipes", "check", recipe, "--import", file),
+        f"{recipe}: losses.more.scale = '2'\n  expected: a valid number\n  fix:      without quotes: scale = 2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (None, ": there is no such file"),
+        ("x = 1\nimport no_such_module\n", ", line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def f(:\n", ", line 1: SyntaxError: invalid syntax (mine.py, line 1)"),
+        (MINE.replace('"mine"', '"kl"'), ": loss 'kl' is registered twice"),
+        (MINE + MINE, ": loss 'mine' is registered twice"),
+        ("raise SystemExit(1)\n", ", line 1: SystemExit: 1"),
+    ],
+)
+def test_an_import_that_fails_says_where_and_why(text: str | None, wrong: str, sdcli: Command, tmp_path: Path) -> None:
+    file = write(tmp_path, text) if text else tmp_path / "mine.py"
+    for command in (["losses"], ["check", "byot"]):
+        result = sdcli("recipes", *command, "--import", file)
+        assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
+        assert result.err.startswith(f"error: --import {file}{wrong}\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (', reads="logits"', "", "loss 'mine' reads ''\n  expected: features, embedding, logits\n"
+         '  fix:      @LOSSES.register("mine", reads="logits")'),
+        ("teacher, batch, *,", "target, batch, *,", "loss 'mine' takes (student, target, batch)\n"
+         "  expected: (student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *\n"
+         "  fix:      def mine(student, teacher, batch, *, …)"),
+        ("batch, *,", "batch,", "loss 'mine' takes (student, teacher, batch, scale)\n"
+         "  expected: (student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *\n"
+         "  fix:      def mine(student, teacher, batch, *, …)"),
+    ],
+)  # fmt: skip
+def test_an_imported_loss_of_another_form_is_refused(
+    old: str, new: str, message: str, sdcli: Command, tmp_path: Path
+) -> None:
+    file = write(tmp_path, MINE.replace(old, new))
+    recipe = write(tmp_path, BYOT + '[losses.more]\nkind = "mine"\non = "exits"\ntarget = "final"\n', "mine.toml")
+    refused(sdcli("recipes", "check", recipe, "--import", file), f"{recipe}: {message}")
+
+
+def test_an_imported_head_without_a_classifier_is_refused(sdcli: Command, tmp_path: Path) -> None:
+    file = write(tmp_path, HEAD.replace("self.classifier", "self.last"))
+    recipe = write(tmp_path, 'extends = "deep-supervision"\n[networks.student]\nhead = "flat"\n', "mine.toml")
+    refused(
+        sdcli("recipes", "check", recipe, "--import", file, "--model", "test_resnet"),
+        f"{recipe}: head 'flat' has no linear classifier\n"
+        "  expected: a module whose classifier is an nn.Linear that reads the embedding\n"
+        "  fix:      self.classifier = nn.Linear(embedding_dim, num_classes)",
+    )
+
+
+def own_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own: nothing is registered in it that its command line does not import."""
+    return subprocess.run(
+        [sys.executable, "-m", "sdcli", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Losses of your own\n")[2].partition("\n## ")[0]
+    code, recipe = re.findall(r"\n\n((?:    .*\n|\n)+)", section)[:2]
+    (folder := tmp_path / "work").mkdir()
+    write(folder, re.sub(r"(?m)^    ", "", code))
+    write(folder, re.sub(r"(?m)^    ", "", recipe), "mine.toml")
+    quick = [
+        "--set",
+        "epochs=1",
+        "--set",
+        "batch.size=16",
+        "--limit-train",
+        32,
+        "--limit-val",
+        16,
+        "-j",
+        0,
+        "--device",
+        "cpu",
+    ]
+    trained = own_process(
+        "train", "test_resnet", "--dataset", "digits", "--recipe", "mine.toml", "--import", "mine.py", *quick,
+        "--output", "runs/mine", cwd=folder,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((folder / "runs/mine/run.json").read_text())["imports"] == [str(folder / "mine.py")]
+    resumed = own_process("train", "--resume", folder / "runs/mine", "--epochs", 2, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len((folder / "runs/mine/log.jsonl").read_text().splitlines()) == 2
+
+    moved = (folder / "mine.py").rename(tmp_path / "moved.py")
+    scored = own_process("eval", "runs/mine/last.safetensors", "--limit", 16, "-j", 0, "--device", "cpu", cwd=folder)
+    assert scored.returncode == 0, scored.stderr
+    lost = own_process("train", "--resume", "runs/mine", "--epochs", 3, cwd=folder)
+    assert lost.returncode == 2
+    assert lost.stderr.startswith(f"error: --import {folder / 'mine.py'}: there is no such file\n")
+    again = own_process("train", "--resume", "runs/mine", "--epochs", 3, "--import", moved, cwd=folder)
+    assert again.returncode == 0, again.stderr
+
+
+HEAD = """
+from torch import nn
+from sdcli.heads import HEADS
+
+@HEADS.register("flat")
+class Flat(nn.Module):
+    \"\"\"A linear layer on the pooled map.\"\"\"
+
+    def __init__(self, plan, stage, num_classes):
+        super().__init__()
+        self.classifier = nn.Linear(stage.num_chs, num_classes)
+
+    def forward(self, features, prefix):
+        embedding = features.mean(dim=(2, 3))
+        return embedding, self.classifier(embedding)
+"""
+
+
+def test_a_checkpoint_with_an_imported_head_needs_its_file(
+    sdcli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, run = write(tmp_path, HEAD), tmp_path / "run"
+    trained = sdcli(
+        "train", "test_resnet", "--dataset", "digits", "--recipe", "deep-supervision", "--import", file,
+        "--set", "networks.student.head=flat", "--epochs", 1, "-b", 16, "--limit-train", 16, "--limit-val", 8, "-j", 0,
+        "--device", "cpu", "--output", run,
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    short = ("--limit", 8, "-j", 0, "--device", "cpu")
+    assert sdcli("eval", run / "last.safetensors", *short, "--import", file).code == 0
+    monkeypatch.setattr(HEADS, "entries", {name: entry for name, entry in HEADS.entries.items() if name != "flat"})
+    refused(
+        sdcli("eval", run / "last.safetensors", *short),
+        f"'{run / 'last.safetensors'}': the head of exit1 is 'flat', which this sdcli does not have\n"
+        "  expected: the file that registers it, which it was trained with\n"
+        f"  fix:      sdcli eval {run / 'last.safetensors'} --import FILE.py",
+    )
