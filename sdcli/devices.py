@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from sdcli.errors import UserError, unknown
 
@@ -45,7 +45,14 @@ def accelerator_for(
     if tracker is not None:
         _check_tracker(tracker)
     mixed = "no" if precision == "fp32" else precision
-    return Accelerator(cpu=on_cpu, mixed_precision=mixed, log_with=tracker, project_dir=folder)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, log_with=tracker, project_dir=folder)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"launched with {accelerator.distributed_type.value}, which shards the network",
+            "processes that hold all of it: DistributedDataParallel",
+            "accelerate launch --multi_gpu, or torchrun",
+        )
+    return accelerator
 
 
 def _check_tracker(tracker: str) -> None:

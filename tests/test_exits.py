@@ -13,9 +13,10 @@ from torch import nn
 from sdcli.backbones import create, resolve
 from sdcli.errors import UserError
 from sdcli.exits import MultiExit, all_costs, attach, choose_heads
-from sdcli.heads import HEADS
+from sdcli.heads import HEADS, PatchConv
+from sdcli.learner import Learner, build_objectives
 from sdcli.networks import plan_network
-from sdcli.objective import Objective
+from sdcli.objective import Objective, address
 from sdcli.recipe import Network, load_recipe, recipe_names
 from sdcli.signals import Batch
 
@@ -73,13 +74,19 @@ def test_every_head_fits_every_stage(name, head):
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
 def test_every_trained_parameter_gets_a_gradient(name, recipe):
     loaded = load_recipe([recipe])
-    network = build(name, loaded.student.head, exits=loaded.student.exits)
-    objective = Objective(loaded.losses, network.widths)
-    images = images_for(network)
-    total, _ = objective(network(images), Batch(images, torch.tensor([0, 1]), torch.arange(2)))
-    total.backward()
-    for module in (network, objective):
-        for parameter_name, parameter in module.named_parameters():
+    head = loaded.student.head
+    networks = {who: build(name, head, exits=loaded.student.exits) for who in loaded.taking_part}
+    widths = {address(who, p): width for who, network in networks.items() for p, width in network.widths.items()}
+    objectives, making = build_objectives(loaded, widths, 7, 2)
+    frozen = [who for who, learns in loaded.taking_part.items() if not learns]
+    images = images_for(networks["student"])
+    batch = Batch(images, torch.tensor([0, 1]), torch.arange(2), dict.fromkeys(loaded.batch.also, images))
+    for objective in objectives:
+        learner = Learner(networks, objective, frozen, making)
+        objective.set_time(1.0, 1.0)
+        learner.zero_grad()
+        learner(batch)[0].backward()
+        for parameter_name, parameter in learner.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
 
 
@@ -267,3 +274,15 @@ def test_ddp_finds_no_parameter_unused(name, one_process):
     # A parameter without a gradient is complained about in the step after.
     for _ in range(2):
         objective(wrapped(images), batch)[0].backward()
+
+
+@pytest.mark.parametrize("size", [8, 9, 11])
+def test_patches_mixed_as_matrices_are_the_convolution(size):
+    torch.manual_seed(0)
+    ours = PatchConv(3, 5, 4, 4, bias=False).double()
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
+    reference = nn.functional.conv2d(images, ours.weight, stride=4)
+    torch.testing.assert_close(ours(images), reference)
+    both = [torch.autograd.grad(out.square().sum(), (images, ours.weight)) for out in (ours(images), reference)]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
