@@ -230,7 +230,7 @@ def train_epoch(
     before = position.num_images
     loaded = iter(training.loader)
     while position.update < training.updates_per_epoch:
-        batches = _next_update(training, loaded)
+        batches = next_update(training, loaded)
         shares = gradient_shares(training, batches[0]) if _is_measured(training) else None
         position.shares = shares or position.shares
         epochs = training.recipe.stages[training.phase].epochs or 0
@@ -269,7 +269,7 @@ def train_epoch(
     yield Epoch(position.epoch, phase, position.lr, named, position.num_images, seconds, speed, position.shares)
 
 
-def _next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
+def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
     """The batches of one update that this process sees, on its device."""
     batches = [batch.to(training.accelerator.device) for batch in islice(loaded, training.settings.grad_accum_steps)]
     own = sum(len(batch.labels) for batch in batches)

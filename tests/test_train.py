@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -305,6 +306,34 @@ def test_precision_compilation_and_checkpointing_change_little(recipes: dict[str
     assert losses(channels_last=True) == pytest.approx(plain, rel=1e-4)
     assert losses(precision="bf16") == pytest.approx(plain, rel=0.05)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# Torch's default backend needs a compiler for C++ on the machine; graph breaks are the same without it.
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [
+        ("test_resnet", "aot_eager"),
+        ("test_vit", "aot_eager"),
+        pytest.param("resnet18", "inductor", marks=pytest.mark.slow),
+        pytest.param("vit_tiny_patch16_224", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_without_a_graph_break_the_losses_are_the_same(model: str, backend: str, tmp_path: Path) -> None:
+    settings = replace(QUICK, model=model, image_size=32, limit_train=32)
+    training = prepare(settings, load_recipe(["quick"], ["batch.size=16"]), tmp_path / "run")
+    training.loader.set_epoch(1)
+    batch = next(iter(training.loader))
+    training.module.train()
+    # Of each network a copy: batch norms remember what they saw.
+    eager = copy.deepcopy(training.learner)(batch)
+    torch._dynamo.reset()
+    training.learner.compile(backend=backend, fullgraph=True)
+    total, parts = training.learner(batch)
+    total.backward()
+    assert total.item() == pytest.approx(eager[0].item(), rel=1e-4)
+    for name, part in parts.items():
+        assert part.item() == pytest.approx(eager[1][name].item(), rel=1e-4, abs=1e-6), name
+    assert all(p.grad is not None for p in training.learner.parameters() if p.requires_grad)
 
 
 def test_the_average_is_what_is_scored_and_saved(training: Training) -> None:

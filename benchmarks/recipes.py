@@ -1,0 +1,120 @@
+"""A training step of every recipe against `baseline`: time, memory, and what its passes explain.
+
+    python benchmarks/recipes.py                                   all of them, on a small network, about ten minutes
+    python benchmarks/recipes.py --recipes byot cs-kd --model resnet18 --batch-size 64
+
+Each recipe runs in a process of its own, its steps in turns with those of `baseline`; the median of each counts. A pass
+forward is one unit, with a way back three; heads count by their MACs. `on top` is the ratio of times over the ratio of
+these units: what is neither. Memory is the process's peak over that of one that only runs `baseline`, in MiB.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdcli.exits import MultiExit, all_costs
+from sdcli.prepare import Settings, Training, enter_phase, prepare
+from sdcli.recipe import load_recipe, recipe_names
+from sdcli.signals import Batch
+from sdcli.train import next_update, train_step
+
+BASELINE = "baseline"
+
+
+def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Training, list[Batch]]:
+    """A run in its last phase, and the batches of its first update."""
+    overrides = [f"batch.size={options.batch_size}", "optimizer.lr=0.001", "schedule.warmup=0"]
+    settings = Settings(options.model, "digits", image_size=options.image_size, device="cpu", workers=0)
+    training = prepare(settings, load_recipe([recipe], overrides), folder)
+    if (last := len(training.objectives) - 1) > 0:
+        training.position.epoch = training.epochs
+        enter_phase(training, last)
+    # In the middle of the run every weight over time counts.
+    training.learner.objective.set_time(0.75, 1.0)
+    training.loader.set_epoch(1)
+    training.module.train()
+    return training, next_update(training, iter(training.loader))
+
+
+def units(training: Training) -> float:
+    """MACs of all passes for one image, three times where there is a way back."""
+    about, total = training.description, 0.0
+    for (name, _), learns in training.learner.passes.items():
+        network = training.learner.networks[name]
+        assert isinstance(network, MultiExit)
+        heads = about.heads if len(network.heads) else {}
+        macs = all_costs(network.plan, heads, len(about.classes))["ensemble"].macs
+        total += macs * (3 if learns else 1)
+    return total
+
+
+def measure(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row; run in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {BASELINE: prepared(BASELINE, options, Path(folder) / "baseline")}
+        runs[recipe] = prepared(recipe, options, Path(folder) / "recipe")
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(options.steps + 2):
+            for name, (training, batches) in runs.items():
+                start = time.perf_counter()
+                train_step(training, batches)
+                if turn >= 2:
+                    times[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(values) for name, values in times.items()}
+        ratio = median[recipe] / median[BASELINE]
+        explained = units(runs[recipe][0]) / units(runs[BASELINE][0])
+    return {
+        "recipe": recipe,
+        "step_ms": round(1000 * median[recipe], 1),
+        "time_ratio": round(ratio, 3),
+        "explained": round(explained, 3),
+        "on_top": round(ratio / explained, 3),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=recipe_names())
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    if options.one:
+        print(json.dumps(measure(options.recipes[0], options)))
+        return
+    same = ["--model", options.model, "--batch-size", str(options.batch_size)]
+    same += ["--image-size", str(options.image_size), "--steps", str(options.steps), "--one"]
+    print(f"{'recipe':18} {'step ms':>9} {'x baseline':>11} {'explained':>10} {'on top':>7} {'memory':>8}")
+    rows: list[dict[str, Any]] = []
+    for recipe in [BASELINE, *(name for name in options.recipes if name != BASELINE)]:
+        call = [sys.executable, __file__, "--recipes", recipe, *same]
+        out = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+        row = json.loads(out.splitlines()[-1])
+        row["memory_mib"] = row.pop("peak_mib") - (rows[0]["peak_mib"] if rows else 0)
+        if not rows:
+            row["peak_mib"], row["memory_mib"] = row["memory_mib"], 0
+        rows.append(row)
+        print(
+            f"{row['recipe']:18} {row['step_ms']:9} {row['time_ratio']:11} {row['explained']:10} {row['on_top']:7} "
+            f"{row['memory_mib']:+8}",
+            flush=True,
+        )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
