@@ -15,8 +15,9 @@ demo: .venv/installed
 	$(BIN)/sdcli train resnet18 --dataset digits --recipe quick --output $(DEMO)
 	$(BIN)/sdcli eval $(DEMO)/best.safetensors --exits all
 
+# A process for each of two cores: one alone takes ten minutes.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

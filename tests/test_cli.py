@@ -272,8 +272,8 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of baseline, byot, byot-journal, byot-scan, deep-supervision, "
-         "default, quick\n  fix:      did you mean 'byot'?"),
+        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of at, bake, baseline, born-again, byot, byot-journal, "
+          "byot-nohint, byot-scan, cs-kd, cutmix, ddgsd, deep-supervision, … (24 in all)\n  fix:      did you mean 'byot'?"),
         (["--set", "losses.soft.temprature=3"], "--set losses.soft.temprature=3: losses.soft: unknown key 'temprature'\n  expected: one of direction, rescale, standardise, temperature\n"
          "  fix:      did you mean 'temperature'?"),
         (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of attention, balanced_kl, "
