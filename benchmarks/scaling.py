@@ -82,7 +82,7 @@ def main() -> None:
         print(f"{what:10} {value!s:>6} {result['images_per_s']:>10} images/s {result['peak_mib']:>8} MiB", flush=True)
 
     if "exits" in options.only:
-        for exits in (1, 2, 4, 6, 8):
+        for exits in (1, 2, 3, 4):
             line("exits", exits, run(options.model, "digits", [f"networks.student.exits={exits}"]))
     if "batch" in options.only:
         for size in (16, 32, 64, 128, 256):
