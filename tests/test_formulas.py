@@ -15,7 +15,7 @@ from sdcli.exits import Width
 from sdcli.loaders import classmates
 from sdcli.losses import LOSSES
 from sdcli.losses.features import FitNet, Hint, attention, attention_map, mmd, sad
-from sdcli.losses.labels import cross_entropy, mixed_with_past, tf_nkd, virtual_teacher, votes, zipf, zipf_label
+from sdcli.losses.labels import cross_entropy, tf_nkd, virtual_teacher, votes, zipf, zipf_label
 from sdcli.losses.logits import balanced_kl, dist, dkd, gated, kl, nkd, soft_cross_entropy
 from sdcli.losses.relations import propagate, similarity
 from sdcli.objective import Objective
@@ -170,7 +170,7 @@ def test_ps_kds_mixed_target_equals_two_weighted_losses():
     student, past = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     batch, alpha = batch_of([0, 1, 2, 3]), ramps.between(30, 300, 0.0, 0.8)
     assert alpha == pytest.approx(0.08)
-    target = mixed_with_past(past.softmax(1), batch.labels, alpha)
+    target = (1 - alpha) * F.one_hot(batch.labels, 5) + alpha * past.softmax(1)
     assert torch.allclose(target.sum(1), torch.ones(4, dtype=torch.float64))
     two = (1 - alpha) * cross_entropy(student, batch) + alpha * soft_cross_entropy(
         student, past, batch, temperature=1.0

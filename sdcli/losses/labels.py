@@ -116,15 +116,6 @@ def votes(dense: Tensor) -> Tensor:
     return dense.new_zeros(dense.shape[:2]).scatter_add_(1, winners, torch.ones_like(winners, dtype=dense.dtype))
 
 
-def mixed_with_past(past: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    """PS-KD's target (Kim et al. 2021, arXiv:2006.12000): labels and the probabilities of an epoch ago [B, K], mixed.
-
-    `alpha` is the share of the past. A cross entropy with this target is (1 - alpha) times one with the labels plus
-    alpha times one with the past, so a recipe needs two losses whose weights change over time, and not this function.
-    """
-    return (1 - alpha) * F.one_hot(labels, past.shape[1]) + alpha * past
-
-
 def standardised(logits: Tensor) -> Tensor:
     """Logits [B, K] divided by their standard deviation over the classes."""
     # Inside the root, so that equal logits give zeros and a gradient that is finite.
