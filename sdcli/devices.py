@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt(3): the free memory that stays at the heap's end, the blocks that lie beside it."""
 
 T = TypeVar("T")
 
@@ -44,6 +48,8 @@ def accelerator_for(
         raise UserError("--precision fp16 on a CPU", "fp32, or bf16", "--precision bf16")
     if tracker is not None:
         _check_tracker(tracker)
+    if on_cpu:
+        keep_freed_memory()
     mixed = "no" if precision == "fp32" else precision
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, log_with=tracker, project_dir=folder)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -53,6 +59,20 @@ def accelerator_for(
             "accelerate launch --multi_gpu, or torchrun",
         )
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep the memory that it frees, where glibc runs and the environment leaves that open.
+
+    Every activation is a block of its own. glibc gives large ones back to the system at once, and a training step
+    would get them anew, page by page: a tenth of its time (benchmarks/step.py; docs/performance.md).
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _check_tracker(tracker: str) -> None:

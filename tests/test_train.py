@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -231,6 +232,32 @@ def test_the_state_runs_no_code_of_its_own(tmp_path: Path) -> None:
     torch.save({"version": states.VERSION, "evil": Evil()}, tmp_path / "last.pt")
     with pytest.raises(UserError, match="cannot be read"):
         states.load_state(tmp_path / "last.pt")
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import torch
+from sdcli.devices import accelerator_for
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+if sys.argv[1] == "cpu":
+    accelerator_for("cpu")
+block = torch.ones(64 * 2**20)
+before = resident()
+del block
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+@pytest.mark.parametrize(("device", "environment", "kept"), [
+    ("cpu", {}, True), ("none", {}, False), ("cpu", {"MALLOC_MMAP_THRESHOLD_": "131072"}, False),
+])  # fmt: skip
+def test_freed_memory_is_kept_for_the_next_step(device: str, environment: dict[str, str], kept: bool) -> None:
+    call = [sys.executable, "-c", MEMORY, device]
+    given_back = int(subprocess.check_output(call, env=os.environ | environment, text=True))
+    assert given_back < 10 if kept else given_back > 200
 
 
 # Shared out
