@@ -60,7 +60,7 @@ def needs(recipe: Recipe) -> list[str]:
     Reads whatever tables there are, so that a new kind of table shows without a change here.
     """
     tables = _given(recipe)
-    found = []
+    found = [f"{recipe.student.branches} branches"] if recipe.student.branches else []
     for name, network in recipe.others.items():
         found.append(f"{name}: {network.model}" + ("" if network.learns else ", frozen"))
     for key, value in tables.get("batch", {}).items():

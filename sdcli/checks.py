@@ -8,8 +8,8 @@ from sdcli.backbones import Architecture, create, resolve
 from sdcli.errors import UserError, did_you_mean
 from sdcli.exits import MultiExit, attach, choose_heads
 from sdcli.heads import HEADS
-from sdcli.learner import build_objectives, check_signals
-from sdcli.networks import check_optimizer, check_schedule, plan_network
+from sdcli.learner import build_objectives, check_signals, watch_places
+from sdcli.networks import check_optimizer, check_schedule, head_kind, plan_network
 from sdcli.objective import address, check_losses, check_mixing, check_networks
 from sdcli.recipe import STUDENT, Network, Recipe
 from sdcli.transforms import check_policy
@@ -26,6 +26,13 @@ def check_names(recipe: Recipe) -> None:
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
         if network.head not in ("auto", "none"):
             HEADS.find(network.head, f"networks.{name}.head")
+        if network.branches is not None and (network.head, network.exits) != ("auto", "auto"):
+            given = "head" if network.head != "auto" else "exits"
+            raise UserError(
+                f"networks.{name} has branches and {given}",
+                "one of them: branches are copies of the last stage in the exits' stead",
+                f'--set networks.{name}.{given}="auto"',
+            )
         _check_weights(f"networks.{name}.weights", network.weights)
     for name, network in recipe.others.items():
         try:
@@ -67,7 +74,8 @@ def check_with_model(
     own = {name: networks.get(name, networks[STUDENT]) for name in recipe.taking_part}
     widths = {address(name, p): width for name, network in own.items() for p, width in network.widths.items()}
     with torch.device("meta"):
-        build_objectives(recipe, widths, num_classes or 2, 1)
+        _, derived = build_objectives(recipe, widths, num_classes or 2, 1)
+    watch_places(own, derived)
     return networks[STUDENT]
 
 
@@ -82,7 +90,7 @@ def _on_meta(table: Network, model: str, image_size: int | None, num_classes: in
     )
     plan = plan_network(table, architecture)
     with torch.device("meta"):
-        return attach(create(architecture), plan, choose_heads(plan, table.head), num_classes or 2)
+        return attach(create(architecture), plan, choose_heads(plan, head_kind(table)), num_classes or 2)
 
 
 def remarks(recipe: Recipe) -> list[str]:

@@ -1,13 +1,14 @@
 """Predictions made from the predictions of several points, by the name that a recipe gives them.
 
-A kind is a function of (signals, batch) or a module that is built from a `Setting`; its keyword-only arguments are its
-recipe keys. Either gives logits [B, K].
+A kind is a function of (signals, batch), or of (signal, batch) where it is made of one alone, or a module with such a
+`forward` that is built from a `Setting`; its keyword-only arguments are its recipe keys. Either gives logits [B, K].
 
 B batch, K classes, C channels, E signals
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,9 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sdcli.losses.labels import hard_labels
+from sdcli.losses.labels import votes as count_votes
 from sdcli.losses.logits import gated
 from sdcli.losses.relations import propagate
-from sdcli.registry import Registry
+from sdcli.registry import Entry, Registry
 from sdcli.signals import Batch, Signal
 
 SIGNALS = Registry("signal")
@@ -41,15 +43,21 @@ def ensemble(logits: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(logits)).mean(dim=0)
 
 
-def _logits(signals: Sequence[Signal]) -> list[Tensor]:
-    assert all(signal.logits is not None for signal in signals)
-    return [signal.logits for signal in signals if signal.logits is not None]
+def reads_one(entry: Entry) -> bool:
+    """Whether a kind is made of one signal alone."""
+    call = getattr(entry.call, "forward", entry.call)
+    return "signal" in inspect.signature(call).parameters
+
+
+def _logits(signal: Signal) -> Tensor:
+    assert signal.logits is not None
+    return signal.logits
 
 
 @SIGNALS.register("mean")
 def mean(signals: Sequence[Signal], batch: Batch) -> Tensor:
     """The mean of their logits, each counting alike: the ensemble that `sdcli eval` scores (arXiv:1905.08094)."""
-    return ensemble(_logits(signals))
+    return ensemble(map(_logits, signals))
 
 
 @SIGNALS.register("gated")
@@ -68,12 +76,12 @@ class Gated(nn.Module):
     def forward(self, signals: Sequence[Signal], batch: Batch) -> Tensor:
         # The gate learns from the mix's own loss; the shared layers before it do too.
         weights = self.gate(signals[0].features.mean(dim=(2, 3))).softmax(dim=1)
-        return gated(_logits(signals), weights)
+        return gated([_logits(signal) for signal in signals], weights)
 
 
 @SIGNALS.register("propagated")
 def propagated(
-    signals: Sequence[Signal],
+    signal: Signal,
     batch: Batch,
     *,
     omega: Annotated[float, Field(ge=0, lt=1)] = 0.5,
@@ -84,13 +92,11 @@ def propagated(
     `omega` is how far a prediction may be carried. The loss that reads it has to have the same `temperature`, at which
     a softmax of these logits gives BAKE's probabilities back. Sees the batch of one process.
     """
-    (signal,) = signals
-    (logits,) = _logits(signals)
-    shares = propagate(logits.detach(), signal.embedding.detach(), omega=omega, temperature=temperature)
+    shares = propagate(_logits(signal).detach(), signal.embedding.detach(), omega=omega, temperature=temperature)
     return temperature * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
 
 
-@SIGNALS.register("memory")
+@SIGNALS.register("memory", hard_labels=True)
 class Memory(nn.Module):
     """What was said of each training image when it was last seen, and its label before: PS-KD's teacher (Kim et al.
     2021, arXiv:2006.12000).
@@ -101,16 +107,14 @@ class Memory(nn.Module):
 
     past: Tensor
     seen: Tensor
-    hard_labels = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.register_buffer("past", torch.zeros(setting.num_images, setting.num_classes, dtype=torch.float16))
         self.register_buffer("seen", torch.zeros(setting.num_images, dtype=torch.bool))
 
-    def forward(self, signals: Sequence[Signal], batch: Batch) -> Tensor:
-        (logits,) = _logits(signals)
-        logits = logits.detach().float()
+    def forward(self, signal: Signal, batch: Batch) -> Tensor:
+        logits = _logits(signal).detach().float()
         # Far enough apart for a softmax in float32 to give the label everything.
         sure = torch.zeros_like(logits).scatter_(1, hard_labels(batch)[:, None], 200.0)
         past = torch.where(self.seen[batch.index][:, None], self.past[batch.index].float(), sure)
@@ -120,6 +124,14 @@ class Memory(nn.Module):
             self.past[index] = said
             self.seen[index] = True
         return past
+
+
+@SIGNALS.register("votes", reads="dense")
+def votes(signal: Signal, batch: Batch) -> Tensor:
+    """How many places of the last map each class wins when the classifier is shown one at a time [B, K]: what ranks the
+    classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Of `final` alone. No gradient passes."""
+    assert signal.dense is not None
+    return count_votes(signal.dense)
 
 
 def _everyones(own: Tensor) -> Tensor:

@@ -5,18 +5,25 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sdcli.errors import UserError
 from sdcli.heads import HEADS, POOLED, build_head, head_cost, suitable_head
 from sdcli.signals import Signal
 from sdcli.stages import Stage, StagePlan, prefix_tokens, tap_modules, to_map
+from sdcli.tail import Branch, Places
+from sdcli.taps import InputTap, Store, Tap
 
 FINAL = "final"
+
+BRANCH = "branch"
+"""An exit's head that is the network's own end once more. Not in the registry: `branches` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -42,42 +49,6 @@ def exit_points(plan: StagePlan) -> list[str]:
     return [f"exit{number}" for number in range(1, len(plan.stages))]
 
 
-class Store:
-    """What the taps keep of one forward pass. Closed in between: gradient checkpointing runs parts of the network again
-    while it goes backward, and what is kept then would never be let go.
-    """
-
-    def __init__(self) -> None:
-        self.open = False
-        self.tensors: dict[str, Tensor] = {}
-
-
-class Tap:
-    """A forward hook that keeps what a stage returned until its head has read it.
-
-    An object that shares its store with the wrapper, not a closure over it: deep copies and pickles of the whole keep
-    working, since both then find the copied store.
-    """
-
-    def __init__(self, store: Store, point: str, tensor: int | None) -> None:
-        self.store, self.point, self.tensor = store, point, tensor
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.store.open:
-            self.store.tensors[self.point] = output if self.tensor is None else output[self.tensor]
-
-
-class InputTap:
-    """A forward pre-hook that keeps what the classifier is given: the final embedding."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.store.open:
-            self.store.tensors["embedding"] = args[0]
-
-
 class MultiExit(nn.Module):
     """An untouched timm model, tapped after its stages, and one head per exit.
 
@@ -92,6 +63,7 @@ class MultiExit(nn.Module):
         self.plan = plan
         self.heads = nn.ModuleDict(heads)
         self._store = Store()
+        self._places: Places | None = None
         self._hooks: list[Any] = []
         for point, stage in self.stages.items():
             # Gradient checkpointing calls blocks but not the stage around them: whichever fires will do.
@@ -127,11 +99,11 @@ class MultiExit(nn.Module):
         for point in self.points:
             stage = self.stages[point]
             dim = self.plan.embedding_dim
-            if point in self.heads:
+            if point in self.heads and not isinstance(self.heads[point], Branch):
                 classifier = self.heads[point].classifier
                 assert isinstance(classifier, nn.Linear)
                 dim = classifier.in_features
-            elif point != FINAL:
+            elif point not in self.classifiers:
                 dim = stage.num_chs
             widths[point] = Width(stage.num_chs, dim, point in self.classifiers)
         return widths
@@ -146,20 +118,54 @@ class MultiExit(nn.Module):
         # Distilled models answer with one prediction per head while they train; their own forward averages them later.
         if isinstance(logits, (tuple, list)):
             logits = torch.stack(list(logits)).mean(dim=0)
-        signals = {}
+        signals, heads = {}, dict(self.heads.items())
         for point, stage in self.stages.items():
-            features = to_map(store[point], stage)
-            if point not in self.heads and point != FINAL:
+            features, head = to_map(store[point], stage), heads.get(point)
+            if isinstance(head, Branch):
+                signals[point] = Signal(features, *head(store[point]))
+            elif head is None and point != FINAL:
                 signals[point] = Signal(features, features.mean(dim=(2, 3)), None)
             elif point != FINAL:
-                embedding, exit_logits = self.heads[point](features, prefix_tokens(store[point], stage))
-                signals[point] = Signal(features, embedding, exit_logits)
-            elif FINAL in self.heads:
-                signals[FINAL] = Signal(features, *self.heads[FINAL](logits))
+                assert head is not None
+                signals[point] = Signal(features, *head(features, prefix_tokens(store[point], stage)))
+            elif head is not None:
+                signals[FINAL] = Signal(features, *head(logits))
             else:
                 embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
                 signals[FINAL] = Signal(features, embedding, logits)
+        if self._places is not None:
+            signals[FINAL].dense = self._places.logits(self.backbone, store["places"])
         return signals
+
+    def watch_places(self) -> None:
+        """From now on `final` also says what its classifier makes of every place of the last map (`Signal.dense`).
+
+        Raises UserError for a model whose classifier cannot be shown one place.
+        """
+        if self._places is not None:
+            return
+        places = Places(self.backbone, self.plan)
+        # Where nothing comes between the last stage and the classifier, the stage's own tap would do; a second one is
+        # simpler.
+        entry = places.stage.tensor if not places.tail.modules else None
+        for path in places.tail.modules[-1:] or tap_modules(places.stage):
+            tap = Tap(self._store, "places", entry)
+            self._hooks.append(self.backbone.get_submodule(path).register_forward_hook(tap))
+        self._places = places
+        parameter = next(self.backbone.parameters())
+        flags = [(module, module.training) for module in self.modules()]
+        try:
+            with torch.no_grad():
+                dense = self.eval()(parameter.new_zeros(1, *self.plan.input_size))[FINAL].dense
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
+            raise UserError(
+                f"{self.plan.model}: its classifier cannot be shown one place of the last map",
+                "a model that pools its last map, such as resnet18, convnext_tiny or vit_small_patch16_224",
+            ) from None
+        finally:
+            for module, flag in flags:
+                module.training = flag
+        assert dense is not None
 
     def eject(self) -> nn.Module:
         """The untouched timm model, taps removed. The heads go with this object, which is of no use afterwards."""
@@ -171,8 +177,11 @@ class MultiExit(nn.Module):
 def choose_heads(plan: StagePlan, head: str = "auto") -> dict[str, str]:
     """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown one.
 
-    "none" leaves exits without classifiers: taps, whose maps can be compared.
+    "none" leaves exits without classifiers: taps, whose maps can be compared; `BRANCH` gives each a copy of all that
+    follows it.
     """
+    if head == BRANCH:
+        return dict.fromkeys(exit_points(plan), BRANCH)
     if head == "none":
         return {FINAL: POOLED} if plan.encoder else {}
     if head != "auto":
@@ -182,16 +191,42 @@ def choose_heads(plan: StagePlan, head: str = "auto") -> dict[str, str]:
     return chosen | ({FINAL: POOLED} if plan.encoder else {})
 
 
-def attach(backbone: nn.Module, plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> MultiExit:
-    """`backbone` with an exit after every stage of `plan` but the last; `heads` names the kind of each."""
+def attach(
+    backbone: nn.Module,
+    plan: StagePlan,
+    heads: Mapping[str, str],
+    num_classes: int,
+    another: Callable[[], nn.Module] | None = None,
+) -> MultiExit:
+    """`backbone` with an exit after every stage of `plan` but the last; `heads` names the kind of each.
+
+    `another` makes a network of the same kind, of which a branch keeps the end; by default it is a copy, weights and
+    all. Raises UserError for a model whose end cannot be copied.
+    """
     stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
-    return MultiExit(backbone, plan, {p: build_head(kind, plan, stages[p], num_classes) for p, kind in heads.items()})
+    built: dict[str, nn.Module] = {}
+    for point, kind in heads.items():
+        if kind == BRANCH:
+            try:
+                built[point] = Branch(another() if another else copy.deepcopy(backbone), plan, stages[point])
+            except UserError as error:
+                error.wrong = f"branches: {error.wrong}"
+                raise
+        else:
+            built[point] = build_head(kind, plan, stages[point], num_classes)
+    return MultiExit(backbone, plan, built)
 
 
 def head_costs(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Cost]:
     """What each exit's own head costs; for `final`, what comes after the last stage."""
     stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
-    costs = {FINAL: Cost(0, 0)} | {p: Cost(*head_cost(kind, plan, stages[p], num_classes)) for p, kind in heads.items()}
+    costs = {FINAL: Cost(0, 0)}
+    for point, kind in heads.items():
+        stage = stages[point]
+        if kind == BRANCH:
+            costs[point] = Cost(plan.params - stage.params, plan.macs - stage.macs)
+        else:
+            costs[point] = Cost(*head_cost(kind, plan, stage, num_classes))
     last, own = plan.stages[-1], costs.pop(FINAL)
     # The last stage is followed by the model's own norm, pooling and classifier; an encoder's by a head of ours too.
     return costs | {FINAL: Cost(own.params + plan.params - last.params, own.macs + plan.macs - last.macs)}

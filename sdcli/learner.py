@@ -11,27 +11,30 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sdcli.derived import SIGNALS, Setting
+from sdcli.derived import SIGNALS, Setting, reads_one
 from sdcli.errors import UserError
-from sdcli.exits import MultiExit, Width
+from sdcli.exits import FINAL, MultiExit, Width
 from sdcli.objective import Objective, Places, address, parsed
 from sdcli.recipe import STUDENT, Derived, Recipe
+from sdcli.registry import Entry
 from sdcli.signals import Batch, Signal
 
 
 class Making(nn.Module):
     """One prediction made from others."""
 
-    def __init__(self, of: Sequence[str], make: Callable[..., Tensor]) -> None:
+    def __init__(self, of: Sequence[str], entry: Entry, make: Callable[..., Tensor]) -> None:
         super().__init__()
         self.of = list(of)
+        self.reads_one = reads_one(entry)
+        self.reads_places = entry.reads == "dense"
         self.make = make
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> Signal:
         """Made in float32 or better; map and embedding are those of the first that it is made of."""
         sources = [signals[place].at_least_float() for place in self.of]
         with torch.autocast(batch.images.device.type, enabled=False):
-            logits = self.make(sources, batch)
+            logits = self.make(sources[0] if self.reads_one else sources, batch)
         return Signal(sources[0].features, sources[0].embedding, logits)
 
 
@@ -58,7 +61,11 @@ def build_signals(
         options = entry.check(table.options, where)
         of = places.on(table.of, where)
         places.check_classifies(of, where)
-        if mixes and getattr(entry.call, "hard_labels", False):
+        if reads_one(entry) and len(of) != 1:
+            raise UserError(f"{where}: kind = '{table.kind}' is made of one point", "one point", 'of = "final"')
+        if entry.reads == "dense" and parsed(of[0])[1] != FINAL:
+            raise UserError(f"{where}: kind = '{table.kind}' reads the last map, and {of[0]} does not", 'of = "final"')
+        if mixes and entry.hard_labels:
             raise UserError(
                 f"{where}: kind = '{table.kind}' needs one class per image, and batch.mixup and batch.cutmix mix them",
                 "a recipe that mixes nothing, or another kind",
@@ -69,7 +76,7 @@ def build_signals(
             make = entry.call(Setting([width.num_chs for width in own], num_classes, num_images), **options)
         else:
             make = partial(entry.call, **options)
-        made[name] = Making(of, make)
+        made[name] = Making(of, entry, make)
         known[name] = own[0]
     return made, known
 
@@ -97,6 +104,17 @@ def build_objectives(
     return objectives, making
 
 
+def watch_places(networks: Mapping[str, MultiExit], derived: Mapping[str, Making]) -> None:
+    """Has every network whose places a signal reads say what they are; raises UserError where one cannot."""
+    for name, made in derived.items():
+        for place in made.of if made.reads_places else ():
+            try:
+                networks[parsed(place)[0]].watch_places()
+            except UserError as error:
+                error.wrong = f"signals.{name}: {error.wrong}"
+                raise
+
+
 class Learner(nn.Module):
     """Networks and what they are taught by."""
 
@@ -114,6 +132,7 @@ class Learner(nn.Module):
         self.frozen = frozenset(frozen)
         for name in self.frozen:
             self.networks[name].requires_grad_(False)
+        watch_places(networks, derived or {})
         self.teach(objective)
 
     def teach(self, objective: Objective) -> None:

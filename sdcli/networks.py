@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from sdcli.backbones import Architecture, create
 from sdcli.checkpoint import Description, load_checkpoint, read_tensors
 from sdcli.errors import UserError, unknown
-from sdcli.exits import MultiExit, attach
+from sdcli.exits import BRANCH, MultiExit, attach
 from sdcli.heads import HEADS, POOLED
 from sdcli.recipe import Network, Optimizer, Schedule
 from sdcli.stages import StagePlan, find_stages
@@ -27,15 +29,28 @@ def plan_network(network: Network, architecture: Architecture) -> StagePlan:
         exits = network.exits
     elif network.exits == "none":
         exits = 1
-    return find_stages(backbone, architecture.input_size, exits=exits, name=architecture.model)
+    plan = find_stages(backbone, architecture.input_size, exits=exits, name=architecture.model)
+    if network.branches is not None:
+        if len(plan.stages) < 2:
+            raise UserError(
+                f"branches: {architecture.model} has one stage", "two or more: branches are copies of the last"
+            )
+        # One and the same stage is the exits' beginning, as often as there are branches beside the last stage itself.
+        plan = replace(plan, stages=(*plan.stages[-2:-1] * (network.branches - 1), plan.stages[-1]))
+    return plan
+
+
+def head_kind(network: Network) -> str:
+    """What `choose_heads` is to give the network's exits."""
+    return network.head if network.branches is None else BRANCH
 
 
 def build_network(
     network: Network, architecture: Architecture, plan: StagePlan, heads: dict[str, str], num_classes: int
 ) -> tuple[MultiExit, list[str]]:
     """A network with the weights that its table asks for, and what is to be said about them."""
-    backbone = create(architecture, device="cpu", pretrained=network.weights == "pretrained")
-    model = attach(backbone, plan, heads, num_classes)
+    another = partial(create, architecture, device="cpu", pretrained=network.weights == "pretrained")
+    model = attach(another(), plan, heads, num_classes, another)
     notes: list[str] = []
     if network.weights not in ("random", "pretrained"):
         notes = load_weights(model, Path(network.weights).expanduser())
@@ -47,7 +62,7 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     tensors, description = load_checkpoint(path)
     architecture = description.architecture
     for point, kind in description.heads.items():
-        if kind != POOLED and kind not in HEADS.entries:
+        if kind not in (POOLED, BRANCH) and kind not in HEADS.entries:
             raise UserError(
                 f"'{path}': the head of {point} is '{kind}', which this sdcli does not have",
                 "the file that registers it, which it was trained with",

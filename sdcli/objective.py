@@ -72,7 +72,8 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
 
 def _check_form(entry: Entry) -> None:
     """Raises UserError for a loss, of a user's own mostly, that cannot be called as losses are."""
-    readable = [field.name for field in fields(Signal)]
+    # Not `dense`, which has no gradient.
+    readable = [field.name for field in fields(Signal) if field.name != "dense"]
     if entry.reads not in readable:
         raise UserError(
             f"loss '{entry.name}' reads {entry.reads!r}",

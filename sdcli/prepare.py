@@ -25,7 +25,7 @@ from sdcli.exits import MultiExit, choose_heads
 from sdcli.extensions import load_imports
 from sdcli.learner import Learner, build_objectives
 from sdcli.loaders import EpochBatches
-from sdcli.networks import build_network, create_optimizer, create_schedule, plan_network
+from sdcli.networks import build_network, create_optimizer, create_schedule, head_kind, plan_network
 from sdcli.objective import Objective, address
 from sdcli.recipe import AVERAGE, STUDENT, TEACHER, Network, Recipe, check_recipe, load_recipe, to_toml
 from sdcli.resident import suitable_loader
@@ -429,7 +429,7 @@ def _network(
         model_args=table.model_args,
     )
     plan = plan_network(table, architecture)
-    heads = choose_heads(plan, table.head)
+    heads = choose_heads(plan, head_kind(table))
     network, notes = build_network(table, architecture, plan, heads, len(classes))
     return network, architecture, plan, heads, notes
 

@@ -44,6 +44,9 @@ class Network(Table):
     """`auto` (one per stage), `none` (the plain model), how many in all with the final one, or the modules to tap."""
     head: str = "auto"
     """The exits' heads: a name of `heads.HEADS`."""
+    branches: Annotated[int, Field(ge=2)] | None = None
+    """Instead of exits: how many ends the network has, all grown on its last stage but one (ONE's branches). The last
+    is its own, `final`; the others are copies with weights of their own, `exit1`, `exit2`, …"""
     stem: Literal["auto", "imagenet", "cifar"] = "auto"
     """`cifar` keeps the resolution that an ImageNet stem throws away; `auto` takes it where images are small."""
     model_args: dict[str, Any] = {}

@@ -23,11 +23,14 @@ class Signal:
     embedding: Tensor
     """The vector that the classifier reads [B, D]."""
     logits: Tensor | None
-    """[B, K], before the softmax; [B, K, N] where each of N places has its own say; None at a tap without a head."""
+    """[B, K], before the softmax; None at a tap without a head."""
+    dense: Tensor | None = None
+    """What the classifier makes of each of N places of the last map [B, K, N], without gradients; None where nobody
+    asks (`MultiExit.watch_places`)."""
 
     def at_least_float(self) -> Signal:
         """The same with half precision widened to float32: losses are never worked out in less."""
-        return Signal(_widen(self.features), _widen(self.embedding), _widen(self.logits))
+        return Signal(_widen(self.features), _widen(self.embedding), _widen(self.logits), _widen(self.dense))
 
 
 def _widen(tensor: T) -> T:

@@ -145,9 +145,9 @@ def test_zipf_equals_the_authors_code_for_logits_and_for_votes(case):
     assert of.agrees(votes(dense), "votes")
     assert of.agrees(zipf_label(votes(dense), of.batch.labels), "label_from_votes")
     assert of.agrees(zipf(of["S4"], of["S4"], of.batch).mean(), "loss_from_logits")
-    by_votes = zipf(of["S4"], dense, of.batch).mean()
+    by_votes = zipf(of["S4"], votes(dense), of.batch).mean()
     assert of.agrees(by_votes, "loss_from_votes")
-    assert of.agrees(zipf(of["S4"], dense, of.batch, mask=True).mean(), "loss_from_votes_only_correct")
+    assert of.agrees(zipf(of["S4"], votes(dense), of.batch, mask=True).mean(), "loss_from_votes_only_correct")
     assert of.agrees(cross_entropy(of["S4"], of.batch).mean() + 0.1 * by_votes, "total_cifar100 (CE + 0.1*zipf)")
 
 

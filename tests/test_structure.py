@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "sdcli"
 
 ROWS = [
     {"errors", "headers", "ramps", "toml"},
-    {"extensions", "registry", "recipe", "signals", "stages", "metrics", "state"},
-    {"about", "losses", "heads", "stem", "transforms"},
+    {"extensions", "registry", "recipe", "signals", "stages", "metrics", "state", "taps"},
+    {"about", "losses", "heads", "stem", "tail", "transforms"},
     {"backbones", "augment", "derived"},
     {"catalogue", "exits", "checkpoint", "devices", "data"},
     {"objective", "networks", "loaders", "cached", "evaluate"},

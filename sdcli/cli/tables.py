@@ -162,15 +162,15 @@ def difference_table(one: str, other: str, found: Difference) -> Table:
 def catalogue_table(title: str, one: str, items: Sequence[Item]) -> Table:
     """What `recipes losses` and its like show: a row per name, its keys below what it is."""
     table = _table(f"{len(items)} {title}")
-    reads = any(item.reads for item in items)
+    compare = any(item.against for item in items)
     table.add_column(one, style="bold", no_wrap=True)
-    if reads:
+    if compare:
         table.add_column("compares", no_wrap=True)
     table.add_column("what it is")
     table.add_column("arXiv", no_wrap=True)
     for item in items:
         cell = Text("\n").join([Text(without_papers(item.summary)), *_keys(item)])
-        compared = [Text.assemble(item.reads, "\n", (f"with {item.against}", "dim"))] if reads else []
+        compared = [Text.assemble(item.reads, "\n", (f"with {item.against}", "dim"))] if compare else []
         papers = [Text(number, style=f"link https://arxiv.org/abs/{number}") for number in item.papers[:1]]
         table.add_row(item.name, *compared, cell, papers[0] if papers else Text("-", style="dim"))
         if any(item.keys for item in items):
@@ -183,7 +183,7 @@ def catalogue_details(items: Sequence[Item]) -> Text:
     text = Text()
     for item in items:
         text.append(item.name, style="bold")
-        if item.reads:
+        if item.against:
             text.append(f"  compares {item.reads} with the {item.against}", style="dim")
         text.append(f"\n\n{item.summary}.\n")
         for paragraph in filter(None, item.details.split("\n\n")):

@@ -86,14 +86,14 @@ def zipf(
     """KL divergence of the wrong classes from Zipf's law, ranked by votes: Zipf's label smoothing (Liang et al. 2022,
     arXiv:2207.12980), per image [B].
 
-    The target is whatever ranks the classes: logits [B, K], or the classifier's logits at every place of a map
-    [B, K, H, W], where each place has one vote. A class of rank r gets a share proportional to r^-`power`; classes with
-    equally many votes share the smaller rank; the label's own rank is taken, then left out. `mask` teaches only the
+    The target is whatever ranks the classes [B, K]: the signal `votes`, or logits. A class of rank r gets a share
+    proportional to r^-`power`; classes with equally many votes share the smaller rank; the label's own rank is taken,
+    then left out. `mask` teaches only the
     images that the student gets right (off in the paper), and sees the batch of one process: they count for more, the
     fewer they are. No gradient passes the ranks. Needs hard labels: raises UserError with mixup or cutmix.
     """
     labels = hard_labels(batch)
-    q = zipf_label(votes(teacher) if teacher.ndim > 2 else teacher, labels, power)
+    q = zipf_label(teacher, labels, power)
     log_p = F.log_softmax(other_columns(student, labels), dim=1)
     loss = F.kl_div(log_p, q, reduction="none").sum(dim=1)
     if not mask:
@@ -111,8 +111,8 @@ def zipf_label(scores: Tensor, labels: Tensor, power: float = 1.0) -> Tensor:
 
 
 def votes(dense: Tensor) -> Tensor:
-    """How many places of a map [B, K, H, W] each class wins [B, K]."""
-    winners = dense.flatten(2).argmax(dim=1)
+    """How many of N places each class wins [B, K], from the classifier's logits at every place [B, K, N]."""
+    winners = dense.argmax(dim=1)
     return dense.new_zeros(dense.shape[:2]).scatter_add_(1, winners, torch.ones_like(winners, dtype=dense.dtype))
 
 
