@@ -9,7 +9,7 @@ from typing import Any
 
 from sdcli import toml
 from sdcli.headers import Header, parse_header
-from sdcli.recipe import STUDENT, Loss, Over, Recipe, load_recipe, read_recipe, recipe_file
+from sdcli.recipe import STUDENT, Loss, Over, Recipe, load_recipe, recipe_file
 
 ORDINARY = {"title", "paper", "epochs", "losses", "networks", "optimizer", "schedule"}
 """Tables that every recipe has; whatever else one has is worth a word. `networks` and `batch` are looked into."""
@@ -119,9 +119,8 @@ def _plain(value: Any) -> str:
     return toml.write_value(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def show(names: list[str], overrides: list[str], *, comments: bool = True) -> str:
-    """The recipe that `names` and `overrides` make together, as TOML; behind each value who brought it."""
-    recipe, origins = read_recipe(names, overrides)
+def show(recipe: Recipe, origins: Mapping[str, str], *, comments: bool = True) -> str:
+    """A recipe as TOML; behind each value who brought it, `origins` as `read_recipe` tells them."""
     return toml.write(_dump(recipe), (lambda key: origin_of(key, origins)) if comments else None)
 
 

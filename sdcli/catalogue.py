@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from sdcli.recipe import Derived, Loss, Recipe
 from sdcli.registry import Entry, Registry
+
+T = TypeVar("T", Loss, Derived)
 
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 NAMES = {
@@ -82,6 +85,28 @@ def signals() -> list[Item]:
     from sdcli.derived import SIGNALS
 
     return _items(SIGNALS)
+
+
+def completed(recipe: Recipe, only: Collection[str] | None = None) -> Recipe:
+    """`recipe` with the defaults of its losses' and signals' own keys written out, so that it means the same for good.
+
+    `only` names those to look at. Kinds that nobody has registered are left as they are. Raises UserError for an
+    unknown key, a wrong type or range.
+    """
+    from sdcli.derived import SIGNALS
+    from sdcli.losses import LOSSES
+
+    def filled(table: T, registry: Registry, where: str) -> T:
+        entry = registry.entries.get(table.kind)
+        options = entry.check(table.options, where) if entry else {}
+        return table.model_copy(update={key: value for key, value in options.items() if value is not None})
+
+    losses, signals = dict(recipe.losses), dict(recipe.signals)
+    for name in losses.keys() if only is None else losses.keys() & only:
+        losses[name] = filled(losses[name], LOSSES, f"losses.{name}")
+    for name in signals.keys() if only is None else signals.keys() & only:
+        signals[name] = filled(signals[name], SIGNALS, f"signals.{name}")
+    return recipe.model_copy(update={"losses": losses, "signals": signals})
 
 
 def policies() -> list[Item]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sdcli import data, transforms
 from sdcli.augment import Mixing
 from sdcli.backbones import Architecture, pretrained_transform, resolve
+from sdcli.catalogue import completed
 from sdcli.checkpoint import Description
 from sdcli.checks import check_names
 from sdcli.devices import Precision, accelerator_for, from_first, interleaved
@@ -159,6 +160,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     is wrong with recipe, model or folder, and before the first batch for the rest.
     """
     accelerator = _check(settings, recipe, output)
+    recipe = completed(recipe)
     output = from_first(accelerator, output)
     if accelerator.is_main_process:
         check_output(output)
@@ -215,8 +217,10 @@ def resumed(
                 f"the same, or a change of epochs, {', '.join(MAY_CHANGE)}",
                 f"leave --{name.replace('_', '-')} out, or start a new run",
             )
-    own = load_recipe([str(folder / "recipe.toml")])
-    wanted = recipe or load_recipe([str(folder / "recipe.toml")], overrides)
+    settings = replace(former, **given)
+    load_imports(settings.imports)
+    own = completed(load_recipe([str(folder / "recipe.toml")]))
+    wanted = completed(recipe or load_recipe([str(folder / "recipe.toml")], overrides))
     if own.phases and own.epochs != wanted.epochs:
         raise UserError(
             f"the recipe of the run in '{folder}' has phases, and epochs = {own.epochs}, not {wanted.epochs}",
@@ -232,7 +236,7 @@ def resumed(
             "the recipe that it was started with; only epochs may change",
             "leave it out, or start a new run",
         )
-    return replace(former, **given), check_recipe({**own.model_dump(exclude_none=True), "epochs": wanted.epochs})
+    return settings, check_recipe({**own.model_dump(exclude_none=True), "epochs": wanted.epochs})
 
 
 def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:

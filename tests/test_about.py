@@ -50,7 +50,7 @@ def test_a_formula_has_a_line_per_loss():
 @pytest.mark.parametrize("name", recipe_names())
 def test_what_is_shown_is_a_recipe_that_reads_as_itself(name, comments, tmp_path):
     file = tmp_path / "shown.toml"
-    file.write_text(show([name], [], comments=comments), encoding="utf-8")
+    file.write_text(show(*read_recipe([name]), comments=comments), encoding="utf-8")
     shown = load_recipe([str(file)])
     assert shown == load_recipe([name]).model_copy(update={"networks": shown.networks})
     assert shown.student == load_recipe([name]).student
@@ -59,7 +59,7 @@ def test_what_is_shown_is_a_recipe_that_reads_as_itself(name, comments, tmp_path
 def test_every_value_that_is_shown_says_who_brought_it(tmp_path):
     mine = tmp_path / "mine.toml"
     mine.write_text("[batch]\nsize = 64\n")
-    lines = show(["byot", str(mine)], ["epochs=3"]).splitlines()
+    lines = show(*read_recipe(["byot", str(mine)], ["epochs=3"])).splitlines()
     said = {line.split("=")[0].strip() + line.partition("# ")[2]: line for line in lines if "=" in line}
     assert "epochs--set" in said and f"size{mine}" in said
     assert "mirrorschedules/cifar" in said and "headbyot" in said and "mixupdefault" in said
@@ -67,7 +67,7 @@ def test_every_value_that_is_shown_says_who_brought_it(tmp_path):
 
 
 def test_origins_stand_in_one_column_and_long_values_do_not_push_it():
-    lines = [line for line in show(["byot-journal"], []).splitlines() if " = " in line]
+    lines = [line for line in show(*read_recipe(["byot-journal"])).splitlines() if " = " in line]
     columns = {line.index("#") for line in lines if not line.startswith(("title", "paper"))}
     assert len(columns) == 1 and max(columns) < 50
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Command, refused
 
-from sdcli.catalogue import SHELVES
+from sdcli.catalogue import SHELVES, completed
 from sdcli.heads import HEADS
 from sdcli.losses import LOSSES
 from sdcli.recipe import load_recipe, recipe_folder, recipe_names
@@ -57,7 +57,18 @@ def test_what_show_prints_is_a_recipe_with_origins_or_without(sdcli: Command, tm
         file = tmp_path / f"{number}.toml"
         file.write_text(said, encoding="utf-8")
         recipes.append(load_recipe([str(file)]))
-    assert recipes == [load_recipe(["byot", "schedules/transformer"], ["epochs=7"])] * 2
+    assert recipes == [completed(load_recipe(["byot", "schedules/transformer"], ["epochs=7"]))] * 2
+    assert recipes[0].losses["soft"].options["direction"] == "forward"
+
+
+def test_a_resolved_recipe_differs_from_its_source_in_nothing(sdcli: Command, tmp_path: Path) -> None:
+    resolved = tmp_path / "recipe.toml"
+    resolved.write_text(sdcli("recipes", "show", "bake", "--plain").out, encoding="utf-8")
+    assert json.loads(sdcli("recipes", "diff", resolved, "bake", "--json").out) == {
+        "changed": {},
+        "removed": {},
+        "added": {},
+    }
 
 
 def test_a_copy_is_the_file_as_it_is_and_is_never_written_over(sdcli: Command, tmp_path: Path) -> None:

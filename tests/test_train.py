@@ -26,8 +26,10 @@ from safetensors.torch import load_file
 from sdcli import prepare as preparing
 from sdcli import state as states
 from sdcli.errors import UserError
+from sdcli.losses import LOSSES
 from sdcli.prepare import Settings, Training, prepare, resume, resumed
 from sdcli.recipe import Recipe, load_recipe
+from sdcli.registry import Entry
 from sdcli.train import Epoch, Finished, Step, Stopped, explained, fit, gradient_shares, train_epoch
 
 QUICK = Settings("test_vit", "digits", limit_train=96, limit_val=30, device="cpu", workers=0)
@@ -205,6 +207,23 @@ def test_what_makes_another_run_is_refused(whole: tuple[Recipe, Path]) -> None:
     )
     assert "has networks.student.exits = " in refused({}, load_recipe(["baseline"]))
     assert resumed(folder, {"workers": 3, "seed": 42}, recipe, [])[0].workers == 3
+
+
+def test_a_run_keeps_the_defaults_that_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An sdcli with other defaults goes on as the run began, and refuses the recipe that would now mean something else."""
+    folder = tmp_path / "run"
+    prepare(QUICK, load_recipe(["quick"]), folder)
+    written = load_recipe([str(folder / "recipe.toml")]).losses["soft"].options
+    kl = LOSSES.find("kl")
+    assert written == {**kl.options, "temperature": 3.0}
+
+    monkeypatch.setitem(kl.call.__kwdefaults__, "rescale", False)
+    fresh = Entry("kl", kl.call, kl.reads)
+    monkeypatch.setitem(LOSSES.entries, "kl", fresh)
+    assert fresh.options["rescale"] is False
+    assert resumed(folder, {}, None, [])[1].losses["soft"].options == written
+    with pytest.raises(UserError, match=r"has losses\.soft\.rescale = True, not False"):
+        resumed(folder, {}, load_recipe(["quick"]), [])
 
 
 def test_other_data_are_refused(whole: tuple[Recipe, Path], tmp_path: Path) -> None:

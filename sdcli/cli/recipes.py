@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcli.catalogue import SHELVES, Shelf
+from sdcli.catalogue import SHELVES, Shelf, completed
 from sdcli.errors import UserError, unknown
 
 COPY = "Example:  sdcli recipes copy byot mine.toml"
@@ -68,6 +68,7 @@ def show(
         list[str], typer.Argument(help="Recipes' names or files; they refine each other.", metavar="NAME")
     ],
     set_: Set = None,
+    import_: Import = None,
     plain: Annotated[bool, typer.Option("--plain", help="Leave out who brought each value.")] = False,
 ) -> None:
     """Print a recipe with all that it extends and all defaults, as one file that --recipe takes.
@@ -76,8 +77,13 @@ def show(
     """
     from sdcli import about
     from sdcli.cli.talk import output
+    from sdcli.extensions import load_imports
+    from sdcli.recipe import blaming, read_recipe
 
-    text = about.show(names, set_ or [], comments=not plain)
+    recipe, origins = read_recipe(names, set_ or [])
+    load_imports(import_ or [])
+    with blaming(origins):
+        text = about.show(completed(recipe), origins, comments=not plain)
     console = output()
     if not console.is_terminal:
         typer.echo(text, nl=False)
@@ -172,7 +178,11 @@ def diff(
 
     if as_set and as_json:
         raise UserError("--as-set and --json exclude each other", "one of them")
-    found = difference(load_recipe([one]), load_recipe([other]))
+    recipes = [load_recipe([one]), load_recipe([other])]
+    # Of what both have, keys at their defaults count too: a run's recipe.toml has them, its source has not.
+    named = [{*recipe.losses, *recipe.signals} for recipe in recipes]
+    both = named[0] & named[1]
+    found = difference(*(completed(recipe, both) for recipe in recipes))
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
