@@ -3,10 +3,13 @@
     python benchmarks/scaling.py [--model resnet18] [--only exits batch data processes]
 
 Each line is a process of its own (several for `processes`) that trains a warm epoch of the digits; peak memory is the
-process's, libraries and all. `data` repeats the digits in a folder of their own: memory should stay as it is.
+process's, libraries and all. `data` makes batches of growing data sets and trains nothing: of small images, which are
+decoded once into a file that is mapped into memory, and of large ones, which are read one by one. Its memory is what
+the process itself holds (RssAnon): pages of mapped files come and go as there is room.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RUN = """
-import json, resource, sys, torch
+import json, re, sys, torch
 from pathlib import Path
 from sdcli.prepare import Position, Settings, prepare
 from sdcli.recipe import load_recipe
@@ -29,8 +32,34 @@ list(train_epoch(training))
 training.position = Position(3)
 *_, epoch = train_epoch(training)
 if training.is_first:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage, in which a process begins with its parent's peak.
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     print(json.dumps({"images_per_s": round(epoch.images_per_s, 1), "peak_mib": round(peak)}))
+"""
+
+
+DATA = """
+import json, re, sys, time, torch
+from pathlib import Path
+from sdcli.data import measure, open_dataset
+from sdcli.loaders import EpochBatches
+from sdcli.recipe import Augment
+from sdcli.resident import suitable_loader
+from sdcli.transforms import Preprocess
+torch.set_num_threads(1)
+def held():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+data = open_dataset(sys.argv[1])
+split = data.splits["train"]
+(height, width), mean, std = measure(data)
+preprocess = Preprocess((3, height, width), mean, std)
+batches = EpochBatches(split, 128, seed=0)
+loader, _ = suitable_loader(split, preprocess, Augment(), batches, seed=0, workers=0, device=torch.device("cpu"))
+peak, start = held(), time.perf_counter()
+for number, batch in enumerate(loader):
+    peak = max(peak, held()) if number % 10 == 0 else peak
+seconds = time.perf_counter() - start
+print(json.dumps({"images_per_s": round(len(split) / seconds, 1), "peak_mib": round(peak)}))
 """
 
 
@@ -46,28 +75,40 @@ def run(model: str, data: str, overrides: list[str], processes: int = 1) -> dict
     return result
 
 
-def repeated_digits(times: int, folder: Path) -> str:
-    """The digits `times` over, as a data set on disk."""
+def noise(number: int, side: int, folder: Path) -> Path:
+    """A data set of `number` images on disk, in which 256 different ones recur."""
     import datasets
+    import numpy as np
+    from PIL import Image
 
-    from sdcli.data import open_dataset
-
-    split = open_dataset("digits").splits["train"]
-    count = len(split) * times
+    encoded = []
+    for seed in range(256):
+        pixels = np.random.RandomState(seed).randint(0, 256, (side, side, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        encoded.append(buffer.getvalue())
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
     )
-
-    def rows() -> Any:
-        for place in range(count):
-            yield {"image": split.image(place % len(split)), "label": int(split.labels[place % len(split)])}
-
-    table = datasets.Dataset.from_generator(rows, features=features, cache_dir=str(folder / "cache"))
-    parts = {"train": table, "test": table.select(range(100))}
     (folder / "data").mkdir()
-    for name, part in parts.items():
-        part.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
-    return str(folder)
+    for name, count in (("train", number), ("test", 10)):
+        rows = ({"image": {"bytes": encoded[i % 256], "path": None}, "label": i % 10} for i in range(count))
+        table = datasets.Dataset.from_list(list(rows), features=features)
+        table.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def read(number: int, side: int) -> dict[str, Any]:
+    """Batches of one epoch, in a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "images").mkdir()
+        noise(number, side, folder / "images")
+        places = {"SDCLI_CACHE": str(folder / "decoded"), "HF_DATASETS_CACHE": str(folder / "tables")}
+        call = [sys.executable, "-c", DATA, str(folder / "images")]
+        out = subprocess.run(call, capture_output=True, text=True, check=True, env=os.environ | places)
+    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -88,10 +129,9 @@ def main() -> None:
         for size in (16, 32, 64, 128, 256):
             line("batch", size, run(options.model, "digits", [f"batch.size={size}"]))
     if "data" in options.only:
-        for times in (1, 4, 16):
-            with tempfile.TemporaryDirectory() as folder:
-                data = repeated_digits(times, Path(folder))
-                line("data", f"x{times}", run("test_resnet", data, []))
+        for side, numbers in ((32, (5_000, 20_000, 80_000)), (160, (500, 2_000, 8_000))):
+            for number in numbers:
+                line(f"{side} px", number, read(number, side))
     if "processes" in options.only:
         for processes in (1, 2):
             line("processes", processes, run(options.model, "digits", [], processes))

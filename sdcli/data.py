@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,9 @@ def open_dataset(name: str, *, image_key: str | None = None, label_key: str | No
     column that is missing or does not fit, and a label that is missing or unknown. No image is read yet.
     """
     data = _open(name, image_key, label_key)
+    # Arrow keeps what it needed to bring a table into its own format, as much as a large file of it holds.
+    if arrow := sys.modules.get("pyarrow"):
+        arrow.default_memory_pool().release_unused()
     if len(data.classes) < 2:
         raise UserError(
             f"'{name}' has a single class, '{data.classes[0]}'",
