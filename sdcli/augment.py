@@ -10,6 +10,7 @@ B batch, C channels, H W an image's height and width in pixels, K classes
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import torch
@@ -257,9 +258,12 @@ class Mixing:
         self.mixup_shares = beta_quantiles(mixup or cutmix).to(device)
         self.cutmix_shares = beta_quantiles(cutmix or mixup).to(device)
 
-    def __call__(self, images: Tensor, labels: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W], labels [B] and numbers [B] to mixed images and every class's share of each [B, K]."""
-        _, _, height, width = images.shape
+    def __call__(
+        self, images: Sequence[Tensor], labels: Tensor, index: Tensor, epoch: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Images [B, C, H, W] in several variations, labels [B] and numbers [B] to images mixed alike and every class's
+        share of each [B, K]."""
+        _, _, height, width = images[0].shape
         bits = _first_bits(self.seed, epoch, index, ERASE)
         cuts = _happens(bits[MIX_SWITCH], self.switch)
         share = torch.where(
@@ -272,7 +276,7 @@ class Mixing:
         # A box that the border cuts off takes less than its share.
         share = torch.where(cuts, 1 - (bottom - top) * (right - left) / (height * width), share)
         stays = torch.where(cuts[:, None, None, None], 1 - box, share[:, None, None, None])
-        mixed = images * stays + images.flip(0) * (1 - stays)
+        mixed = [each * stays + each.flip(0) * (1 - stays) for each in images]
         classes = torch.arange(self.num_classes, device=labels.device)
         own, partners = labels[:, None] == classes, labels.flip(0)[:, None] == classes
         shares = own * share[:, None] + partners * (1 - share[:, None])

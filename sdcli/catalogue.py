@@ -144,7 +144,7 @@ def _items(registry: Registry, against: Callable[[Entry], str] = lambda entry: "
             against=against(entry),
             keys=keys_of(entry),
             hard_labels=entry.hard_labels,
-            sees_batch=entry.sees_batch,
+            sees_batch=entry.sees_batch is True,
         )
         for entry in registry
     ]

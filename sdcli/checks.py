@@ -20,7 +20,7 @@ def check_names(recipe: Recipe) -> None:
     networks that there are not, heads, other networks' models, augmentation, optimizer, schedule.
     """
     check_losses(recipe.losses)
-    check_signals(recipe.signals)
+    check_signals(recipe.signals, recipe.batch.mixes)
     check_networks(recipe.losses, recipe.taking_part, recipe.signals)
     check_mixing(recipe.losses, recipe.batch.mixes)
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
@@ -108,4 +108,11 @@ def remarks(recipe: Recipe) -> list[str]:
         for name, loss in recipe.losses.items()
         if all(not weight.varies and weight.value == 0 for weight in loss.weights)
     ]
+    for name, loss in recipe.losses.items():
+        signal = recipe.signals.get(loss.target) if isinstance(loss.target, str) else None
+        own, other = loss.options.get("temperature"), signal.options.get("temperature") if signal else None
+        if None not in (own, other) and own != other:
+            found.append(
+                f"losses.{name}.temperature = {own:g} is not signals.{loss.target}'s {other:g}, which that is made for"
+            )
     return found

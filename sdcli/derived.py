@@ -79,7 +79,7 @@ class Gated(nn.Module):
         return gated([_logits(signal) for signal in signals], weights)
 
 
-@SIGNALS.register("propagated")
+@SIGNALS.register("propagated", sees_batch=True, constant=True)
 def propagated(
     signal: Signal,
     batch: Batch,
@@ -96,7 +96,7 @@ def propagated(
     return temperature * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
 
 
-@SIGNALS.register("memory", hard_labels=True)
+@SIGNALS.register("memory", hard_labels=True, constant=True)
 class Memory(nn.Module):
     """What was said of each training image when it was last seen, and its label before: PS-KD's teacher (Kim et al.
     2021, arXiv:2006.12000).
@@ -126,7 +126,7 @@ class Memory(nn.Module):
         return past
 
 
-@SIGNALS.register("votes", reads="dense")
+@SIGNALS.register("votes", reads="dense", constant=True)
 def votes(signal: Signal, batch: Batch) -> Tensor:
     """How many places of the last map each class wins when the classifier is shown one at a time [B, K]: what ranks the
     classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Of `final` alone. No gradient passes."""

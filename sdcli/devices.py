@@ -11,7 +11,12 @@ from typing import Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+)
 
 from sdcli.errors import UserError, unknown
 
@@ -35,14 +40,22 @@ def accelerator_for(
     for a device that this machine does not have, a precision that the device cannot train in, and a tracker that is not
     installed.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device is not None:
+        if launched and ":" in device:
+            raise UserError(
+                f"--device {device} under a launcher of several processes",
+                "a device for each: its launcher's choice",
+                f"leave --device out, or --device {device.partition(':')[0]}",
+            )
         try:
             # The only sure way to know whether a device is there, its number included.
             torch.empty(1, device=torch.device(device))
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {device} cannot be used: {reason}", f"one of {', '.join(_present())}") from None
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        if not launched:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = device
     on_cpu = device == "cpu" or (device is None and _present() == ["cpu"])
     if precision == "fp16" and on_cpu:
         raise UserError("--precision fp16 on a CPU", "fp32, or bf16", "--precision bf16")
@@ -51,7 +64,15 @@ def accelerator_for(
     if on_cpu:
         keep_freed_memory()
     mixed = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, log_with=tracker, project_dir=folder)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=mixed,
+        log_with=tracker,
+        project_dir=folder,
+        # Batch norms keep to their own images until they are scored (`train.share_buffers`), and what a signal
+        # remembers of each image is the same everywhere: nothing to be sent at every update.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
             f"launched with {accelerator.distributed_type.value}, which shards the network",

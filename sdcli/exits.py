@@ -34,6 +34,8 @@ class Width:
     embedding_dim: int
     classifies: bool = True
     """Whether there are logits: not at a tap without a head."""
+    learns: bool = True
+    """Whether a gradient passes: not a prediction made from others without one."""
 
 
 @dataclass(frozen=True)

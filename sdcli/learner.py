@@ -6,6 +6,7 @@ One module is what DistributedDataParallel, torch.compile and a state dict want.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,6 +29,7 @@ class Making(nn.Module):
         self.of = list(of)
         self.reads_one = reads_one(entry)
         self.reads_places = entry.reads == "dense"
+        self.sees_batch = bool(entry.sees_batch)
         self.make = make
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> Signal:
@@ -38,19 +40,32 @@ class Making(nn.Module):
         return Signal(sources[0].features, sources[0].embedding, logits)
 
 
-def check_signals(tables: Mapping[str, Derived]) -> None:
-    """Raises UserError for an unknown kind, key, type or range: all that shows without a network."""
+def check_signals(tables: Mapping[str, Derived], mixes: bool) -> None:
+    """Raises UserError for an unknown kind, key, type or range, and a kind that needs one class per image where they
+    are mixed: all that shows without a network."""
     for name, table in tables.items():
-        SIGNALS.find(table.kind, f"signals.{name}.kind").check(table.options, f"signals.{name}")
+        where = f"signals.{name}"
+        entry = SIGNALS.find(table.kind, f"{where}.kind")
+        entry.check(table.options, where)
+        if mixes and entry.hard_labels:
+            raise UserError(
+                f"{where}: kind = '{table.kind}' needs one class per image, and batch.mixup and batch.cutmix mix them",
+                "a recipe that mixes nothing, or another kind",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+            )
 
 
 def build_signals(
-    tables: Mapping[str, Derived], widths: Mapping[str, Width], num_classes: int, num_images: int, mixes: bool
+    tables: Mapping[str, Derived],
+    widths: Mapping[str, Width],
+    num_classes: int,
+    num_images: int,
+    frozen: Collection[str] = (),
 ) -> tuple[dict[str, Making], dict[str, Width]]:
-    """The predictions that `[signals]` asks for, and how wide each is; `widths` are those of the networks' points.
+    """The predictions that `[signals]` asks for, and how wide each is; `widths` are those of the networks' points, and
+    `frozen` names the networks that do not learn.
 
-    Raises UserError for a point that is not there or has no classifier, and for a kind that needs one class per image
-    where they are mixed.
+    Raises UserError for a point that is not there or has no classifier.
     """
     made: dict[str, Making] = {}
     known: dict[str, Width] = {}
@@ -59,25 +74,20 @@ def build_signals(
         where = f"signals.{name}"
         entry = SIGNALS.find(table.kind, f"{where}.kind")
         options = entry.check(table.options, where)
-        of = places.on(table.of, where)
+        of = places.on(table.of, where, "of")
         places.check_classifies(of, where)
         if reads_one(entry) and len(of) != 1:
             raise UserError(f"{where}: kind = '{table.kind}' is made of one point", "one point", 'of = "final"')
         if entry.reads == "dense" and parsed(of[0])[1] != FINAL:
             raise UserError(f"{where}: kind = '{table.kind}' reads the last map, and {of[0]} does not", 'of = "final"')
-        if mixes and entry.hard_labels:
-            raise UserError(
-                f"{where}: kind = '{table.kind}' needs one class per image, and batch.mixup and batch.cutmix mix them",
-                "a recipe that mixes nothing, or another kind",
-                "--set batch.mixup=0 --set batch.cutmix=0",
-            )
         own = [places.width(place) for place in of]
         if isinstance(entry.call, type):
             make = entry.call(Setting([width.num_chs for width in own], num_classes, num_images), **options)
         else:
             make = partial(entry.call, **options)
         made[name] = Making(of, entry, make)
-        known[name] = own[0]
+        learns = not entry.constant and any(parsed(place)[0] not in frozen for place in of)
+        known[name] = replace(own[0], learns=learns)
     return made, known
 
 
@@ -89,8 +99,8 @@ def build_objectives(
     Raises UserError for what only shows with the networks: points that are not there, widths that do not match, exits
     that nothing teaches.
     """
-    making, made = build_signals(recipe.signals, widths, num_classes, num_images, recipe.batch.mixes)
     frozen = [name for name, learns in recipe.taking_part.items() if not learns]
+    making, made = build_signals(recipe.signals, widths, num_classes, num_images, frozen)
     objectives = [
         Objective(
             {name: recipe.losses[name] for name in phase.losses or ()},
@@ -101,6 +111,13 @@ def build_objectives(
         )
         for phase in recipe.stages
     ]
+    for name, make in making.items():
+        read = [objective.reads[name] for objective in objectives if name in objective.reads]
+        if read and not any(read) and any(True for _ in make.parameters()):
+            raise UserError(
+                f"signals.{name}: kind = '{recipe.signals[name].kind}' has weights of its own that no loss teaches",
+                f'a loss on it: on = ["all", "{name}"]',
+            )
     return objectives, making
 
 
@@ -133,6 +150,10 @@ class Learner(nn.Module):
         for name in self.frozen:
             self.networks[name].requires_grad_(False)
         watch_places(networks, derived or {})
+        self._trained = {
+            name: [parameter for parameter in part.parameters() if parameter.requires_grad]
+            for name, part in [*self.networks.items(), *self.derived.items()]
+        }
         self.teach(objective)
 
     def teach(self, objective: Objective) -> None:
@@ -151,6 +172,12 @@ class Learner(nn.Module):
             network, _, images = parsed(place)
             learns = learns and network not in self.frozen
             self.passes[network, images] = self.passes.get((network, images), False) or learns
+        # What this phase teaches nothing must not wait for a gradient: DistributedDataParallel would, for ever.
+        taught = {name for (name, _), learns in self.passes.items() if learns}
+        taught |= {name for name in self.makes if objective.reads[name]}
+        for name, parameters in self._trained.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in taught)
 
     @property
     def student(self) -> MultiExit:

@@ -175,7 +175,9 @@ class Objective(nn.Module):
     def set_time(self, epoch: float, epochs: float) -> None:
         """Sets the weights to what they are after `epoch` of `epochs`."""
         if any(term.weight.varies for term in self.terms):
-            self.now.copy_(torch.tensor([term.weight.at(epoch, epochs) for term in self.terms]))
+            weights = torch.tensor([term.weight.at(epoch, epochs) for term in self.terms])
+            # From memory that is pinned a GPU fetches them without anyone waiting.
+            self.now.copy_(weights.pin_memory() if self.now.is_cuda else weights, non_blocking=True)
 
     @property
     def names(self) -> list[str]:
@@ -219,7 +221,7 @@ class Objective(nn.Module):
             compare = self._built(entry, options, point, target, where)
             if isinstance(compare, nn.Module):
                 self.trained.append(compare)
-            sees_batch = bool(getattr(compare, "sees_batch", entry.sees_batch))
+            sees_batch = bool(getattr(compare, "sees_batch", entry.couples(options)))
             self.terms.append(Term(name, point, target, entry.reads, weight, compare, sees_batch))
 
     def _built(
@@ -279,20 +281,29 @@ class Places:
     def width(self, place: str) -> Width:
         return self.derived[place] if place in self.derived else self.widths[place.partition("@")[0]]
 
-    def on(self, on: str | list[str], where: str) -> list[str]:
+    def on(self, on: str | list[str], where: str, key: str = "on") -> list[str]:
         """The points that an `on` stands for; `exits` of a network without any stands for none."""
         chosen: list[str] = []
         for name in [on] if isinstance(on, str) else on:
             if name in self.derived:
                 chosen.append(name)
                 continue
-            chosen += self._points(name, f"{where}.on")
-        for place in chosen:
-            self.check_learns(place, where)
+            chosen += self._points(name, f"{where}.{key}")
+        if key == "on":
+            for place in chosen:
+                self.check_learns(place, where)
         return chosen
 
     def check_learns(self, place: str, where: str) -> None:
         """Raises UserError for a point of a network that does not."""
+        if place in self.derived:
+            if not self.derived[place].learns:
+                raise UserError(
+                    f"{where}.on = '{place}': no gradient passes signals.{place}",
+                    "a point, or a signal that is made with gradients, such as a mean",
+                    f'target = "{place}" compares with it',
+                )
+            return
         network = parsed(place)[0]
         if network in self.frozen:
             raise UserError(

@@ -19,7 +19,7 @@ from sdcli.augment import Mixing
 from sdcli.backbones import Architecture, pretrained_transform, resolve
 from sdcli.catalogue import completed
 from sdcli.checkpoint import Description
-from sdcli.checks import check_names
+from sdcli.checks import check_names, check_with_model, remarks
 from sdcli.devices import Precision, accelerator_for, from_first, interleaved
 from sdcli.errors import UserError
 from sdcli.exits import MultiExit, choose_heads
@@ -66,6 +66,11 @@ class Settings:
     """One of accelerate's trackers."""
     imports: list[str] = field(default_factory=list)
     """The user's own Python files, which register losses and heads; whole paths."""
+
+    def __post_init__(self) -> None:
+        # A run goes on from any folder.
+        if self.dataset not in data.NAMED and Path(self.dataset).expanduser().is_dir():
+            object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
 
 
 @dataclass
@@ -168,8 +173,8 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     enter_phase(training, 0)
     if training.is_first:
         training.run = Run(output)
-        training.run.write_recipe(to_toml(recipe))
         training.run.write_settings(asdict(settings))
+        training.run.write_recipe(to_toml(recipe))
     else:
         training.run.folder = output
     save(training)
@@ -189,8 +194,8 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     _restore(training, state)
     if training.is_first:
         training.run = Run.reopen(folder, training.position.epoch - 1)
-        training.run.write_recipe(to_toml(recipe))
         training.run.write_settings(asdict(settings))
+        training.run.write_recipe(to_toml(recipe))
     else:
         training.run.folder = folder
     accelerator.wait_for_everyone()
@@ -209,15 +214,15 @@ def resumed(
     table = read_settings(folder)
     known = {f.name for f in fields(Settings)}
     former = Settings(**{name: value for name, value in table.items() if name in known})
-    for name, value in given.items():
-        was = getattr(former, name)
+    settings = replace(former, **given)
+    for name in given:
+        was, value = getattr(former, name), getattr(settings, name)
         if value != was and name not in MAY_CHANGE:
             raise UserError(
                 f"the run in '{folder}' was started with {name} = {was!r}, not {value!r}",
                 f"the same, or a change of epochs, {', '.join(MAY_CHANGE)}",
                 f"leave --{name.replace('_', '-')} out, or start a new run",
             )
-    settings = replace(former, **given)
     load_imports(settings.imports)
     own = completed(load_recipe([str(folder / "recipe.toml")]))
     wanted = completed(recipe or load_recipe([str(folder / "recipe.toml")], overrides))
@@ -253,7 +258,8 @@ def _check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
     """What shows without data: the recipe, models, device."""
     load_imports(settings.imports)
     check_names(recipe)
-    resolve(settings.model, num_classes=None, image_size=None)
+    # On meta: exits, widths and what teaches them show before the data are looked for.
+    check_with_model(recipe, settings.model, image_size=settings.image_size)
     return accelerator_for(settings.device, settings.precision, settings.track, folder)
 
 
@@ -272,14 +278,16 @@ def _build(
     classes = list(dataset.classes)
 
     set_seed(settings.seed)
-    student, architecture, plan, heads, notes = _network(recipe.student, settings.model, classes, image_size)
+    # A run that goes on has all weights in its state.
+    begins = trained_on is None
+    student, architecture, plan, heads, notes = _network(recipe.student, settings.model, classes, image_size, begins)
     preprocess = transforms.Preprocess(architecture.input_size, mean, std)
     if pretrained:
         preprocess = replace(preprocess, **pretrained_transform(student.backbone))
     networks = {STUDENT: student}
     for name, table in recipe.others.items():
         # All see the same images, the student's.
-        networks[name], *_, more = _network(table, str(table.model), classes, architecture.input_size[1])
+        networks[name], *_, more = _network(table, str(table.model), classes, architecture.input_size[1], begins)
         notes += [f"{name}: {note}" for note in more]
     ema = _average(student, recipe)
     if recipe.reads(AVERAGE) and ema is not None:
@@ -340,10 +348,11 @@ def _build(
             f"{batch_size} images of an update"
         )
     if seen < batch_size:
-        coupled = dict.fromkeys(term.name for term in learner.objective.terms if term.sees_batch)
+        coupled = [f"losses.{term.name}" for objective in objectives for term in objective.terms if term.sees_batch]
+        coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
         notes += [
-            f"losses.{name} compares images with each other: {seen} at a time, not all {batch_size} of an update"
-            for name in coupled
+            f"{name} compares images with each other: {seen} at a time, not all {batch_size} of an update"
+            for name in dict.fromkeys(coupled)
         ]
     if accelerator.num_processes > 1:
         # From here on each draws its own dropout; until here all have drawn the same weights.
@@ -386,7 +395,7 @@ def _build(
         mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
         data=_identity(train_split),
         objectives=objectives,
-        notes=[*dataset.notes, *architecture.notes, *plan.notes, *notes],
+        notes=[*dataset.notes, *architecture.notes, *plan.notes, *notes, *remarks(recipe)],
     )
 
 
@@ -421,9 +430,10 @@ def _start_tracker(training: Training) -> None:
 
 
 def _network(
-    table: Network, model: str, classes: list[str], image_size: int | None
+    table: Network, model: str, classes: list[str], image_size: int | None, begins: bool
 ) -> tuple[MultiExit, Architecture, StagePlan, dict[str, str], list[str]]:
-    """One network as its table asks for it, all that describes it, and what is to be said about its weights."""
+    """One network as its table asks for it, all that describes it, and what is to be said about its weights, which are
+    only loaded where the run `begins`."""
     architecture = resolve(
         model,
         num_classes=len(classes),
@@ -434,7 +444,8 @@ def _network(
     )
     plan = plan_network(table, architecture)
     heads = choose_heads(plan, head_kind(table))
-    network, notes = build_network(table, architecture, plan, heads, len(classes))
+    weights = table if begins else table.model_copy(update={"weights": "random"})
+    network, notes = build_network(weights, architecture, plan, heads, len(classes))
     return network, architecture, plan, heads, notes
 
 

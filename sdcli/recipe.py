@@ -226,7 +226,7 @@ class Phase(Table):
     name: str
     epochs: Annotated[int, Field(ge=1)] | None = None
     """None: the recipe's."""
-    losses: list[str] | None = None
+    losses: Annotated[list[str], Field(min_length=1)] | None = None
     """Those that teach in it; None: all."""
     teacher: bool = False
     """Whether the student as it is when the phase begins teaches in it, frozen, as `teacher.final`."""
@@ -356,8 +356,14 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         )
     if not recipe.student.learns:
         raise UserError("networks.student.learns = false", "a student that learns")
-    for name, loss in recipe.losses.items():
-        _check_addresses(name, loss, recipe, origins or {})
+    for name, images in recipe.batch.also.items():
+        if images.of == "class" and recipe.batch.mixes:
+            raise UserError(
+                f"batch.also.{name} shows another image of the class, and batch.mixup and batch.cutmix mix classes",
+                "a recipe that mixes nothing, or further images of = 'itself'",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+            )
+    _check_addresses(recipe, origins or {})
     for name, network in recipe.others.items():
         if network.model is None:
             raise UserError(
@@ -368,34 +374,43 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
     return recipe
 
 
-def _check_addresses(name: str, loss: Loss, recipe: Recipe, origins: Mapping[str, str]) -> None:
-    """Raises UserError for an `on` or a `target` that cannot be a point, whatever the model."""
-    fields = {
-        "on": (loss.on, POINTS, (), "'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"),
-        "target": (
-            loss.target,
-            POINT,
-            ("label", "next"),
-            "'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'",
-        ),
-    }
-    for key, (given, pattern, words, expected) in fields.items():
-        for place in [given] if isinstance(given, str) else given:
-            where = f"losses.{name}.{key}"
-            source = next((f"{origins[o]}: " for o in (where, f"losses.{name}") if o in origins), "")
-            if place in words or place in recipe.signals:
-                continue
-            if not pattern.fullmatch(place):
-                known = f", or a signal: {', '.join(recipe.signals)}" if recipe.signals else ""
-                near = did_you_mean(place, [*recipe.signals, *re.findall(r"'([^']+)'", expected)])
-                raise UserError(f"{source}{where} = {given!r}", expected + known, near)
-            images = place.partition("@")[2]
-            if images and images not in recipe.batch.also:
-                raise UserError(
-                    f"{source}{where} = {given!r}: there are no images '{images}'",
-                    f"one of {', '.join(recipe.batch.also)}" if recipe.batch.also else "a [batch.also.NAME] table",
-                    did_you_mean(images, recipe.batch.also) or f"add a [batch.also.{images}] table",
-                )
+def _check_addresses(recipe: Recipe, origins: Mapping[str, str]) -> None:
+    """Raises UserError for an `on`, a `target` or an `of` that cannot be a point, whatever the model."""
+    points = "'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"
+    point = "'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'"
+    for name, signal in recipe.signals.items():
+        _check_places(f"signals.{name}.of", signal.of, POINTS, (), points, recipe, origins)
+    for name, loss in recipe.losses.items():
+        known = tuple(recipe.signals)
+        _check_places(f"losses.{name}.on", loss.on, POINTS, known, points, recipe, origins)
+        _check_places(f"losses.{name}.target", loss.target, POINT, ("label", "next", *known), point, recipe, origins)
+
+
+def _check_places(
+    where: str,
+    given: str | list[str],
+    pattern: re.Pattern[str],
+    words: Sequence[str],
+    expected: str,
+    recipe: Recipe,
+    origins: Mapping[str, str],
+) -> None:
+    source = next((f"{origins[o]}: " for o in (where, where.rpartition(".")[0]) if o in origins), "")
+    signals = [word for word in words if word in recipe.signals]
+    for place in _listed(given):
+        if place in words:
+            continue
+        if not pattern.fullmatch(place):
+            known = f", or a signal: {', '.join(signals)}" if signals else ""
+            near = did_you_mean(place, [*signals, *re.findall(r"'([^']+)'", expected)])
+            raise UserError(f"{source}{where} = {given!r}", expected + known, near)
+        images = place.partition("@")[2]
+        if images and images not in recipe.batch.also:
+            raise UserError(
+                f"{source}{where} = {given!r}: there are no images '{images}'",
+                f"one of {', '.join(recipe.batch.also)}" if recipe.batch.also else "a [batch.also.NAME] table",
+                did_you_mean(images, recipe.batch.also) or f"add a [batch.also.{images}] table",
+            )
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -535,12 +550,25 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _merge(into: dict[str, Any], part: Mapping[str, Any], origins: dict[str, str], source: str, at: str = "") -> None:
-    """Refines `into` by `part`, table by table; notes where each value comes from."""
+    """Refines `into` by `part`, table by table; notes where each value comes from. Entries of a list of tables are
+    refined by their numbers: `phases.1.rounds=3` is the second phase's."""
     for key, value in part.items():
         place = f"{at}.{key}" if at else key
         origins[place] = source
         if isinstance(value, Mapping):
-            if not isinstance(into.get(key), dict):
+            former = into.get(key)
+            if isinstance(former, list) and all(number.isdigit() for number in value):
+                # Others may hold the same list.
+                into[key] = [dict(entry) if isinstance(entry, dict) else entry for entry in former]
+                for number, table in value.items():
+                    if int(number) >= len(former) or not isinstance(table, Mapping):
+                        raise UserError(
+                            f"{source}: there is no {place}.{number} with keys",
+                            f"{place}.0 to {place}.{len(former) - 1}",
+                        )
+                    _merge(into[key][int(number)], table, origins, source, f"{place}.{number}")
+                continue
+            if not isinstance(former, dict):
                 into[key] = {}
             _merge(into[key], value, origins, source, place)
         else:

@@ -24,10 +24,16 @@ class Entry:
     name: str
     call: Callable[..., Any]
     reads: str = ""
-    sees_batch: bool = False
-    """Whether its value couples the images of a batch, so that sharing a batch out changes it."""
+    sees_batch: bool | str = False
+    """Whether its value couples the images of a batch, so that sharing a batch out changes it; or the key that says."""
     hard_labels: bool = False
     """Whether it needs one class per image, so that nothing may be mixed."""
+    constant: bool = False
+    """Whether no gradient passes it."""
+
+    def couples(self, options: Mapping[str, Any]) -> bool:
+        """Whether it sees the batch with these options."""
+        return bool(options[self.sees_batch] if isinstance(self.sees_batch, str) else self.sees_batch)
 
     @cached_property
     def parameters(self) -> tuple[inspect.Parameter, ...]:
@@ -74,7 +80,13 @@ class Registry:
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def register(
-        self, name: str, *, reads: str = "", sees_batch: bool = False, hard_labels: bool = False
+        self,
+        name: str,
+        *,
+        reads: str = "",
+        sees_batch: bool | str = False,
+        hard_labels: bool = False,
+        constant: bool = False,
     ) -> Callable[[Any], Any]:
         """Decorator: makes a function or class known under `name`; the rest as in `Entry`. Raises UserError for a name
         that there is already."""
@@ -86,7 +98,7 @@ class Registry:
                     f"a name that no other {self.what} has",
                     f'@….register("my_{name}")',
                 )
-            self.entries[name] = Entry(name, call, reads, sees_batch, hard_labels)
+            self.entries[name] = Entry(name, call, reads, sees_batch, hard_labels, constant)
             return call
 
         return add

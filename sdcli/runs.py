@@ -26,6 +26,9 @@ from sdcli.checkpoint import Description, save_checkpoint
 from sdcli.errors import UserError, did_you_mean
 from sdcli.evaluate import Report
 
+EARLY = {"recipe.toml", "run.json", "state"}
+"""What a run writes before its first state is whole."""
+
 
 class Run:
     """An open run folder."""
@@ -93,8 +96,10 @@ class Run:
 
 
 def check_output(folder: Path) -> None:
-    """Raises UserError where a run's folder already holds anything: nothing is ever overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Raises UserError where a run's folder already holds anything: nothing is ever overwritten.
+
+    What a run has left that died before its first state does not count."""
+    if not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or _never_began(folder))):
         return
     if state_file(folder).exists():
         raise UserError(
@@ -106,6 +111,12 @@ def check_output(folder: Path) -> None:
     raise UserError(
         f"output '{folder}' {what}", "a new or empty folder", f"another --output, or remove it: rm -r {folder}"
     )
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether a run died here before its first state was whole: it has left these files and nothing else."""
+    left = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
+    return "run.json" in left <= EARLY and not state_file(folder).exists()
 
 
 def state_file(folder: Path) -> Path:

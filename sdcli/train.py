@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from sdcli.devices import interleaved
@@ -135,6 +136,9 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
                     return
         assert epoch is not None
         if training.num_val:
+            if training.accelerator.num_processes > 1:
+                # Told to stop, they cannot leave in the middle of it, and a launcher may not wait for its end.
+                save(training)
             try:
                 epoch = replace(epoch, validation=score(training, told_to_stop))
             except _Stop as stop:
@@ -166,6 +170,7 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
 def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: None) -> Report:
     """All points of the network as it is now, on the split that is scored."""
     about = training.description
+    share_buffers(training)
 
     def progress(images: int) -> None:
         signal = told_to_stop()
@@ -188,6 +193,13 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
     )
 
 
+def share_buffers(training: Training) -> None:
+    """Gives all processes the first one's buffers of what is scored and saved: their batch norms see other images."""
+    if training.accelerator.num_processes > 1:
+        for buffer in training.network.buffers():
+            broadcast(buffer)
+
+
 def train_step(training: Training, batches: list[Batch]) -> Tensor:
     """One update: the networks see the batches, every loss compares what they say, and they take a step.
 
@@ -195,6 +207,9 @@ def train_step(training: Training, batches: list[Batch]) -> Tensor:
     over them [losses].
     """
     accelerator, module = training.accelerator, training.module
+    table = training.recipe.optimizer
+    # An update that is left out leaves no trace in the statistics either.
+    kept = [buffer.clone() for buffer in training.learner.buffers()] if table.nonfinite == "skip" else []
     parts = []
     for number, batch in enumerate(batches, start=1):
         # Processes exchange gradients once, after the last part.
@@ -202,15 +217,17 @@ def train_step(training: Training, batches: list[Batch]) -> Tensor:
             total, named = module(batch)
             accelerator.backward(total / len(batches))
         parts.append(torch.stack(list(named.values())).detach())
-    table = training.recipe.optimizer
-    if table.clip_grad is not None:
-        accelerator.clip_grad_norm_(training.learner.parameters(), table.clip_grad)
     losses = torch.stack(parts).mean(dim=0)
     # Asking waits for the device: only where the recipe wants each update judged.
     if table.nonfinite == "stop" or bool(accelerator.reduce(losses.clone()).isfinite().all()):
+        if table.clip_grad is not None:
+            accelerator.clip_grad_norm_(training.learner.parameters(), table.clip_grad)
         training.optimizer.step()
         if training.ema is not None:
             training.ema.update(training.learner.student, step=training.updates_done + 1)
+    else:
+        for buffer, value in zip(training.learner.buffers(), kept, strict=True):
+            buffer.copy_(value)
     training.optimizer.zero_grad(set_to_none=True)
     return losses
 
@@ -242,6 +259,9 @@ def train_epoch(
         position.sums = counted if position.sums is None else position.sums + counted
         position.num_images += batches[0].whole
         position.update += 1
+        if training.accelerator.num_processes > 1:
+            # All see the same, so that all name the same loss and update where one is not finite.
+            losses = training.accelerator.reduce(losses, "mean")
         watch.see(losses, position)
         training.schedule.step(training.updates_done)
         now = time.monotonic()
@@ -275,8 +295,10 @@ def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
     own = sum(len(batch.labels) for batch in batches)
     for batch in batches:
         if training.mixing is not None:
-            mixed = training.mixing(batch.images, batch.labels, batch.index, training.position.epoch)
-            batch.images, batch.labels = mixed
+            # Views of the same images are mixed as these are: the labels are theirs too.
+            shown = [batch.images, *batch.also.values()]
+            shown, batch.labels = training.mixing(shown, batch.labels, batch.index, training.position.epoch)
+            batch.images, batch.also = shown[0], dict(zip(batch.also, shown[1:], strict=True))
         batch.whole = own * training.accelerator.num_processes
         if training.settings.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)

@@ -84,7 +84,7 @@ def test_no_two_images_of_an_epoch_share_a_draw() -> None:
 def test_other_random_numbers_are_not_disturbed() -> None:
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     varied = Augmentation(PLAIN, CPU, crop="pad", mirror=0.5, cutout=8, erase=0.5)(noise(4), torch.arange(4), 0)
-    Mixing(10, CPU, seed=0, mixup=0.2, cutmix=1.0)(varied, torch.arange(4), torch.arange(4), 0)
+    Mixing(10, CPU, seed=0, mixup=0.2, cutmix=1.0)([varied], torch.arange(4), torch.arange(4), 0)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
@@ -252,7 +252,7 @@ def test_beta_of_one_is_uniform() -> None:
 
 def test_mixup_mixes_pixels_and_labels_with_the_same_share() -> None:
     images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 10
-    mixed, shares = Mixing(10, CPU, seed=0, mixup=1.0)(images, labels, torch.arange(64), 0)
+    (mixed,), shares = Mixing(10, CPU, seed=0, mixup=1.0)([images], labels, torch.arange(64), 0)
     assert torch.allclose(shares.sum(dim=1), torch.ones(64))
     assert len(shares.amax(dim=1).unique()) > 50, "each image has its own share"
     for place in range(64):
@@ -267,7 +267,7 @@ def test_mixup_mixes_pixels_and_labels_with_the_same_share() -> None:
 def test_cutmix_shares_labels_by_the_pixels_that_were_cut() -> None:
     images = torch.arange(64.0)[:, None, None, None].expand(-1, 3, 16, 16) + 1
     labels = torch.arange(64)
-    mixed, shares = Mixing(64, CPU, seed=0, cutmix=1.0)(images, labels, torch.arange(64), 0)
+    (mixed,), shares = Mixing(64, CPU, seed=0, cutmix=1.0)([images], labels, torch.arange(64), 0)
     assert len(shares.diagonal().unique()) > 30
     for place in range(64):
         own, others = mixed[place, 0] == place + 1, mixed[place, 0] == 64 - place
@@ -289,14 +289,24 @@ def test_cutmix_box_has_the_size_that_timm_cuts() -> None:
 
 def test_both_take_half_of_the_images_each() -> None:
     images = torch.arange(2000.0)[:, None, None, None].expand(-1, 1, 8, 8)
-    mixed, _ = Mixing(2, CPU, seed=0, mixup=8.0, cutmix=1.0)(images, torch.zeros(2000).long(), torch.arange(2000), 0)
+    (mixed,), _ = Mixing(2, CPU, seed=0, mixup=8.0, cutmix=1.0)(
+        [images], torch.zeros(2000).long(), torch.arange(2000), 0
+    )
     blended = ((mixed != images) & (mixed != images.flip(0))).flatten(1).any(dim=1)
     assert abs(float(blended.float().mean()) - 0.5) < 5 * math.sqrt(0.25 / 2000)
 
 
 def test_images_that_are_not_mixed_stay_what_they_were_bit_for_bit() -> None:
     images, labels, index = torch.randn(2000, 1, 4, 4), torch.arange(2000) % 5, torch.arange(2000)
-    mixed, shares = Mixing(5, CPU, seed=0, mixup=1.0, cutmix=1.0, probability=0.25)(images, labels, index, 0)
+    (mixed,), shares = Mixing(5, CPU, seed=0, mixup=1.0, cutmix=1.0, probability=0.25)([images], labels, index, 0)
     same = (mixed == images).flatten(1).all(dim=1)
     alone = shares.gather(1, labels[:, None])[:, 0] == 1
     assert (same <= alone).all() and 0.68 < float(same.float().mean()) < 0.85
+
+
+def test_views_of_the_same_images_are_mixed_alike():
+    view = torch.rand(6, 3, 8, 8)
+    mixing = Mixing(10, CPU, seed=0, mixup=0.5, cutmix=1.0)
+    (one, other), _ = mixing([view, view + 1], torch.arange(6), torch.arange(6), 3)
+    torch.testing.assert_close(other - one, torch.ones_like(one))
+    assert not torch.allclose(one, view)

@@ -452,7 +452,7 @@ def test_gpu_draws_the_same_and_is_never_waited_for() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            mixing(batch.images, batch.labels, batch.index, 1)
+            mixing([batch.images], batch.labels, batch.index, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert equal(pass_over(here, 1), pass_over(there, 1).to(CPU))

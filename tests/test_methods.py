@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdcli.checks import remarks
 from sdcli.data import Split
 from sdcli.derived import Memory, Setting
 from sdcli.errors import UserError
@@ -21,7 +22,7 @@ from sdcli.prepare import Settings, Training, prepare, resume, resumed
 from sdcli.recipe import Over, load_recipe, recipe_names
 from sdcli.scoring import score_checkpoint
 from sdcli.signals import Batch, Signal
-from sdcli.train import Epoch, Finished, Stopped, fit
+from sdcli.train import Epoch, Finished, Stopped, fit, next_update
 
 # Short and small, whatever the recipe says: two epochs of each phase, two updates each.
 SHORT = ("epochs=2", "batch.size=32", "schedule.warmup=0", "optimizer.lr=0.01")
@@ -175,6 +176,62 @@ def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("ps-kd", ["losses.past.on=past", "losses.past.target=final"],
+         "losses.past.on = 'past': no gradient passes signals.past\n  expected: a point, or a signal that is made with "
+         "gradients, such as a mean\n  fix:      target = \"past\" compares with it"),
+        ("one-exits", ["losses.labels.on=all"],
+         "signals.mix: kind = 'gated' has weights of its own that no loss teaches\n  expected: a loss on it: on = [\"all\", \"mix\"]"),
+        ("bake", ["signals.neighbours.of=exit9"],
+         "signals.neighbours.of = 'exit9', a point that this network does not have\n  expected: one of final"),
+        ("bake", ["networks.student.exits=3", "losses.task.on=all", "signals.neighbours.of=all"],
+         "signals.neighbours: kind = 'propagated' is made of one point\n  expected: one point\n  fix:      of = \"final\""),
+        ("ps-kd", ["batch.mixup=1.0"],
+         "signals.past: kind = 'memory' needs one class per image, and batch.mixup and batch.cutmix mix them\n"
+         "  expected: a recipe that mixes nothing, or another kind\n  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_data_are_looked_for(
+    recipe: str, overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    nowhere = Settings("test_resnet", str(tmp_path / "nowhere"), device="cpu")
+    with pytest.raises(UserError) as error:
+        prepare(nowhere, load_recipe([recipe], overrides), tmp_path / "run")
+    assert str(error.value) == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_views_are_mixed_with_the_images_whose_labels_they_share(tmp_path: Path) -> None:
+    training = prepare(settings("convnet"), load_recipe(["ddgsd"], [*SHORT, "batch.mixup=1.0"]), tmp_path / "run")
+    training.loader.set_epoch(1)
+    plain = next(iter(training.loader)).also["view"]
+    (batch,) = next_update(training, iter(training.loader))
+    assert batch.labels.shape == (32, 10)
+    own = batch.labels.max(dim=1).values
+    partner = batch.labels.sum(dim=1) - own
+    assert not torch.allclose(batch.also["view"], plain) and (partner > 0).any()
+
+
+def test_a_phase_is_changed_by_its_number() -> None:
+    recipe = load_recipe(["born-again"], ["phases.1.rounds=3"])
+    assert [phase.rounds for phase in recipe.phases] == [1, 3]
+    assert [phase.rounds for phase in load_recipe(["born-again"]).phases] == [1, 1]
+    with pytest.raises(UserError) as error:
+        load_recipe(["born-again"], ["phases.2.rounds=3"])
+    assert (
+        str(error.value) == "--set phases.2.rounds=3: there is no phases.2 with keys\n  expected: phases.0 to phases.1"
+    )
+
+
+def test_two_temperatures_that_belong_together_and_differ_are_remarked_on() -> None:
+    assert remarks(load_recipe(["bake"])) == []
+    assert remarks(load_recipe(["bake"], ["losses.soft.temperature=1.0"])) == [
+        "losses.soft.temperature = 1 is not signals.neighbours's 4, which that is made for"
+    ]
+
+
 def test_a_born_again_student_begins_anew_and_is_taught_by_the_one_before(tmp_path: Path) -> None:
     training = prepare(settings("convnet"), recipe_of("born-again", "convnet"), tmp_path / "run")
     events = fit(training)
@@ -214,6 +271,17 @@ def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
          "or a signal: mixed\n  fix:      did you mean 'mixed'?"),
         ('[[phases]]\nname = "a"\nlosses = ["tusk"]\n',
          "phases[0].losses: unknown loss 'tusk'\n  expected: one of task\n  fix:      did you mean 'task'?"),
+        ('[[phases]]\nname = "a"\nlosses = []\n',
+         "phases.0.losses = []\n  expected: List should have at least 1 item after validation, not 0"),
+        ('[signals.mix]\nkind = "mean"\nof = "final@veiw"\n[batch.also.view]\nof = "itself"\n',
+         "signals.mix.of = 'final@veiw': there are no images 'veiw'\n  expected: one of view\n  fix:      did you mean 'view'?"),
+        ('[signals.mix]\nkind = "mean"\nof = "finale"\n',
+         "signals.mix.of = 'finale'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these\n"
+         "  fix:      did you mean 'final'?"),
+        ('batch = { mixup = 1.0, also = { mate = { of = "class" } } }\n',
+         "batch.also.mate shows another image of the class, and batch.mixup and batch.cutmix mix classes\n"
+         "  expected: a recipe that mixes nothing, or further images of = 'itself'\n"
+         "  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
         ('[[phases]]\nname = "a"\nteacher = true\n',
          "phases[0].teacher = true: there is no student before the first phase\n  expected: a later phase"),
     ],

@@ -79,7 +79,7 @@ def test_help_and_recipes_load_neither_torch_nor_timm():
     heavy = {"torch", "timm", "datasets", "accelerate", "torchvision", "numpy"}
     for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["inspect", "--help"]):
         assert not loaded_by(*arguments) & heavy, arguments
-    for arguments in (["list"], ["show", "byot"], ["diff", "byot", "byot-scan"], ["losses", "--help"]):
+    for arguments in (["list"], ["copy", "--help"], ["losses", "--help"]):
         assert not loaded_by("recipes", *arguments) & heavy, arguments
 
 

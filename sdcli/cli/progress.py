@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
@@ -69,7 +70,15 @@ def _heading(training: Training) -> Text:
 
 def _follow_plain(training: Training, events: Iterable[Event]) -> Stopped | None:
     console = talk()
-    told = time.monotonic()
+    told = started = time.monotonic()
+    steps, position = training.updates_per_epoch, training.position
+    total, before = training.epochs * steps, (position.epoch - 1) * steps + position.update
+
+    def left(done: int) -> str:
+        """The time left, as if all went on at the pace so far."""
+        seconds = (time.monotonic() - started) * (total - done) / max(done - before, 1)
+        return f"  {datetime.timedelta(seconds=round(seconds))} left"
+
     for event in events:
         if isinstance(event, Stopped):
             return event
@@ -80,12 +89,15 @@ def _follow_plain(training: Training, events: Iterable[Event]) -> Stopped | None
                 told = time.monotonic()
                 console.print(
                     f"epoch {event.epoch}/{training.epochs}  update {event.update}/{event.updates}  "
-                    f"{event.images_per_s:,.0f} images/s  {_losses(event.losses)}",
+                    f"{event.images_per_s:,.0f} images/s{left((event.epoch - 1) * steps + event.update)}  "
+                    f"{_losses(event.losses)}",
                     soft_wrap=True,
                 )
         elif isinstance(event, Epoch):
             told = time.monotonic()
-            line = f"epoch {event.epoch}/{training.epochs}  {event.images_per_s:,.0f} images/s  {_losses(event.losses)}"
+            line = f"epoch {event.epoch}/{training.epochs}  {event.images_per_s:,.0f} images/s"
+            line += left(event.epoch * steps) if event.epoch < training.epochs else ""
+            line += f"  {_losses(event.losses)}"
             console.print(line + (f"  |  {_scores(event.validation)}" if event.validation else ""), soft_wrap=True)
         else:
             _finish(event)

@@ -79,7 +79,7 @@ def tf_nkd(student: Tensor, batch: Batch) -> Tensor:
     return -(p + 1 - p.mean()) * log_p
 
 
-@LOSSES.register("zipf", reads="logits", hard_labels=True)
+@LOSSES.register("zipf", reads="logits", sees_batch="mask", hard_labels=True)
 def zipf(
     student: Tensor, teacher: Tensor, batch: Batch, *, power: Annotated[float, Field(gt=0)] = 1.0, mask: bool = False
 ) -> Tensor:
