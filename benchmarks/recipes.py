@@ -1,6 +1,6 @@
 """A training step of every recipe against `baseline`: time, memory, and what its passes explain.
 
-    python benchmarks/recipes.py                                   all of them, on a small network, about ten minutes
+    python benchmarks/recipes.py                          all of them, on resnet18 at 32 pixels, about ten minutes
     python benchmarks/recipes.py --recipes byot cs-kd --model resnet18 --batch-size 64
 
 Each recipe runs in a process of its own, its steps in turns with those of `baseline`; the median of each counts. A pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
+from sdcli import checks, prepare
 from sdcli.cli import main
 
 torch.set_num_threads(1)
@@ -25,6 +26,29 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _no_decoded_images_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDCLI_CACHE", str(tmp_path / "decoded"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_settled_once() -> Iterator[None]:
+    """How a model is built and cut is worked out once for the same question: it is most of a short run."""
+
+    def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+        answers: dict[str, Any] = {}
+
+        def ask(*arguments: Any, **named: Any) -> Any:
+            question = repr((arguments, named))
+            if question not in answers:
+                answers[question] = function(*arguments, **named)
+            return answers[question]
+
+        return ask
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("resolve", "plan_network"):
+            function = remembered(getattr(prepare, name))
+            for module in (prepare, checks):
+                patch.setattr(module, name, function)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import Command, refused
+from processes import finished
 
 from sdcli.catalogue import SHELVES, completed
 from sdcli.heads import HEADS
@@ -410,14 +409,6 @@ def test_an_imported_head_without_a_classifier_is_refused(sdcli: Command, tmp_pa
     )
 
 
-def own_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A process of its own: nothing is registered in it that its command line does not import."""
-    return subprocess.run(
-        [sys.executable, "-m", "sdcli", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
 def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Losses of your own\n")[2].partition("\n## ")[0]
@@ -439,24 +430,24 @@ def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_
         "--device",
         "cpu",
     ]
-    trained = own_process(
+    trained = finished(
         "train", "test_resnet", "--dataset", "digits", "--recipe", "mine.toml", "--import", "mine.py", *quick,
         "--output", "runs/mine", cwd=folder,
     )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
+    assert trained.wait() == 0, trained.err
     assert json.loads((folder / "runs/mine/run.json").read_text())["imports"] == [str(folder / "mine.py")]
-    resumed = own_process("train", "--resume", folder / "runs/mine", "--epochs", 2, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = finished("train", "--resume", folder / "runs/mine", "--epochs", 2, cwd=tmp_path)
+    assert resumed.wait() == 0, resumed.err
     assert len((folder / "runs/mine/log.jsonl").read_text().splitlines()) == 2
 
     moved = (folder / "mine.py").rename(tmp_path / "moved.py")
-    scored = own_process("eval", "runs/mine/last.safetensors", "--limit", 16, "-j", 0, "--device", "cpu", cwd=folder)
-    assert scored.returncode == 0, scored.stderr
-    lost = own_process("train", "--resume", "runs/mine", "--epochs", 3, cwd=folder)
-    assert lost.returncode == 2
-    assert lost.stderr.startswith(f"error: --import {folder / 'mine.py'}: there is no such file\n")
-    again = own_process("train", "--resume", "runs/mine", "--epochs", 3, "--import", moved, cwd=folder)
-    assert again.returncode == 0, again.stderr
+    scored = finished("eval", "runs/mine/last.safetensors", "--limit", 16, "-j", 0, "--device", "cpu", cwd=folder)
+    assert scored.wait() == 0, scored.err
+    lost = finished("train", "--resume", "runs/mine", "--epochs", 3, cwd=folder)
+    assert lost.wait() == 2
+    assert lost.err.startswith(f"error: --import {folder / 'mine.py'}: there is no such file\n")
+    again = finished("train", "--resume", "runs/mine", "--epochs", 3, "--import", moved, cwd=folder)
+    assert again.wait() == 0, again.err
 
 
 HEAD = """

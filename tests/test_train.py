@@ -23,6 +23,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from processes import Process, finished, together
 from safetensors.torch import load_file
 
 from sdcli import prepare as preparing
@@ -157,16 +158,12 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     assert same(expected, folder)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "sdcli", "train", *map(str, arguments)]
-
-
-def killed_at_random(folder: Path, start: list[str], kills: int, seed: int) -> int:
+def killed_at_random(folder: Path, start: list[object], kills: int, seed: int) -> int:
     """Runs a real process, kills it and resumes it, again and again, and lets the last one finish. How many kills met a
     process that ran."""
     hits = 0
     draw = random.Random(seed)
-    process = subprocess.Popen(start, stderr=subprocess.DEVNULL)
+    process = Process(*start, "--output", folder)
     file = folder / "state" / "last.pt"
     for _ in range(kills):
         while process.poll() is None and not file.exists():
@@ -177,23 +174,23 @@ def killed_at_random(folder: Path, start: list[str], kills: int, seed: int) -> i
         time.sleep(draw.random() * 0.3)
         process.send_signal(draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         ended = process.wait()
-        assert ended in (-signal.SIGKILL, 128 + signal.SIGTERM, 0)
+        assert ended in (-signal.SIGKILL, 128 + signal.SIGTERM, 0), process.err
         hits += ended != 0
-        process = subprocess.Popen(command("--resume", folder), stderr=subprocess.DEVNULL)
-    assert process.wait() == 0
+        process = Process("train", "--resume", folder)
+    assert process.wait() == 0, process.err
     return hits
 
 
 @pytest.mark.parametrize("name", ["averaged", "two networks"])
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_at_random_and_resumed_ends_with_the_same_bits(
     recipes: dict[str, Path], tmp_path: Path, kills: int, name: str
 ) -> None:
-    options = ["test_vit", "--dataset", "digits", "--recipe", recipes[name], "--limit-train", 96, "--limit-val", 30,
-               "--device", "cpu", "--workers", 0, "--save-every", 1, "--epochs", 4 * kills]  # fmt: skip
+    start = ["train", "test_vit", "--dataset", "digits", "--recipe", recipes[name], "--limit-train", 96,
+             "--limit-val", 30, "--device", "cpu", "--workers", 0, "--save-every", 1, "--epochs", 4 * kills]  # fmt: skip
     expected, folder = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(*options, "--output", expected), check=True, stderr=subprocess.DEVNULL)
-    hits = killed_at_random(folder, command(*options, "--output", folder), kills, seed=kills)
+    assert finished(*start, "--output", expected).wait() == 0
+    hits = killed_at_random(folder, start, kills, seed=kills)
     assert hits > kills // 2, "most kills have to meet a run that is under way"
     assert same(expected, folder)
 
@@ -341,13 +338,6 @@ def test_freed_memory_is_kept_for_the_next_step(device: str, environment: dict[s
 # Shared out
 
 
-def launched(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*torchrun, "-m", "sdcli", "train", *map(str, arguments)], stderr=subprocess.PIPE, text=True
-    )
-
-
 SHARED = ("test_vit", "--dataset", "digits", "--recipe", "quick", "--limit-val", 60, "--device", "cpu", "--batch-size", 24,
           "--lr", 0.02, "--workers", 0)  # fmt: skip
 
@@ -358,10 +348,9 @@ def test_two_processes_and_parts_train_as_one_process_does(tmp_path: Path) -> No
     recipe = load_recipe(["quick"], ["epochs=1", "batch.size=24", "optimizer.lr=0.02"])
     finish(prepare(settings, recipe, tmp_path / "one"))
     finish(prepare(replace(settings, grad_accum_steps=3), recipe, tmp_path / "parts"))
-    two = launched(2, *SHARED, "--epochs", 1, "--limit-train", 480, "--output", tmp_path / "two")
-    said = two.communicate()[1]
-    assert two.returncode == 0, said
-    assert "2 processes: each sees 12 of the 24 images of an update" in said
+    two = together(2, "train", *SHARED, "--epochs", 1, "--limit-train", 480, "--output", tmp_path / "two")
+    assert [process.wait() for process in two] == [0, 0], two[0].err
+    assert "2 processes: each sees 12 of the 24 images of an update" in two[0].err
     one = json.loads((tmp_path / "one" / "log.jsonl").read_text())
     for name in ("two", "parts"):
         other = json.loads((tmp_path / name / "log.jsonl").read_text())
@@ -407,11 +396,11 @@ def test_two_processes_score_what_they_save_whatever_the_recipe(tmp_path: Path) 
     """Batch norms see other images in each, what is remembered of images is told to all, and phases come and go."""
     recipe = tmp_path / "together.toml"
     recipe.write_text(TOGETHER)
-    two = launched(2, "test_resnet", "--dataset", "digits", "--recipe", recipe, "--limit-train", 256, "--val-fraction", 0,
-                   "--device", "cpu", "--workers", 0, "--output", tmp_path / "run")  # fmt: skip
-    said = two.communicate()[1]
-    assert two.returncode == 0, said
-    assert "signals.neighbours compares images with each other: 16 at a time, not all 32 of an update" in said
+    two = together(2, "train", "test_resnet", "--dataset", "digits", "--recipe", recipe, "--limit-train", 256,
+                   "--val-fraction", 0, "--device", "cpu", "--workers", 0, "--output", tmp_path / "run")  # fmt: skip
+    assert [process.wait() for process in two] == [0, 0], two[0].err
+    told = "signals.neighbours compares images with each other: 16 at a time, not all 32 of an update"
+    assert told in two[0].err
     state = states.load_state(tmp_path / "run" / "state" / "last.pt")
     assert state["learner"]["derived.past.make.seen"].sum() > 128, "each process has seen 128"
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -423,7 +412,9 @@ def test_two_processes_score_what_they_save_whatever_the_recipe(tmp_path: Path) 
 
 def test_when_a_process_dies_the_others_end_and_the_run_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    two = launched(2, *SHARED, "--epochs", 50, "--limit-train", 96, "--output", folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sdcli", "train"]
+    options = [*SHARED, "--epochs", 50, "--limit-train", 96, "--output", folder]
+    two = subprocess.Popen([*torchrun, *map(str, options)], stderr=subprocess.PIPE, text=True)
     log = folder / "log.jsonl"
     while two.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 1):
         time.sleep(0.05)
