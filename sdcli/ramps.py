@@ -9,11 +9,6 @@ from __future__ import annotations
 import math
 
 
-def constant(epoch: float, epochs: float) -> float:
-    """Always 1."""
-    return 1.0
-
-
 def linear_warmup(epoch: float, epochs: float, length: float) -> float:
     """From 0 to 1 in a straight line over `length`, then 1 (DKD: 20 epochs, arXiv:2203.08679)."""
     return 1.0 if length == 0 else min(epoch / in_epochs(length, epochs), 1.0)

@@ -16,9 +16,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from torch import Tensor
 
 from sdcli import checks, prepare
 from sdcli.cli import main
+from sdcli.signals import Batch
 
 torch.set_num_threads(1)
 
@@ -88,3 +90,38 @@ def refused(result: Result, message: str) -> None:
     assert (result.code, result.out) == (2, "")
     assert "Traceback" not in result.err
     assert result.err.strip() == f"error: {message}"
+
+
+def tensor(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def batch_of(labels: list[int] | Tensor) -> Batch:
+    labels = torch.as_tensor(labels)
+    return Batch(torch.zeros(len(labels), 3, 1, 1), labels, torch.arange(len(labels)))
+
+
+class Case:
+    """One entry of the vectors: its tensors in one precision, and its values."""
+
+    def __init__(self, entry: dict, dtype: torch.dtype, atol: float) -> None:
+        self.inputs = entry["inputs"]
+        self.expected, self.dtype, self.atol = entry["expected"], dtype, atol
+        self.batch = batch_of(self.inputs.get("y4", self.inputs.get("y", [])))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.tensor(self.inputs[name], dtype=self.dtype)
+
+    def agrees(self, value: Tensor, name: str, scale: float = 1.0) -> bool:
+        """Whether the value is that of the vectors; `scale` is what float32's rounding errors were multiplied by."""
+        return self.equals(value, self.expected[name], scale)
+
+    def equals(self, value: Tensor, number: object, scale: float = 1.0) -> bool:
+        """Whether the value is this one, which was worked out from the vectors."""
+        atol = self.atol * (scale if self.dtype == torch.float32 else 1.0)
+        return torch.allclose(value.double(), torch.as_tensor(number, dtype=torch.float64), rtol=self.atol, atol=atol)
+
+
+@pytest.fixture(params=[(torch.float64, 1e-9), (torch.float32, 1e-6)], ids=["float64", "float32"])
+def case(request, vectors):
+    return lambda name: Case(vectors[name], *request.param)

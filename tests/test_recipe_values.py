@@ -1,0 +1,255 @@
+"""The recipes as they are shipped against values of the papers' formulas: what a run of each minimises, in its last phase."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Case
+from torch import Tensor, nn
+
+from sdcli.exits import Width
+from sdcli.learner import Making, build_objectives
+from sdcli.losses.labels import cross_entropy, virtual_teacher
+from sdcli.losses.relations import propagate
+from sdcli.recipe import load_recipe
+from sdcli.signals import Signal
+
+Signals = dict[str, Signal]
+
+
+def said(logits: Tensor | None = None, embedding: Tensor | None = None, features: Tensor | None = None) -> Signal:
+    """What a point says; what nobody is to read is empty."""
+    given = next(part for part in (logits, embedding, features) if part is not None)
+    nothing = given.new_zeros(len(given), 1)
+    return Signal(
+        nothing[:, :, None, None] if features is None else features, nothing if embedding is None else embedding, logits
+    )
+
+
+def taught(
+    recipe: str, signals: Signals, case: Case, *overrides: str, at: tuple[float, float] = (1.0, 1.0)
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss that a run of the recipe works out of these signals, and its parts; `at` is the time of the run."""
+    widths = {
+        place: Width(signal.features.shape[1], signal.embedding.shape[1], signal.logits is not None)
+        for place, signal in signals.items()
+        if "@" not in place
+    }
+    num_classes = next(signal.logits.shape[1] for signal in signals.values() if signal.logits is not None)
+    (*_, objective), making = build_objectives(load_recipe([recipe], overrides), widths, num_classes, 10)
+    objective.set_time(*at)
+    for name, make in making.items():
+        made(make, case)
+        signals[name] = make(signals, case.batch)
+    total, parts = objective(signals, case.batch)
+    assert case.equals(total, sum(part.item() for part in parts.values()))
+    return total, parts
+
+
+def made(make: Making, case: Case) -> None:
+    make.to(case.dtype).eval()
+    if gate := getattr(make.make, "gate", None):
+        # The vectors give what comes before the ReLU: a linear layer and a batch norm that change nothing.
+        nn.init.eye_(gate[0].weight)
+        nn.init.zeros_(gate[0].bias)
+        gate[1].eps = 0.0
+
+
+def exits_of(case: Case) -> Signals:
+    points = ["exit1", "exit2", "exit3", "final"]
+    return {p: said(*both) for p, *both in zip(points, case["exit_logits"], case["exit_feats"], strict=True)}
+
+
+# BYOT
+
+
+@pytest.mark.parametrize(("name", "overrides"), [("T1", ["losses.soft.temperature=1.0"]), ("T3_with_T2", [])])
+def test_byot_equals_the_papers_equation(case, name, overrides):
+    of = case("byot_paper_form")
+    paper = ("losses.soft.weight=0.3", "losses.hint.weight=0.03")
+    assert of.agrees(taught("byot", exits_of(of), of, *paper, *overrides)[0], name)
+
+
+def test_byot_journal_equals_the_authors_code(case):
+    of = case("byot_journal_code")
+    # The vector has the identity for the adaptation layers.
+    assert of.agrees(taught("byot-journal", exits_of(of), of, "losses.hint.adapt=none")[0], "total")
+
+
+def test_byot_scan_equals_the_authors_code(case):
+    of = case("scan_code")
+    assert of.agrees(taught("byot-scan", exits_of(of), of)[0], "total")
+
+
+def test_byot_without_a_hint_is_byot_less_its_hint(case):
+    of = case("byot_paper_form")
+    total, parts = taught("byot", exits_of(of), of)
+    assert of.equals(taught("byot-nohint", exits_of(of), of)[0], (total - parts["hint"]).item())
+
+
+def test_deep_supervision_is_the_sum_of_cross_entropies(case):
+    of = case("dsn_total")
+    _, parts = taught("deep-supervision", exits_of(of), of)
+    assert of.agrees(sum(parts.values()), "total")
+
+
+# Maps of one network: the last of them has a classifier, which adds its cross entropy
+
+
+def maps(case: Case, *names: str) -> Signals:
+    points = [*(f"exit{number}" for number in range(1, len(names))), "final"]
+    signals = {point: said(features=case[name]) for point, name in zip(points, names, strict=True)}
+    signals["final"].logits = case[names[-1]].new_zeros(len(case[names[-1]]), 2)
+    case.batch.labels = torch.zeros(len(case[names[-1]]), dtype=torch.long)
+    return signals
+
+
+@pytest.mark.parametrize(("target", "name"), [("next", "adjacent (1<-2, 2<-3)"), ("final", "all_from_deepest")])
+def test_scd_equals_the_reconstruction(case, target, name):
+    of = case("scd_reconstruction")
+    parts = taught("scd", maps(of, "L1", "L2", "L3"), of, f"losses.relations.target={target}")[1]
+    assert of.equals(parts["relations"], 3000 * of.expected[name], scale=3000)
+    assert of.equals(parts["task"], math.log(2))
+
+
+def test_sp_equals_the_authors_code(case):
+    of = case("sp")
+    parts = taught("sp", maps(of, "FS3", "FT3"), of)[1]
+    assert of.equals(parts["relations"], 3000 * of.expected["loss"], scale=3000)
+
+
+def test_at_equals_the_authors_code(case):
+    of = case("at")
+    parts = taught("at", maps(of, "FS", "FT"), of)[1]
+    assert of.equals(parts["attention"], 1000 * of.expected["official_mean"], scale=1000)
+
+
+def test_sad_equals_the_formula_once_it_is_on(case):
+    of = case("sad")
+    before, then = (taught("sad", maps(of, "shallow", "deep"), of, at=(e, 200.0))[1]["attention"] for e in (99, 100))
+    assert before == 0.0
+    assert of.equals(then, 0.1 * of.expected["channel_sum_align_corners_true_mse"])
+
+
+# Branches
+
+
+def branches(case: Case) -> Signals:
+    signals = {p: said(z) for p, z in zip(("exit1", "exit2", "final"), case["branches"], strict=True)}
+    signals["exit1"].features = case["gate_pre"][:, :, None, None]
+    return signals
+
+
+@pytest.mark.parametrize("recipe", ["one", "one-exits"])
+def test_one_equals_the_authors_code(case, recipe):
+    of = case("one_gate")
+    total, parts = taught(recipe, branches(of), of, at=(81.0, 300.0))
+    labels = sum(of.expected["ce_branches"]) + of.expected["ce_ensemble"]
+    assert of.equals(parts["labels"], labels)
+    # Their code adds 1e-7 to the target's probabilities; these are the formula's values, without.
+    assert of.equals(parts["soft"], sum(of.expected["kl_branches_T2"]))
+    assert total.item() == pytest.approx(of.expected["total_ramp1"], abs=1e-5)
+
+
+def test_one_learns_from_the_mix_along_a_ramp(case):
+    of = case("one_gate")
+    soft = [taught("one", branches(of), of, at=(epoch, 300.0))[1]["soft"] for epoch in (0, 40.005, 80.01, 300)]
+    ramp = [math.exp(-5), math.exp(-5 / 4), 1.0, 1.0]
+    whole = sum(of.expected["kl_branches_T2"])
+    assert [value.item() for value in soft] == pytest.approx([whole * share for share in ramp], rel=1e-4)
+
+
+# One classifier
+
+
+def test_cs_kd_equals_the_authors_code(case):
+    of = case("cs_kd")
+    total, parts = taught("cs-kd", {"final": said(of["anchor"]), "final@mate": said(of["classmate"])}, of)
+    assert of.agrees(parts["soft"], "cls_loss")
+    assert of.agrees(total, "total")
+
+
+def test_ddgsd_equals_the_formula_but_for_a_mean_that_is_logged_twice(case):
+    of = case("ddgsd_reconstruction")
+    views = {"final": said(of["view_a"], of["feat_a"]), "final@view": said(of["view_b"], of["feat_b"])}
+    total, parts = taught("ddgsd", views, of)
+    assert of.equals(parts["mean"], 2 * 0.0005 * of.expected["mmd_linear"])
+    assert of.agrees(total - parts["mean"] / 2, "total")
+
+
+def test_bake_equals_the_authors_code_and_its_gradient(case):
+    of = case("bake")
+    logits, features = of["logits"].requires_grad_(), of["feats"].requires_grad_()
+    total, parts = taught("bake", {"final": said(logits, features)}, of)
+    assert of.agrees(parts["soft"], "kd_loss_T2")
+    assert of.agrees(total, "total")
+    (gradient,) = torch.autograd.grad(parts["soft"], logits)
+    assert of.agrees(gradient, "grad_logits of kd_loss_T2")
+    assert features.grad is None
+
+
+def test_bake_carries_predictions_to_those_that_are_alike(case):
+    of = case("bake")
+    # Of unit predictions, almost all of each is carried once at a small omega: what is left is the affinity.
+    carried = propagate(1e3 * torch.eye(3, dtype=torch.float64), of["feats"].double(), omega=1e-6, temperature=1.0)
+    affinity = (carried - carried.diag().diag()) / 1e-6
+    torch.testing.assert_close(affinity, torch.tensor(of.expected["affinity"]).double(), atol=1e-5, rtol=1e-5)
+
+
+def test_tf_nkd_equals_the_authors_code(case):
+    of = case("tf_nkd")
+    assert of.agrees(taught("tf-nkd", {"final": said(of["S4"])}, of)[0], "total_with_ce")
+
+
+def test_zipf_equals_the_authors_code(case):
+    of = case("zipf_ls")
+    final = said(of["S4"])
+    final.dense = 10 * F.one_hot(torch.tensor(of.inputs["dense_argmax"]), 4).mT.to(of.dtype)
+    assert of.agrees(taught("zipf", {"final": final}, of)[0], "total_cifar100 (CE + 0.1*zipf)")
+
+
+def test_label_smoothing_equals_the_formula(case):
+    of = case("label_smoothing")
+    for over, name in (("all", "uniform_over_all_C"), ("others", "uniform_over_non_target")):
+        assert of.agrees(
+            taught("label-smoothing", {"final": said(of["S"])}, of, f"losses.task.smooth_over={over}")[0], name
+        )
+
+
+def test_tf_kd_is_a_tenth_of_its_virtual_teacher(case):
+    of = case("ce")
+    total, _ = taught("tf-kd", {"final": said(of["S"])}, of)
+    ours = 0.9 * cross_entropy(of["S"], of.batch) + 0.1 * virtual_teacher(of["S"], of.batch)
+    assert of.equals(total, ours.mean().item())
+
+
+@pytest.mark.parametrize(("epoch", "share"), [(0, 0.0), (30, 0.08), (300, 0.8)])
+def test_ps_kd_trusts_its_past_more_and_more(case, epoch, share):
+    of = case("ce")
+    total, parts = taught("ps-kd", {"final": said(of["S"])}, of, at=(epoch, 300.0))
+    # What has not been seen before is remembered as its label; weights that change are kept in float32.
+    assert total.item() == pytest.approx(of.expected["ce"], rel=1e-6)
+    assert parts["past"].item() == pytest.approx(share * of.expected["ce"], rel=1e-6)
+
+
+def test_the_average_teaches_as_a_peer_would(case):
+    of = case("dml")
+    signals = {"final": said(of["S"]), "ema.final": said(of["T"]), "ema.final@view": said(of["T"])}
+    assert of.agrees(taught("ema-teacher", signals, of)[0], "loss_student_net")
+
+
+def test_the_last_student_teaches_a_born_again_one(case):
+    of = case("kl")
+    parts = taught("born-again", {"final": said(of["S"]), "teacher.final": said(of["T"])}, of)[1]
+    teacher = of["T"].softmax(1)
+    assert of.equals(parts["soft"], of.expected["T1"] - (teacher * teacher.log()).sum(1).mean().item())
+    assert of.equals(parts["task"], cross_entropy(of["S"], of.batch).mean().item())
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "mixup", "cutmix"])
+def test_mixed_labels_are_the_recipes_only_loss(case, recipe):
+    of = case("ce")
+    assert of.agrees(taught(recipe, {"final": said(of["S"])}, of)[0], "ce")
