@@ -108,6 +108,18 @@ def remarks(recipe: Recipe) -> list[str]:
         for name, loss in recipe.losses.items()
         if all(not weight.varies and weight.value == 0 for weight in loss.weights)
     ]
+    read = recipe.places(recipe.losses)
+    found += [f"signals.{name} has no effect: no loss reads it" for name in recipe.signals if name not in read]
+    found += [
+        f"batch.also.{name} has no effect, but costs its images: no loss reads final@{name}"
+        for name in recipe.batch.also
+        if not any(place.endswith(f"@{name}") for place in read)
+    ]
+    if "mix_prob" in recipe.batch.model_fields_set and not recipe.batch.mixes:
+        found.append("batch.mix_prob has no effect: nothing is mixed")
+    if recipe.phases:
+        used = {name for phase in recipe.stages for name in phase.losses or ()}
+        found += [f"losses.{name} has no effect: no phase has it" for name in recipe.losses if name not in used]
     for name, loss in recipe.losses.items():
         signal = recipe.signals.get(loss.target) if isinstance(loss.target, str) else None
         own, other = loss.options.get("temperature"), signal.options.get("temperature") if signal else None

@@ -38,10 +38,10 @@ def unknown(what: str, name: str, known: Iterable[str], fix: str = "", limit: in
     return UserError(f"unknown {what} '{name}'", f"one of {listed}", did_you_mean(name, names) or fix)
 
 
-def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Iterable[str], fix: str = "") -> UserError:
+def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str, Any], fix: str = "") -> UserError:
     """The first of pydantic's problems with a table in our words: which key, which value, what it should have been.
 
-    `where` names the table ("losses.soft"), `keys` are those it may have.
+    `where` names the table ("losses.soft"), `keys` are those it may have, with their defaults.
     """
     # An unknown key first: it is often why another one is missing.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
@@ -59,7 +59,16 @@ def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Iterable[st
         return UserError(f"{place} = {shown(value)}", "a table", fix)
     # "Input should be a valid integer" reads better without its subject.
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return UserError(f"{place} = {shown(value)}", expected, fix or _mended(place, kind, value, expected))
+    if kind == "too_short":
+        expected = "one entry or more"
+    fix = fix or _mended(place, kind, value, expected) or default_of(path[-1], keys)
+    return UserError(f"{place} = {shown(value)}", expected, fix)
+
+
+def default_of(key: str, keys: Mapping[str, Any]) -> str:
+    """What holds where a key is left out; "" where it has no default worth a word."""
+    default = keys.get(key)
+    return f"the default is {shown(default)}" if isinstance(default, (str, int, float)) and default != "" else ""
 
 
 def shown(value: Any) -> str:

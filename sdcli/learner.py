@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,20 @@ from sdcli.signals import Batch, Signal
 class Making(nn.Module):
     """One prediction made from others."""
 
-    def __init__(self, of: Sequence[str], entry: Entry, make: Callable[..., Tensor]) -> None:
+    def __init__(self, of: Sequence[str], entry: Entry, setting: Setting, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.of = list(of)
         self.reads_one = reads_one(entry)
         self.reads_places = entry.reads == "dense"
         self.sees_batch = bool(entry.sees_batch)
-        self.make = make
+        built = isinstance(entry.call, type)
+        self._build = partial(entry.call, *([setting] if built else []), **options)
+        self.make: Callable[..., Tensor] = self._build() if built else self._build
+
+    def renew(self) -> None:
+        """Forgets all that it has learnt or remembered."""
+        if isinstance(self.make, nn.Module):
+            self.make.load_state_dict(self._build().state_dict())
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> Signal:
         """Made in float32 or better; map and embedding are those of the first that it is made of."""
@@ -81,11 +89,7 @@ def build_signals(
         if entry.reads == "dense" and parsed(of[0])[1] != FINAL:
             raise UserError(f"{where}: kind = '{table.kind}' reads the last map, and {of[0]} does not", 'of = "final"')
         own = [places.width(place) for place in of]
-        if isinstance(entry.call, type):
-            make = entry.call(Setting([width.num_chs for width in own], num_classes, num_images), **options)
-        else:
-            make = partial(entry.call, **options)
-        made[name] = Making(of, entry, make)
+        made[name] = Making(of, entry, Setting([width.num_chs for width in own], num_classes, num_images), options)
         learns = not entry.constant and any(parsed(place)[0] not in frozen for place in of)
         known[name] = replace(own[0], learns=learns)
     return made, known
@@ -185,6 +189,12 @@ class Learner(nn.Module):
         student = self.networks[STUDENT]
         assert isinstance(student, MultiExit)
         return student
+
+    def renew_signals(self) -> None:
+        """What is made of predictions begins anew."""
+        for made in self.derived.values():
+            assert isinstance(made, Making)
+            made.renew()
 
     def train(self, mode: bool = True) -> Learner:
         """Frozen networks stay in eval mode: in train mode their batch norms would go on changing."""

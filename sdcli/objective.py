@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdcli.errors import UserError, did_you_mean
 from sdcli.exits import FINAL, Width
 from sdcli.losses import LOSSES
-from sdcli.recipe import STUDENT, Loss, Over
+from sdcli.recipe import AVERAGE, STUDENT, TEACHER, Loss, Over
 from sdcli.registry import Entry
 from sdcli.signals import Batch, Signal
 
@@ -179,6 +179,14 @@ class Objective(nn.Module):
             # From memory that is pinned a GPU fetches them without anyone waiting.
             self.now.copy_(weights.pin_memory() if self.now.is_cuda else weights, non_blocking=True)
 
+    def go_on_from(self, other: Objective) -> None:
+        """Takes over what the same terms of another objective have learnt."""
+        learnt = {(term.name, term.on, term.target): term.compare for term in other.terms}
+        for term in self.terms:
+            former = learnt.get((term.name, term.on, term.target))
+            if isinstance(term.compare, nn.Module) and isinstance(former, nn.Module):
+                term.compare.load_state_dict(former.state_dict())
+
     @property
     def names(self) -> list[str]:
         """The recipe's losses that have a term, in order."""
@@ -289,8 +297,10 @@ class Places:
                 chosen.append(name)
                 continue
             chosen += self._points(name, f"{where}.{key}")
-        if key == "on":
-            for place in chosen:
+        for place in chosen:
+            if chosen.count(place) > 1:
+                raise UserError(f"{where}.{key} names {place} twice", "every point once")
+            if key == "on":
                 self.check_learns(place, where)
         return chosen
 
@@ -356,10 +366,14 @@ class Places:
         network = parsed(name)[0]
         if all(parsed(place)[0] != network for place in self.widths):
             known = dict.fromkeys(parsed(place)[0] for place in self.widths)
+            add = {
+                AVERAGE: "add an [ema] table: the average of the student's weights",
+                TEACHER: f"add a [networks.{TEACHER}] table, or a phase with teacher = true",
+            }
             return UserError(
                 f"{where} = '{name}': there is no networks.{network}",
                 "one of " + ", ".join(known),
-                did_you_mean(network, known) or f"add a [networks.{network}] table",
+                did_you_mean(network, known) or add.get(network, f"add a [networks.{network}] table"),
             )
         known_places = [*self.widths, *self.derived]
         return UserError(

@@ -411,10 +411,14 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         table = training.recipe.student
         new, _ = build_network(table, about.architecture, about.plan, about.heads, len(about.classes))
         learner.student.load_state_dict(new.state_dict())
+        learner.renew_signals()
+        if training.ema is not None:
+            training.ema.module.load_state_dict(new.state_dict())
         set_seed(training.settings.seed + number + accelerator.process_index)
-    if begins and training.ema is not None:
-        training.ema.module.load_state_dict(learner.student.state_dict())
-    learner.teach(training.objectives[number].to(accelerator.device))
+    objective = training.objectives[number].to(accelerator.device)
+    if begins and number and not phase.fresh:
+        objective.go_on_from(training.objectives[number - 1])
+    learner.teach(objective)
     optimizer = create_optimizer([learner], training.recipe.optimizer)
     epochs = phase.epochs or 0
     training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)

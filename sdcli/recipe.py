@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdcli import ramps, toml
-from sdcli.errors import UserError, did_you_mean, invalid, unknown
+from sdcli.errors import UserError, default_of, did_you_mean, invalid, unknown
 
 STUDENT = "student"
 """The network that the command line names; an address without a network means one of its points."""
@@ -229,9 +229,10 @@ class Phase(Table):
     losses: Annotated[list[str], Field(min_length=1)] | None = None
     """Those that teach in it; None: all."""
     teacher: bool = False
-    """Whether the student as it is when the phase begins teaches in it, frozen, as `teacher.final`."""
+    """Whether the student as it is when the phase begins (with `[ema]`, its average) teaches from then on, frozen, as
+    `teacher.final`."""
     fresh: bool = False
-    """Whether the student begins anew."""
+    """Whether the student begins anew, and with it whatever the losses and signals have learnt or remembered."""
     rounds: Annotated[int, Field(ge=1)] = 1
     """How many times in a row."""
 
@@ -287,14 +288,18 @@ class Recipe(Table):
             networks[TEACHER] = False
         return networks
 
+    def places(self, losses: Iterable[str] | None = None) -> list[str]:
+        """What these losses name, and what the signals among it are made of; what all losses and signals do, where none
+        are given. Each as it is written."""
+        named: list[str] = []
+        for name in self.losses if losses is None else losses:
+            named += [*_listed(self.losses[name].on), *_listed(self.losses[name].target)]
+        signals = [signal for name, signal in self.signals.items() if losses is None or name in named]
+        return [*named, *(place for signal in signals for place in _listed(signal.of))]
+
     def reads(self, network: str) -> bool:
         """Whether a loss or a signal names a point of this network."""
-        places: list[str] = []
-        for loss in self.losses.values():
-            places += [*_listed(loss.on), *_listed(loss.target)]
-        for signal in self.signals.values():
-            places += _listed(signal.of)
-        return any(place.startswith(f"{network}.") for place in places)
+        return any(place.startswith(f"{network}.") for place in self.places())
 
 
 def _listed(value: str | list[str]) -> list[str]:
@@ -341,13 +346,7 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         raise _explain(error, origins or {}) from None
     if not recipe.losses:
         raise UserError("the recipe has no losses", "at least one [losses.NAME] table", 'add extends = "baseline"')
-    for number, phase in enumerate(recipe.phases):
-        for name in phase.losses or ():
-            if name not in recipe.losses:
-                refusal = unknown("loss", name, recipe.losses)
-                raise UserError(f"phases[{number}].losses: {refusal.wrong}", refusal.expected, refusal.fix)
-        if number == 0 and phase.teacher:
-            raise UserError("phases[0].teacher = true: there is no student before the first phase", "a later phase")
+    _check_phases(recipe)
     if recipe.student.model is not None:
         raise UserError(
             f"networks.student.model = {recipe.student.model!r}",
@@ -363,6 +362,7 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
                 "a recipe that mixes nothing, or further images of = 'itself'",
                 "--set batch.mixup=0 --set batch.cutmix=0",
             )
+    _check_batch(recipe)
     _check_addresses(recipe, origins or {})
     for name, network in recipe.others.items():
         if network.model is None:
@@ -372,6 +372,44 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
                 f'add model = "resnet18" to [networks.{name}]',
             )
     return recipe
+
+
+def _check_phases(recipe: Recipe) -> None:
+    """Raises UserError for a phase that names a loss that there is not, or reads a teacher that there is not yet, and
+    for a network that is called as one that phases or `[ema]` make."""
+    taught = False
+    for number, phase in enumerate(recipe.phases):
+        for name in phase.losses or ():
+            if name not in recipe.losses:
+                refusal = unknown("loss", name, recipe.losses)
+                raise UserError(f"phases.{number}.losses: {refusal.wrong}", refusal.expected, refusal.fix)
+        if number == 0 and phase.teacher:
+            raise UserError("phases.0.teacher = true: there is no student before the first phase", "a later phase")
+        taught = taught or phase.teacher
+        losses = phase.losses or list(recipe.losses)
+        reading = [name for name in losses if any(p.startswith(f"{TEACHER}.") for p in recipe.places([name]))]
+        if reading and not taught and TEACHER not in recipe.networks:
+            others = [name for name in losses if name not in reading]
+            raise UserError(
+                f"phases.{number} has losses.{reading[0]}, which reads {TEACHER}.…, and there is no teacher yet",
+                "losses without one, until a phase has teacher = true",
+                f"losses = {toml.write_value(others)} in this phase" if others else "",
+            )
+    if taught and TEACHER in recipe.networks:
+        raise UserError(f"[networks.{TEACHER}]: this is what a phase with teacher = true makes", "another name")
+    if recipe.ema is not None and AVERAGE in recipe.networks:
+        raise UserError(f"[networks.{AVERAGE}]: this is what [ema] makes", "another name")
+
+
+def _check_batch(recipe: Recipe) -> None:
+    """Raises UserError for a batch that its groups do not fill."""
+    group = recipe.batch.mates + 1
+    if recipe.batch.size % group:
+        raise UserError(
+            f"batch.size = {recipe.batch.size}: batch.mates = {recipe.batch.mates} makes groups of {group} images",
+            f"a multiple of {group}",
+            f"--batch-size {max(1, recipe.batch.size // group) * group}",
+        )
 
 
 def _check_addresses(recipe: Recipe, origins: Mapping[str, str]) -> None:
@@ -583,16 +621,23 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
         problem["loc"] = tuple(
             p for p in problem["loc"] if isinstance(p, int) or (re.fullmatch(r"[\w-]+", p) and p not in _BRANCHES)
         )
-    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    # Of a table that may stand for a number the mistake is inside.
+    whole = {p["loc"] for p in problems if isinstance(p["input"], Mapping)}
+    inside = [p for p in problems if any(p["loc"][: len(at)] == at and p["loc"] != at for at in whole)]
+    first = min(inside or problems, key=lambda p: p["type"] != "extra_forbidden")
     path = [str(p) for p in first["loc"]]
     result = invalid([first], "", _keys_at(path[:-1]))
     same = [p for p in problems if p["loc"] == first["loc"]]
     if len(same) > 1:
-        said = dict.fromkeys(str(p["msg"]).removeprefix("Value error, ").removeprefix("Input should be ") for p in same)
+        said = dict.fromkeys(
+            "a table" if p["type"] == "model_type" else re.sub(r"^(Value error, |Input should be )+", "", str(p["msg"]))
+            for p in same
+        )
         result.expected = ", or ".join(said)
         if first["type"] not in ("int_type", "float_type"):
             # The first branch's idea of what was meant is not the others'.
-            result.fix = did_you_mean(first["input"], re.findall(r"'([^']+)'", result.expected))
+            near = did_you_mean(first["input"], re.findall(r"'([^']+)'", result.expected))
+            result.fix = near or default_of(path[-1], _keys_at(path[:-1]))
     if "." not in (key := ".".join(path)) and first["type"] == "missing":
         result.fix = f'add a [{key}.NAME] table, or extends = "baseline"'
     elif first["type"] in ("model_type", "dict_type") and path[:1] in (["losses"], ["networks"]) and path[2:] == []:
@@ -617,11 +662,11 @@ _TABLES: dict[str, type[BaseModel]] = {
     "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
     "networks.NAME": Network, "ema": Ema, "signals.NAME": Derived, "batch.also.NAME": Also, "phases": Phase,
 }  # fmt: skip
-_BRANCHES = {"int", "float", "str", "constrained-int", "constrained-float"}
+_BRANCHES = {"int", "float", "str", "constrained-int", "constrained-float", "Over"}
 
 
-def _keys_at(path: Sequence[str]) -> list[str]:
-    """The keys that the table at `path` may have."""
+def _keys_at(path: Sequence[str]) -> dict[str, Any]:
+    """The keys that the table at `path` may have, with their defaults."""
     model: type[BaseModel] | None = Recipe
     path = list(path)
     tables: dict[str, type[BaseModel]] = {
@@ -631,5 +676,5 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     }  # fmt: skip
     if path:
         model = tables.get(path[-1]) or tables.get(path[-2] if len(path) > 1 else "")
-    keys = sorted(model.model_fields) if model else []
-    return [*keys, "extends"] if not path else keys
+    keys = {name: field.default for name, field in sorted(model.model_fields.items())} if model else {}
+    return keys if path else {**keys, "extends": None}

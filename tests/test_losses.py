@@ -124,7 +124,10 @@ WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}
             "  expected: one of direction, rescale, standardise, temperature\n"
             "  fix:      did you mean 'temperature'?",
         ),
-        (["losses.soft.temperature=0.0"], "losses.soft.temperature = 0.0\n  expected: greater than 0"),
+        (
+            ["losses.soft.temperature=0.0"],
+            "losses.soft.temperature = 0.0\n  expected: greater than 0\n  fix:      the default is 4.0",
+        ),
         (
             ["losses.soft.on=exit4"],
             "losses.soft.on = 'exit4', a point that this network does not have\n"

@@ -18,7 +18,7 @@ from sdcli.data import Split
 from sdcli.derived import Memory, Setting
 from sdcli.errors import UserError
 from sdcli.loaders import EpochBatches
-from sdcli.prepare import Settings, Training, prepare, resume, resumed
+from sdcli.prepare import Settings, Training, enter_phase, prepare, resume, resumed
 from sdcli.recipe import Over, load_recipe, recipe_names
 from sdcli.scoring import score_checkpoint
 from sdcli.signals import Batch, Signal
@@ -33,10 +33,8 @@ def settings(model: str) -> Settings:
     return Settings(MODELS[model], "digits", limit_train=64, limit_val=20, device="cpu", workers=0)
 
 
-def recipe_of(name: str, model: str) -> Any:
-    # Heads that are made for maps need some.
-    heads = () if model == "convnet" or load_recipe([name]).student.head == "none" else ("networks.student.head=auto",)
-    return load_recipe([name], [*SHORT, *heads])
+def recipe_of(name: str) -> Any:
+    return load_recipe([name], SHORT)
 
 
 def after(questions: int) -> Callable[[], int | None]:
@@ -52,7 +50,7 @@ def outcome(folder: Path) -> Any:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, tmp_path: Path) -> None:
-    recipe = recipe_of(name, model)
+    recipe = recipe_of(name)
     whole = list(fit(prepare(settings(model), recipe, tmp_path / "whole")))
     assert isinstance(whole[-1], Finished)
     log = outcome(tmp_path / "whole")
@@ -67,6 +65,13 @@ def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, tmp_path: Pa
     assert outcome(tmp_path / "parts") == log
     first, second = (load_file(tmp_path / folder / "last.safetensors") for folder in ("whole", "parts"))
     assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
+
+    # The file alone says the same as the run.
+    scored = score_checkpoint(tmp_path / "whole" / "best.safetensors", device="cpu", split="validation", limit=20)[
+        0
+    ].to_dict()
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert [e["nll"] for e in scored["exits"]] == pytest.approx([e["nll"] for e in report["exits"]], rel=1e-5)
 
 
 # What the methods are made of
@@ -153,7 +158,7 @@ def test_a_memory_gives_the_label_first_and_then_what_was_said() -> None:
 
 
 def test_a_gate_learns_from_the_mix_and_not_from_what_the_mix_teaches(tmp_path: Path) -> None:
-    training = prepare(settings("convnet"), recipe_of("one-exits", "convnet"), tmp_path / "run")
+    training = prepare(settings("convnet"), recipe_of("one-exits"), tmp_path / "run")
     training.learner.objective.set_time(1.0, 2.0)
     gate = training.learner.derived["mix"].make.gate[0].weight
     _, parts = training.learner(batch_of(training))
@@ -162,7 +167,7 @@ def test_a_gate_learns_from_the_mix_and_not_from_what_the_mix_teaches(tmp_path: 
 
 
 def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None:
-    training = prepare(settings("convnet"), recipe_of("sp", "convnet"), tmp_path / "run")
+    training = prepare(settings("convnet"), recipe_of("sp"), tmp_path / "run")
     assert training.network.classifiers == ["final"] and len(training.network.points) == 4
     report = list(fit(training))[-1].report
     assert [result.point for result in report.exits] == ["final"] and report.ensemble is None
@@ -225,6 +230,43 @@ def test_a_phase_is_changed_by_its_number() -> None:
     )
 
 
+def test_what_has_no_effect_is_remarked_on(tmp_path: Path) -> None:
+    tables = """
+extends = "baseline"
+[batch]
+mix_prob = 0.5
+[batch.also.view]
+of = "itself"
+[signals.mix]
+kind = "mean"
+of = "all"
+[losses.spare]
+kind = "cross_entropy"
+on = "final"
+[[phases]]
+name = "only"
+losses = ["task"]
+"""
+    assert remarks(losses_of(tables, tmp_path)) == [
+        "signals.mix has no effect: no loss reads it",
+        "batch.also.view has no effect, but costs its images: no loss reads final@view",
+        "batch.mix_prob has no effect: nothing is mixed",
+        "losses.spare has no effect: no phase has it",
+    ]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_nothing_in_a_recipe_that_comes_with_sdcli_is_without_effect(name: str) -> None:
+    expected = ["losses.hint has no effect: its weight is 0"] if name == "byot-nohint" else []
+    assert remarks(load_recipe([name])) == expected
+
+
+def test_a_point_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        prepared('extends = "baseline"\n[losses.task]\non = ["all", "final"]\n', tmp_path)
+    assert str(error.value) == "losses.task.on names final twice\n  expected: every point once"
+
+
 def test_two_temperatures_that_belong_together_and_differ_are_remarked_on() -> None:
     assert remarks(load_recipe(["bake"])) == []
     assert remarks(load_recipe(["bake"], ["losses.soft.temperature=1.0"])) == [
@@ -233,7 +275,7 @@ def test_two_temperatures_that_belong_together_and_differ_are_remarked_on() -> N
 
 
 def test_a_born_again_student_begins_anew_and_is_taught_by_the_one_before(tmp_path: Path) -> None:
-    training = prepare(settings("convnet"), recipe_of("born-again", "convnet"), tmp_path / "run")
+    training = prepare(settings("convnet"), recipe_of("born-again"), tmp_path / "run")
     events = fit(training)
     for event in events:
         if isinstance(event, Epoch) and event.epoch == 2:
@@ -248,8 +290,72 @@ def test_a_born_again_student_begins_anew_and_is_taught_by_the_one_before(tmp_pa
     assert [line["phase"] for line in outcome(tmp_path / "run")] == ["first", "first", "again", "again"]
 
 
+PHASES = """
+extends = "ps-kd"
+[networks.student]
+exits = 2
+[losses.exits]
+kind = "cross_entropy"
+on = "exits"
+[losses.hint]
+kind = "hint"
+on = "exits"
+target = "final"
+adapt = "linear"
+[[phases]]
+name = "first"
+epochs = 1
+[[phases]]
+name = "further"
+epochs = 1
+teacher = true
+[[phases]]
+name = "anew"
+epochs = 1
+fresh = true
+"""
+
+
+def test_a_phase_goes_on_from_what_was_learnt_and_a_fresh_one_from_nothing(tmp_path: Path) -> None:
+    training = prepared(PHASES, tmp_path)
+    events = fit(training)
+
+    def learnt() -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in training.learner.state_dict().items()}
+
+    def ended() -> dict[str, torch.Tensor]:
+        next(event for event in events if isinstance(event, Epoch))
+        return learnt()
+
+    # Before the first update of the next phase: its settings are what the epoch's end left behind.
+    first, adapter = ended(), "objective.trained.0.adapt.weight"
+    enter_phase(training, 1)
+    assert torch.equal(learnt()[adapter], first[adapter])
+    assert learnt()["derived.past.make.seen"].sum() == 64
+    enter_phase(training, 2)
+    assert not torch.equal(learnt()[adapter], first[adapter])
+    assert learnt()["derived.past.make.seen"].sum() == 0
+
+
+def test_a_run_goes_on_exactly_from_within_a_later_phase_and_round(tmp_path: Path) -> None:
+    recipe = load_recipe(["born-again"], [*SHORT, "epochs=1", "phases.1.rounds=2"])
+    list(fit(prepare(settings("convnet"), recipe, tmp_path / "whole")))
+    log = outcome(tmp_path / "whole")
+    assert [line["phase"] for line in log] == ["first", "again", "again"]
+    # An epoch has two updates and one scored batch, each of which asks.
+    for number, asked in enumerate((5, 8)):
+        folder = tmp_path / f"parts{number}"
+        assert isinstance(list(fit(prepare(settings("convnet"), recipe, folder), after(asked)))[-1], Stopped)
+        training = resume(folder, *resumed(folder, {}, None, []))
+        assert training.phase == number + 1
+        list(fit(training))
+        assert outcome(folder) == log
+        whole, parts = (load_file(tmp_path / f / "last.safetensors") for f in ("whole", folder.name))
+        assert all(torch.equal(whole[tensor], parts[tensor]) for tensor in whole)
+
+
 def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
-    training = prepare(settings("convnet"), recipe_of("ema-teacher", "convnet"), tmp_path / "run")
+    training = prepare(settings("convnet"), recipe_of("ema-teacher"), tmp_path / "run")
     assert training.learner.passes == {("student", ""): True, ("ema", "view"): False}
     assert training.learner.networks["ema"] is training.ema.module
     list(fit(training))
@@ -270,9 +376,9 @@ def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
          "losses.x.target = 'mix'\n  expected: 'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1', "
          "or a signal: mixed\n  fix:      did you mean 'mixed'?"),
         ('[[phases]]\nname = "a"\nlosses = ["tusk"]\n',
-         "phases[0].losses: unknown loss 'tusk'\n  expected: one of task\n  fix:      did you mean 'task'?"),
+         "phases.0.losses: unknown loss 'tusk'\n  expected: one of task\n  fix:      did you mean 'task'?"),
         ('[[phases]]\nname = "a"\nlosses = []\n',
-         "phases.0.losses = []\n  expected: List should have at least 1 item after validation, not 0"),
+         "phases.0.losses = []\n  expected: one entry or more"),
         ('[signals.mix]\nkind = "mean"\nof = "final@veiw"\n[batch.also.view]\nof = "itself"\n',
          "signals.mix.of = 'final@veiw': there are no images 'veiw'\n  expected: one of view\n  fix:      did you mean 'view'?"),
         ('[signals.mix]\nkind = "mean"\nof = "finale"\n',
@@ -283,7 +389,19 @@ def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
          "  expected: a recipe that mixes nothing, or further images of = 'itself'\n"
          "  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
         ('[[phases]]\nname = "a"\nteacher = true\n',
-         "phases[0].teacher = true: there is no student before the first phase\n  expected: a later phase"),
+         "phases.0.teacher = true: there is no student before the first phase\n  expected: a later phase"),
+        ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "teacher.final"\n[[phases]]\nname = "a"\n'
+         '[[phases]]\nname = "b"\nteacher = true\n',
+         "phases.0 has losses.x, which reads teacher.…, and there is no teacher yet\n"
+         "  expected: losses without one, until a phase has teacher = true\n"
+         '  fix:      losses = ["task"] in this phase'),
+        ('[[phases]]\nname = "a"\n[[phases]]\nname = "b"\nteacher = true\n[networks.teacher]\nmodel = "test_vit"\n',
+         "[networks.teacher]: this is what a phase with teacher = true makes\n  expected: another name"),
+        ('[ema]\n[networks.ema]\nmodel = "test_vit"\n',
+         "[networks.ema]: this is what [ema] makes\n  expected: another name"),
+        ('batch = { mates = 2 }\n',
+         "batch.size = 32: batch.mates = 2 makes groups of 3 images\n  expected: a multiple of 3\n"
+         "  fix:      --batch-size 30"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_method_is_explained(tables: str, message: str, tmp_path: Path) -> None:

@@ -80,10 +80,10 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
         ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of also, augment, cutmix, mates, mix_prob, mixup, size\n  fix:      did you mean 'size'?"),
         ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, "
          "paper, phases, schedule, signals, title\n  fix:      did you mean 'epochs'?"),
-        ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer"),
-        ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1"),
+        ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer\n  fix:      the default is 200"),
+        ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1\n  fix:      the default is 200"),
         ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'\n  fix:      did you mean 'pad'?"),
-        ("optimizer.lr=-1.0", "optimizer.lr = -1.0\n  expected: greater than 0"),
+        ("optimizer.lr=-1.0", "optimizer.lr = -1.0\n  expected: greater than 0\n  fix:      the default is 0.1"),
         ("optimizer=3", "optimizer = 3\n  expected: a table"),
         ("losses.task.kind=3", "losses.task.kind = 3\n  expected: a valid string"),
         ("losses.task.on=exit0", "losses.task.on = 'exit0'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these\n"
@@ -91,8 +91,10 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
         ("losses.task.target=exits", "losses.task.target = 'exits'\n  expected: 'label', 'next' (the next deeper point), "
          "'final', or one exit such as 'exit1'\n  fix:      did you mean 'exit1'?"),
         ("losses.new.weight=1", "losses.new.kind is missing\n  expected: a value: it has no default"),
-        ("losses.task.weight=-1", "losses.task.weight = -1\n  expected: greater than or equal to 0, or a valid list"),
-        ("networks.student.exits=some", "networks.student.exits = 'some'\n  expected: 'auto' or 'none', or a valid integer, or a valid list"),
+        ("losses.task.weight=-1", "losses.task.weight = -1\n  expected: greater than or equal to 0, or a table, or a valid list\n  fix:      the default is 1.0"),
+        ('losses.task.weight={ value = 1.0, warmup = "3" }', "losses.task.weight.warmup = '3'\n  expected: a valid number\n  fix:      without quotes: warmup = 3"),
+        ("losses.task.weight={ warmpu = 3 }", "losses.task.weight: unknown key 'warmpu'\n  expected: one of decay, off, on, sigmoid, to, value, warmup\n  fix:      did you mean 'warmup'?"),
+        ("networks.student.exits=some", "networks.student.exits = 'some'\n  expected: 'auto' or 'none', or a valid integer, or a valid list\n  fix:      the default is 'auto'"),
     ],
 )  # fmt: skip
 def test_a_mistake_names_its_source_key_value_and_what_was_expected(override, expected):

@@ -146,7 +146,7 @@ MISTAKES = {
     "a number in quotes": (
         BYOT + '[losses.soft]\nweight = "0.5"\n',
         "FILE: losses.soft.weight = '0.5'\n"
-        "  expected: a valid number, or a valid list\n"
+        "  expected: a valid number, or a table, or a valid list\n"
         "  fix:      without quotes: weight = 0.5",
     ),
     "a point that there is not": (
@@ -163,7 +163,7 @@ MISTAKES = {
     ),
     "a value out of its range": (
         BYOT + "[optimizer]\nmomentum = 9\n",
-        "FILE: optimizer.momentum = 9\n  expected: less than 1",
+        "FILE: optimizer.momentum = 9\n  expected: less than 1\n  fix:      the default is 0.9",
     ),
     "a head under another name": (
         BYOT + '[networks.student]\nhead = "bottleneck-attention"\n',
@@ -215,7 +215,7 @@ MISTAKES = {
         BYOT + '[losses.soft]\ntarget = "teacher.final"\n',
         "FILE: losses.soft.target = 'teacher.final': there is no networks.teacher\n"
         "  expected: one of student\n"
-        "  fix:      add a [networks.teacher] table",
+        "  fix:      add a [networks.teacher] table, or a phase with teacher = true",
     ),
     "a warm-up as long as the run": (
         BYOT + "epochs = 5\n[schedule]\nwarmup = 5\n",

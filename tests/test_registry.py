@@ -33,7 +33,10 @@ def test_keys_defaults_and_inputs_come_from_the_signature():
         ({}, "here.factor is missing\n  expected: a value: it has no default"),
         ({"factor": 0}, "here.factor = 0\n  expected: greater than 0"),
         ({"factor": "two"}, "here.factor = 'two'\n  expected: a valid number"),
-        ({"factor": 1, "mode": "left"}, "here.mode = 'left'\n  expected: 'up' or 'down'"),
+        (
+            {"factor": 1, "mode": "left"},
+            "here.mode = 'left'\n  expected: 'up' or 'down'\n  fix:      the default is 'up'",
+        ),
         (
             {"facter": 1},
             "here: unknown key 'facter'\n  expected: one of factor, mode\n  fix:      did you mean 'factor'?",
