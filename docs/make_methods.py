@@ -1,24 +1,57 @@
-"""Writes docs/methods.md: every recipe and every loss, from the recipe files and the code.
+"""Writes docs/methods.md, every recipe and every name that one may use, and docs/recipes.md, every key, from the recipe
+files and the code.
 
 python docs/make_methods.py
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import BaseModel
+
+from sdcli import recipe as language
 from sdcli.about import Overview, formula, needs, overview
-from sdcli.catalogue import Item, losses
-from sdcli.recipe import recipe_names
+from sdcli.catalogue import Item, Key, heads, losses, signals, type_words
+from sdcli.recipe import TABLES, Over, Recipe, recipe_names
 from sdcli.toml import write_value
 
-FILE = Path(__file__).with_name("methods.md")
+FOLDER = Path(__file__).parent
 
 OPENING = """\
 # Methods
 
-Made by `python docs/make_methods.py` from the recipes' headers and the losses' docstrings: change those, not this file.
+Made by `python docs/make_methods.py` from the recipes' headers and the code's docstrings: change those, not this file.
 `sdcli recipes show NAME` prints a recipe with all that it extends, `sdcli recipes losses NAME` what is known of a loss.
+[recipes.md](recipes.md) has the keys that every recipe may have.
+
+In the formulas s is what the student says and t the target, which gets no gradient; y is the label, T the temperature,
+B the batch, K the classes, C, H and W those of a map, D the embedding, E the signals that one is made of. A loss that
+has a value for each image is averaged over the batch. W s is a layer that is trained along, where `adapt` asks for one.
+"""
+
+KEYS = """\
+# The keys of a recipe
+
+Made by `python docs/make_methods.py` from `sdcli/recipe.py`: change that, not this file. [methods.md](methods.md) has
+the recipes that come with sdcli and the names that they use.
+
+A recipe is a TOML file. `extends` names another, by name or path, whose tables this one refines key by key. On the
+command line several `--recipe` refine each other from left to right, and `--set losses.soft.weight=0.5` refines them
+all; `--set phases.1.rounds=3` means the second of a list of tables. `sdcli recipes show` prints what comes out, and who
+brought each value.
+
+`on`, `target` and `of` name points: `exit1`, `exit2`, … (shallowest first), `final`, `exits` (all but final), `all`;
+for a target `label` and `next` (the next deeper point) too. `peer.final` is a point of `[networks.peer]`, `ema.final`
+one of the average that `[ema]` makes, `teacher.final` one of a phase's teacher, `final@view` what `final` says of
+`[batch.also.view]`. A signal is named as it is called. A target gets no gradient.
+
+Times below 1 are shares of the run, or of the phase; from 1 on they are epochs. A recipe keeps its shape when
+`--epochs` changes.
 """
 
 
@@ -28,7 +61,58 @@ def methods() -> str:
     kinds = losses()
     parts = [OPENING, "## Recipes\n", _index(recipes), *(_recipe(recipe, kinds) for recipe in recipes)]
     parts += ["## Losses\n", _kinds(kinds), *(_loss(item, recipes) for item in kinds)]
+    parts += [
+        "## Signals\n",
+        "Predictions that are made from others, for `on` and `target` to name: `[signals.NAME]`.\n",
+    ]
+    parts += [_signal(item, recipes) for item in signals()]
+    parts += ["## Heads\n", "Values of `networks.NAME.head`.\n", *map(_named, heads())]
     return "\n".join(parts)
+
+
+def keys() -> str:
+    """Every key of every table, with its type, its default and its meaning."""
+    places = {"": Recipe, **TABLES}
+    at = list(places).index("losses.NAME") + 1
+    tables = [*list(places.items())[:at], ("losses.NAME.weight", Over), *list(places.items())[at:]]
+    return "\n".join([KEYS, *(_table(place, model) for place, model in tables)])
+
+
+def _table(place: str, model: type[BaseModel]) -> str:
+    title = {"": "The recipe itself", "phases": "`[[phases]]`", "losses.NAME.weight": "A weight over time"}
+    words = " ".join((inspect.getdoc(model) or "").split()).removeprefix(f"{title.get(place, f'`[{place}]`')}: ")
+    lines = [
+        f"## {title.get(place, f'`[{place}]`')}\n",
+        (words if words.startswith("timm") else words[:1].upper() + words[1:]) + "\n",
+    ]
+    lines += ["| key | type | default | |", "| --- | --- | --- | --- |"]
+    said = _attributes(model)
+    for name, field in model.model_fields.items():
+        # A table's own tables and what is left out say so in words.
+        plain = not field.is_required() and isinstance(field.default, (str, int, float, list))
+        default = f"`{write_value(field.default)}`" if plain and field.default not in ("", []) else ""
+        kind = _type(field.annotation, field.metadata)
+        lines.append(f"| `{name}` | {_markdown(kind)} | {default} | {_markdown(said.get(name, ''))} |")
+    return "\n".join([*lines, ""])
+
+
+def _type(annotation: object, metadata: list[object]) -> str:
+    words = type_words(Annotated[annotation, *metadata] if metadata else annotation).replace(" or nothing", "")
+    for model in TABLES.values():
+        words = words.replace(f"list of {model.__name__}", "list of tables").replace(model.__name__, "table")
+    return words.replace("Over", "weight over time")
+
+
+def _attributes(model: type[BaseModel]) -> dict[str, str]:
+    """The strings below a class's attributes, which Python itself forgets."""
+    tree = ast.parse(inspect.getsource(language))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == model.__name__)
+    found = {}
+    for one, below in pairwise(body):
+        told = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and told:
+            found[one.target.id] = " ".join(str(below.value.value).split())
+    return found
 
 
 def _index(recipes: list[Overview]) -> str:
@@ -77,15 +161,7 @@ def _loss(item: Item, recipes: list[Overview]) -> str:
         if item.against == "target"
         else f"Compares {item.reads} with the labels."
     ]
-    lines = [f'### <a id="loss-{item.name}"></a>{item.name}\n', f"{_markdown(item.summary)}.\n"]
-    lines += [f"{_markdown(paragraph)}\n" for paragraph in item.details.split("\n\n") if paragraph]
-    if item.keys:
-        lines += ["| key | type | default |", "| --- | --- | --- |"]
-        lines += [
-            f"| `{key.name}` | {_markdown(key.type)} | {'' if key.required else f'`{write_value(key.default)}`'} |"
-            for key in item.keys
-        ]
-        lines += [""]
+    lines = [f'### <a id="loss-{item.name}"></a>{item.name}\n', *_told(item)]
     if item.sees_batch:
         said.append("Couples the images of a batch: its value depends on the batch of one process.")
     if item.hard_labels:
@@ -93,6 +169,36 @@ def _loss(item: Item, recipes: list[Overview]) -> str:
     lines += [f"- {text}" for text in said]
     lines += [f"- Papers: {links}"] * bool(links) + [f"- In the recipes {', '.join(used)}"] * bool(used)
     return "\n".join([*lines, ""])
+
+
+def _signal(item: Item, recipes: list[Overview]) -> str:
+    kinds = {r.name: {signal.kind for signal in r.recipe.signals.values()} for r in recipes}
+    used = [f"[`{name}`](#{name})" for name in kinds if item.name in kinds[name]]
+    lines = [_named(item)]
+    if item.sees_batch:
+        lines.append("- Couples the images of a batch: it depends on the batch of one process.")
+    if item.hard_labels:
+        lines.append("- Needs one class per image: no mixup or cutmix.")
+    return "\n".join([*lines, *([f"- In the recipes {', '.join(used)}"] * bool(used)), ""])
+
+
+def _named(item: Item) -> str:
+    return "\n".join([f"### {item.name}\n", *_told(item)])
+
+
+def _told(item: Item) -> list[str]:
+    """All that the code says of a name."""
+    lines = [f"{_markdown(item.summary)}.\n"]
+    if item.formula:
+        lines += ["```text", item.formula, "```\n"]
+    lines += [f"{_markdown(paragraph)}\n" for paragraph in item.details.split("\n\n") if paragraph]
+    if item.keys:
+        lines += ["| key | type | default |", "| --- | --- | --- |", *map(_key, item.keys), ""]
+    return lines
+
+
+def _key(key: Key) -> str:
+    return f"| `{key.name}` | {_markdown(key.type)} | {'' if key.required else f'`{write_value(key.default)}`'} |"
 
 
 def _markdown(text: str) -> str:
@@ -104,4 +210,5 @@ def _markdown(text: str) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(methods(), encoding="utf-8")
+    (FOLDER / "methods.md").write_text(methods(), encoding="utf-8")
+    (FOLDER / "recipes.md").write_text(keys(), encoding="utf-8")

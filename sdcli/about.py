@@ -9,7 +9,7 @@ from typing import Any
 
 from sdcli import toml
 from sdcli.headers import Header, parse_header
-from sdcli.recipe import STUDENT, Loss, Over, Recipe, load_recipe, recipe_file
+from sdcli.recipe import STUDENT, Derived, Loss, Over, Recipe, load_recipe, recipe_file
 
 ORDINARY = {"title", "paper", "epochs", "losses", "networks", "optimizer", "schedule"}
 """Tables that every recipe has; whatever else one has is worth a word. `networks` and `batch` are looked into."""
@@ -81,12 +81,13 @@ def _names(value: Any) -> str:
 
 
 def formula(recipe: Recipe) -> str:
-    """What is minimised, one line per loss: weight, kind, where, against what, its own keys."""
+    """What is minimised, one line per loss: weight, kind, where, against what, its own keys. Below it the signals."""
     weights = [_plain(loss.weight) for loss in recipe.losses.values()]
     wide = max(len(weight) for weight in weights)
     signs = [" ", *("+" * (len(weights) - 1))]
     losses = recipe.losses.values()
-    return "\n".join(f"{s} {w:>{wide}} {_call(x)}" for s, w, x in zip(signs, weights, losses, strict=True))
+    lines = [f"{s} {w:>{wide}} {_call(x)}" for s, w, x in zip(signs, weights, losses, strict=True)]
+    return "\n".join([*lines, *(f"{name} = {_made(signal)}" for name, signal in recipe.signals.items())])
 
 
 def _as_set(value: Any) -> str:
@@ -106,6 +107,13 @@ def _call(loss: Loss) -> str:
     against = "" if targets == "label" else f" <- {targets}"
     keys = "".join(f", {key} {_plain(value)}" for key, value in loss.options.items())
     return f"{loss.kind}({points}{against}{keys})"
+
+
+def _made(signal: Derived) -> str:
+    points = signal.of if isinstance(signal.of, str) else ", ".join(signal.of)
+    return (
+        f"{signal.kind}({points}" + "".join(f", {key} {_plain(value)}" for key, value in signal.options.items()) + ")"
+    )
 
 
 def _plain(value: Any) -> str:

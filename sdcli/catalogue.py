@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 import types
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
@@ -48,6 +49,8 @@ class Item:
     """The first sentence of what its code says about it."""
     details: str
     """All that follows, in paragraphs."""
+    formula: str
+    """What it works out, as its code writes it: s is the student, t the target; "" where none is given."""
     papers: tuple[str, ...]
     """arXiv numbers, its own first."""
     reads: str = ""
@@ -151,8 +154,16 @@ def _items(registry: Registry, against: Callable[[Entry], str] = lambda entry: "
 
 
 def _item(name: str, words: str, **more: Any) -> Item:
+    formulas, words = indented(words)
     summary, details = first_sentence(words)
-    return Item(name, summary, details, tuple(dict.fromkeys(ARXIV.findall(words))), **more)
+    return Item(name, summary, details, formulas, tuple(dict.fromkeys(ARXIV.findall(words))), **more)
+
+
+def indented(words: str) -> tuple[str, str]:
+    """A docstring's paragraphs that are indented, without their indent, and the others."""
+    paragraphs = re.split(r"\n\s*\n", words)
+    inside = [p for p in paragraphs if all(line.startswith("    ") for line in p.splitlines())]
+    return "\n".join(textwrap.dedent(p) for p in inside), "\n\n".join(p for p in paragraphs if p not in inside)
 
 
 def first_sentence(words: str) -> tuple[str, str]:

@@ -56,13 +56,18 @@ def _logits(signal: Signal) -> Tensor:
 
 @SIGNALS.register("mean")
 def mean(signals: Sequence[Signal], batch: Batch) -> Tensor:
-    """The mean of their logits, each counting alike: the ensemble that `sdcli eval` scores (arXiv:1905.08094)."""
+    """The mean of their logits, each counting alike: the ensemble that `sdcli eval` scores (arXiv:1905.08094).
+
+    sum over E of z_e / E
+    """
     return ensemble(map(_logits, signals))
 
 
 @SIGNALS.register("gated")
 class Gated(nn.Module):
     """Their logits mixed by a gate that is trained along: ONE's teacher (Lan et al. 2018, arXiv:1806.04606).
+
+        sum over E of g_e z_e,  g = softmax(ReLU(BN(W x))),  x = the first one's pooled map
 
     The gate reads the pooled map of the first of them and gives each image its own mix: linear, batch norm, ReLU,
     softmax, as the authors' code has it.
@@ -89,6 +94,8 @@ def propagated(
 ) -> Tensor:
     """What is said of the images of the batch that are like it: BAKE's targets (Ge et al. 2021, arXiv:2104.13298).
 
+        T log((1 - omega) (I - omega A)^-1 softmax(z / T)),  A = softmax of the cosines, without the diagonal
+
     `omega` is how far a prediction may be carried. The loss that reads it has to have the same `temperature`, at which
     a softmax of these logits gives BAKE's probabilities back. Sees the batch of one process.
     """
@@ -100,6 +107,8 @@ def propagated(
 class Memory(nn.Module):
     """What was said of each training image when it was last seen, and its label before: PS-KD's teacher (Kim et al.
     2021, arXiv:2006.12000).
+
+        z as it was at the image's last visit; before the first, its label
 
     Held in half precision, num_images x K x 2 bytes, and saved with the run's state. Needs one class per image. Several
     processes tell each other what they saw.
@@ -129,7 +138,10 @@ class Memory(nn.Module):
 @SIGNALS.register("votes", reads="dense", constant=True)
 def votes(signal: Signal, batch: Batch) -> Tensor:
     """How many places of the last map each class wins when the classifier is shown one at a time [B, K]: what ranks the
-    classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Of `final` alone. No gradient passes."""
+    classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Of `final` alone. No gradient passes.
+
+        for each class k, how many of N places n have argmax_k z_kn = k
+    """
     assert signal.dense is not None
     return count_votes(signal.dense)
 

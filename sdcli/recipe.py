@@ -36,6 +36,7 @@ class Network(Table):
     """`[networks.NAME]`: who takes part. The command line names `student`'s model, `model` that of any other."""
 
     model: str | None = None
+    """A timm model; not the student's."""
     learns: bool = True
     """Whether it is trained; one that is not is run as it will be used, in eval mode and without gradients."""
     weights: str = "random"
@@ -43,7 +44,8 @@ class Network(Table):
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | list[str] = "auto"
     """`auto` (one per stage), `none` (the plain model), how many in all with the final one, or the modules to tap."""
     head: str = "auto"
-    """The exits' heads: a name of `heads.HEADS`."""
+    """The exits' heads: `auto` (what suits the stage), `none` (taps without classifiers), or a name of
+    `sdcli recipes heads`."""
     branches: Annotated[int, Field(ge=2)] | None = None
     """Instead of exits: how many ends the network has, all grown on its last stage but one (ONE's branches). The last
     is its own, `final`; the others are copies with weights of their own, `exit1`, `exit2`, …"""
@@ -57,11 +59,17 @@ class Augment(Table):
     """`[batch.augment]`: how training images are varied."""
 
     crop: Literal["auto", "pad", "resized", "none"] = "auto"
+    """`pad` shifts by up to an eighth, `resized` takes a part of any size, `auto` what suits the image's size."""
     mirror: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """How often left and right are swapped; never where a data set says that it would change the class."""
     policy: str = "none"
+    """`cifar10` (AutoAugment's), `trivial`, or one of timm's, such as `rand-m9-mstd0.5-inc1`."""
     cutout: Annotated[int, Field(ge=0)] = 0
+    """The side in pixels of a square that is taken out; 0: none."""
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How often a rectangle is replaced by noise (random erasing)."""
     fill: Annotated[int, Field(ge=0, le=255)] = 0
+    """The grey of borders."""
 
 
 class BatchTable(Table):
@@ -70,6 +78,7 @@ class BatchTable(Table):
     size: Annotated[int, Field(ge=1)] = 128
     """Images of an update, over all processes."""
     augment: Augment = Augment()
+    """The table `[batch.augment]`."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Images blended with others: alpha of the Beta distribution that says how much of one stays; 0: none are."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
@@ -77,6 +86,7 @@ class BatchTable(Table):
     mates: Annotated[int, Field(ge=0)] = 0
     """Images of the same class that follow each drawn one in a batch: BAKE's sampler."""
     also: dict[str, Also] = {}
+    """The tables `[batch.also.NAME]`."""
     mix_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How often an image is mixed at all."""
 
@@ -94,6 +104,7 @@ class Over(Table):
     """A weight over time: `{ value = 1.0, sigmoid = 0.25 }`. Its shapes multiply."""
 
     value: Annotated[float, Field(ge=0)] = 1.0
+    """What it is, or where it begins."""
     to: Annotated[float, Field(ge=0)] | None = None
     """Where the value goes in a straight line over the run."""
     warmup: Share | None = None
@@ -137,10 +148,13 @@ class Loss(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     kind: str
+    """A name of `sdcli recipes losses`."""
     on: str | list[str]
+    """What it teaches: points, or a signal that lets gradients pass."""
     target: str | list[str] = "label"
     """`label`, `next` (the next deeper point), a point, a signal; or one for each of `on`."""
     weight: Weight | list[Weight] = 1.0
+    """A number, a weight over time, or one of these for each of `on`."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -160,7 +174,9 @@ class Derived(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     kind: str
+    """A name of `sdcli recipes signals`."""
     of: str | list[str]
+    """The points that it is made of."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -181,8 +197,11 @@ class Optimizer(Table):
     opt: str = "momentum"
     """`momentum` is SGD with plain momentum, `sgd` adds Nesterov's: timm's names, not ours."""
     lr: Annotated[float, Field(gt=0)] = 0.1
+    """The learning rate after the warm-up."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """For optimizers that have one."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """As the optimizer has it: into the gradient with SGD, decoupled with AdamW."""
     decay_norm_and_bias: bool = True
     """Whether weight decay reaches norms and biases too, as in the papers' code; timm's default is that it does not."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
@@ -198,14 +217,19 @@ class Schedule(Table):
     """
 
     sched: Literal["cosine", "multistep", "step", "poly", "tanh", "none"] = "cosine"
+    """How the rate falls."""
     warmup: Annotated[float, Field(ge=0)] = 0.0
+    """How long it first rises."""
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
+    """Where it begins to."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Where it ends."""
     milestones: list[Annotated[float, Field(gt=0)]] = []
     """When `multistep` multiplies the rate by `decay_rate`."""
     decay_time: Annotated[float, Field(gt=0)] = 0.3
     """How long `step` waits between two such drops."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What a drop multiplies the rate by."""
 
 
 class Ema(Table):
@@ -224,10 +248,11 @@ class Phase(Table):
     """`[[phases]]`: a part of the run, with a schedule and an optimizer of its own."""
 
     name: str
+    """What the log calls it."""
     epochs: Annotated[int, Field(ge=1)] | None = None
-    """None: the recipe's."""
+    """Where it is not given: the recipe's."""
     losses: Annotated[list[str], Field(min_length=1)] | None = None
-    """Those that teach in it; None: all."""
+    """Those that teach in it; where none are given: all."""
     teacher: bool = False
     """Whether the student as it is when the phase begins (with `[ema]`, its average) teaches from then on, frozen, as
     `teacher.final`."""
@@ -242,19 +267,30 @@ TEACHER, AVERAGE = "teacher", "ema"
 
 
 class Recipe(Table):
-    """A whole recipe, checked."""
+    """The recipe itself: all tables, checked."""
 
     title: str = ""
+    """What lists call it."""
     paper: str = ""
+    """A link."""
     epochs: Annotated[int, Field(ge=1)] = 200
+    """Of each phase, where there are several."""
     networks: dict[str, Network] = {}
+    """The tables `[networks.NAME]`."""
     batch: BatchTable = BatchTable()
+    """The table `[batch]`."""
     signals: dict[str, Derived] = {}
+    """The tables `[signals.NAME]`."""
     losses: dict[str, Loss]
+    """The tables `[losses.NAME]`, one at least."""
     optimizer: Optimizer = Optimizer()
+    """The table `[optimizer]`."""
     schedule: Schedule = Schedule()
+    """The table `[schedule]`."""
     ema: Ema | None = None
+    """The table `[ema]`, where there is to be an average."""
     phases: list[Phase] = []
+    """The tables `[[phases]]`, one after the other; none: one phase with all losses."""
 
     @property
     def student(self) -> Network:
@@ -654,11 +690,12 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> UserError:
 def _table_of(key: str) -> str:
     """The table that has a key, or is called so; "" where there is none."""
     return next(
-        (place for place, model in _TABLES.items() if key in model.model_fields or place.endswith(f".{key}")), ""
+        (place for place, model in TABLES.items() if key in model.model_fields or place.endswith(f".{key}")), ""
     )
 
 
-_TABLES: dict[str, type[BaseModel]] = {
+# By their places; the first that has a key is the one that a misplaced key is sent to.
+TABLES: dict[str, type[BaseModel]] = {
     "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
     "networks.NAME": Network, "ema": Ema, "signals.NAME": Derived, "batch.also.NAME": Also, "phases": Phase,
 }  # fmt: skip

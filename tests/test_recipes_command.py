@@ -323,10 +323,14 @@ def test_a_loss_is_told_with_types_ranges_defaults_and_paper(sdcli: Command) -> 
 def test_docs_methods_is_what_its_script_makes() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from make_methods import FILE, methods
+        from make_methods import FOLDER, keys, methods
     finally:
         sys.path.pop(0)
-    assert FILE.read_text(encoding="utf-8") == methods(), "run python docs/make_methods.py"
+    for name, made in (("methods", methods()), ("recipes", keys())):
+        assert (FOLDER / f"{name}.md").read_text(encoding="utf-8") == made, "run python docs/make_methods.py"
+    rows = [line.split(" | ") for line in keys().splitlines() if line.startswith("| `")]
+    assert len(rows) > 50
+    assert all(row[1] and row[-1].strip(" |") for row in rows), "every key has a type, and words"
 
 
 # Losses of one's own

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from textwrap import shorten
+from textwrap import indent, shorten
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -186,6 +186,8 @@ def catalogue_details(items: Sequence[Item]) -> Text:
         if item.against:
             text.append(f"  compares {item.reads} with the {item.against}", style="dim")
         text.append(f"\n\n{item.summary}.\n")
+        if item.formula:
+            text.append("\n" + indent(item.formula, "    ") + "\n")
         for paragraph in filter(None, item.details.split("\n\n")):
             text.append(f"\n{paragraph}\n")
         for number, line in enumerate(_keys(item)):

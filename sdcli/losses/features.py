@@ -23,6 +23,10 @@ Power = Annotated[float, Field(ge=1)]
 class Hint(nn.Module):
     """L2 distance of the embeddings: BYOT's hint (Zhang et al. 2019, arXiv:1905.08094; after FitNets, arXiv:1412.6550).
 
+        squared  sum over D of (W s - t)^2, times B
+        l2       sqrt of the sum over B and D of (W s - t)^2
+        mean     mean over D of (W s - t)^2
+
     `norm` "squared" sums the squares over the whole batch, as the authors' SCAN code does, so it grows with the batch,
     and is given as its share per image [B]; "l2" takes the root of that sum, as their journal code does, a scalar that
     sees the batch of one process; "mean" takes the mean of the squares, as most other code does, per image [B].
@@ -64,6 +68,8 @@ class Hint(nn.Module):
 class FitNet(nn.Module):
     """Mean squared difference of the maps: FitNets' hint (Romero et al. 2015, arXiv:1412.6550), per image [B].
 
+        mean over C, H, W of (W s - t)^2
+
     `adapt` "conv" first sends the student's map through a 1x1 convolution that is trained along and thrown away; "none"
     compares the maps as they are, and both need as many channels. Where the resolutions differ the larger map is
     average-pooled to the smaller one's size; the usual code learns that too, with a larger or strided convolution.
@@ -97,6 +103,8 @@ def attention(
     """Distance of the attention maps, which are the channels' mean |A|^`power` with length 1: attention transfer
     (Zagoruyko and Komodakis 2017, arXiv:1612.03928), per image [B].
 
+        mean over H, W of (a(s) - a(t))^2,  a(A) = f / |f|,  f = mean over C of |A|^power
+
     A higher `power` looks more at the strongest places. `norm` "mean" is the authors' code (mean of the squares over
     the places, weight 1000), "squared" their sum, "l2" the root of that, as the paper writes it. Any number of
     channels; where the resolutions differ the larger map is average-pooled to the smaller one's size first, as in
@@ -116,6 +124,8 @@ def sad(student: Tensor, teacher: Tensor, batch: Batch, *, power: Power = 2.0, a
     """Mean squared difference of attention maps that are a softmax over the places: self attention distillation (Hou et
     al. 2019, arXiv:1908.00821), per image [B].
 
+        mean over H, W of (a(s) - a(t))^2,  a(A) = softmax over H, W of f,  f = sum over C of |A|^power
+
     The softmax is of the channels' summed |A|^`power`. The target's sum is brought to the student's resolution
     bilinearly first; `align_corners` as the authors' Lua code does, false as most ports do. Large activations turn such
     a softmax into a single place, and the loss has no gradient then.
@@ -132,6 +142,8 @@ def sad(student: Tensor, teacher: Tensor, batch: Batch, *, power: Power = 2.0, a
 def mmd(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
     """Squared distance of the batch's mean embeddings, a scalar: maximum mean discrepancy with a linear kernel, DDGSD's
     third term (Xu and Liu 2019, AAAI 33).
+
+        |mean over B of s - mean over B of t|^2
 
     Sees the batch of one process. Only the student is moved: for both views as in the paper, state the loss once in
     each direction, with the paper's weight on both (what is logged is then twice the paper's value). A reconstruction:

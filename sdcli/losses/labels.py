@@ -27,6 +27,10 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy with the labels (class numbers [B], or shares of each class [B, K]), per image [B].
 
+        -sum_k y'_k log p_k,  p = softmax(s)
+        y' = (1 - e) y + e / K,            smooth_over "all"
+        y' = (1 - e) y + e (1 - y) / (K - 1),  smooth_over "others"
+
     `smoothing` moves that share of the label's probability to other classes: with `smooth_over` "all" to all K alike
     (Szegedy et al. 2016, arXiv:1512.00567; torch and timm), with "others" to the K-1 wrong ones only (the code of Tf-KD
     and of Zipf's label smoothing), which takes a little more from the label. `standardise` divides each image's logits
@@ -51,6 +55,9 @@ def virtual_teacher(
     """KL divergence from a made-up teacher that is always right: Tf-KD's regularisation (Yuan et al. 2020,
     arXiv:1909.11723), per image [B].
 
+        KL(q || p),  p = softmax(s),  q = softmax(v / T)
+        v_k = confidence at the label, (1 - confidence) / (K - 1) elsewhere
+
     The teacher gives the label `confidence` and shares the rest out among the other classes; `temperature` then
     flattens it. Needs hard labels: raises UserError with mixup or cutmix.
 
@@ -70,6 +77,8 @@ def tf_nkd(student: Tensor, batch: Batch) -> Tensor:
     """Cross entropy weighted by how sure the network itself is of the label, next to the batch's mean: teacher-free NKD
     (Yang et al. 2022, arXiv:2208.10139), per image [B].
 
+        -(p_y + 1 - mean over B of p_y) log p_y,  p = softmax(s), y the label
+
     The weight p[label] + 1 - mean p[label] is a constant for the gradient, and its mean is the batch of one process:
     with several the weights differ from those of one. Stands beside an ordinary cross entropy. Needs hard labels:
     raises UserError with mixup or cutmix (the authors' code then takes the two largest shares).
@@ -85,6 +94,8 @@ def zipf(
 ) -> Tensor:
     """KL divergence of the wrong classes from Zipf's law, ranked by votes: Zipf's label smoothing (Liang et al. 2022,
     arXiv:2207.12980), per image [B].
+
+        KL(q || p'),  p' = softmax of s over the wrong classes,  q_k in proportion to rank_k^-power
 
     The target is whatever ranks the classes [B, K]: the signal `votes`, or logits. A class of rank r gets a share
     proportional to r^-`power`; classes with equally many votes share the smaller rank; the label's own rank is taken,

@@ -34,6 +34,8 @@ def kl(
     """KL divergence from the softened teacher to the softened student (Hinton et al. 2015, arXiv:1503.02531), per
     image [B].
 
+        T^2 KL(q || p),  q = softmax(t / T),  p = softmax(s / T)
+
     A higher `temperature` lets the wrong classes count for more. `rescale` multiplies by temperature^2, so that the
     gradient keeps its size when the temperature changes. `direction` "forward" makes the student cover whatever the
     teacher thinks possible; "reverse", KL(student || teacher), keeps it from what the teacher thinks impossible.
@@ -54,6 +56,8 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Cross entropy of the softened student under the softened teacher, per image [B].
 
+        -T^2 sum_k q_k log p_k,  q = softmax(t / T),  p = softmax(s / T)
+
     `kl` plus the teacher's entropy, which is a constant: the gradient is the same, the logged value is not. The form of
     the BYOT authors' code. `temperature` and `rescale` as in `kl`.
     """
@@ -73,6 +77,9 @@ def balanced_kl(
     rescale: bool = True,
 ) -> Tensor:
     """Both directions of the KL divergence, weighted image by image: BD-KD (Amara et al. 2022, arXiv:2212.12965), [B].
+
+        T^2 (nu KL(q || p) + KL(p || q))  where p has the lower entropy
+        T^2 (KL(q || p) + nu KL(p || q))  elsewhere
 
     Where the student is surer of itself than the teacher (its entropy is lower), the forward divergence counts `nu`
     times, elsewhere the reverse one. `temperature` and `rescale` as in `kl`; the entropies are those of the softened
@@ -101,6 +108,9 @@ def dkd(
     """Decoupled KD: the label's class and the other classes are matched apart (Zhao et al. 2022, arXiv:2203.08679), per
     image [B].
 
+        T^2 (alpha KL(b(q) || b(p)) + beta KL(q' || p'))
+        b(p) = (p_y, 1 - p_y) for the label y,  p' = p over the wrong classes, made to sum to 1
+
     `alpha` weighs how sure the teacher is of the label, `beta` what it thinks of the wrong classes among themselves,
     which `kl` weighs by how unsure it is. Already times temperature^2. Needs hard labels: raises UserError with mixup
     or cutmix. The authors' code warms this loss up over 20 epochs.
@@ -128,6 +138,9 @@ def nkd(
     """Normalised KD: the label weighted by the teacher's trust in it, and the wrong classes apart from it (Yang et al.
     2023, arXiv:2303.13005; first in arXiv:2208.10139), per image [B].
 
+        -q_y log p_y - gamma T^2 sum over k != y of q'_k log p'_k
+        p, q at T = 1;  p', q' at T over the wrong classes alone
+
     `gamma` weighs the wrong classes, which alone have a `temperature` and its square as a factor. Both parts are cross
     entropies, so the loss is not zero where the student equals the teacher. Stands beside an ordinary cross entropy.
     Needs hard labels: raises UserError with mixup or cutmix (the authors' code then takes the largest share).
@@ -152,6 +165,8 @@ def dist(
 ) -> Tensor:
     """Correlation instead of equality: DIST (Huang et al. 2022, arXiv:2205.10536), a scalar, already times
     temperature^2.
+
+        T^2 (beta mean over B of (1 - r(p_b, q_b)) + gamma mean over K of (1 - r(p_k, q_k))),  r Pearson's correlation
 
     `beta` weighs how the classes relate within an image, `gamma` how the images relate within a class. The latter sees
     the batch of one process, so it changes with the batch size, and says nothing with a single image. The authors use

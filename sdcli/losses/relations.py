@@ -28,6 +28,8 @@ def similarity(
 ) -> Tensor:
     """Which images of the batch are alike: the B x B matrices of both sides, mean squared difference, a scalar.
 
+        mean over B x B of (G(s) - G(t))^2,  G(A) = A A^T, each row with length 1,  A = the maps as rows
+
     `of` "features" compares whole maps: similarity-preserving KD (Tung and Mori 2019, arXiv:1907.09682), weight 3000 in
     its code. "attention" compares where the images' channels are large, with `power` as in `attention`: SCD (Wan et al.
     2023), a reconstruction from its abstract. Both sides may have any shape. Sees the batch of one process: its value
