@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from sdcli.devices import keep_freed_memory
 from sdcli.exits import all_costs
 from sdcli.prepare import Position, Settings, prepare
 from sdcli.recipe import load_recipe
@@ -51,6 +52,7 @@ def main() -> None:
         recipe = load_recipe([options.recipe], [f"batch.size={options.batch_size}"])
         start = time.perf_counter()
         training = prepare(settings, recipe, Path(folder) / "run")
+        keep_freed_memory(training.accelerator.device)
         prepared = time.perf_counter() - start
         list(train_epoch(training))
         warm = time.perf_counter() - start - prepared

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from sdcli.devices import keep_freed_memory
 from sdcli.exits import MultiExit, all_costs
 from sdcli.prepare import Settings, Training, enter_phase, prepare
 from sdcli.recipe import load_recipe, recipe_names
@@ -36,6 +37,7 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
     overrides = [f"batch.size={options.batch_size}", "optimizer.lr=0.001", "schedule.warmup=0"]
     settings = Settings(options.model, "digits", image_size=options.image_size, device="cpu", workers=0)
     training = prepare(settings, load_recipe([recipe], overrides), folder)
+    keep_freed_memory(training.accelerator.device)
     if (last := len(training.objectives) - 1) > 0:
         training.position.epoch = training.epochs
         enter_phase(training, last)

@@ -21,6 +21,7 @@ from typing import Any
 RUN = """
 import json, re, sys, torch
 from pathlib import Path
+from sdcli.devices import keep_freed_memory
 from sdcli.prepare import Position, Settings, prepare
 from sdcli.recipe import load_recipe
 from sdcli.train import train_epoch
@@ -28,6 +29,7 @@ model, data, folder, overrides, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 settings = Settings(model, data, device="cpu", image_size=32, val_fraction=0.0)
 training = prepare(settings, load_recipe(["quick"], overrides), Path(folder))
+keep_freed_memory(training.accelerator.device)
 list(train_epoch(training))
 training.position = Position(3)
 *_, epoch = train_epoch(training)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from sdcli.backbones import create
+from sdcli.devices import keep_freed_memory
 from sdcli.exits import all_costs
 from sdcli.networks import create_optimizer
 from sdcli.prepare import Settings, Training, prepare
@@ -52,7 +53,10 @@ def prepared(case: Case, options: argparse.Namespace, folder: str) -> Training:
         channels_last=options.channels_last,
     )
     overrides = [f"batch.size={case.batch_size}", "optimizer.lr=0.001"]
-    return prepare(settings, load_recipe([options.recipe], overrides), Path(folder) / "run")
+    training = prepare(settings, load_recipe([options.recipe], overrides), Path(folder) / "run")
+    # As `sdcli train` does.
+    keep_freed_memory(training.accelerator.device)
+    return training
 
 
 def plain_step(training: Training, batch: Batch, options: argparse.Namespace) -> Callable[[], Any]:

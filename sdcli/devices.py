@@ -61,8 +61,6 @@ def accelerator_for(
         raise UserError("--precision fp16 on a CPU", "fp32, or bf16", "--precision bf16")
     if tracker is not None:
         _check_tracker(tracker)
-    if on_cpu:
-        keep_freed_memory()
     mixed = "no" if precision == "fp32" else precision
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -82,13 +80,14 @@ def accelerator_for(
     return accelerator
 
 
-def keep_freed_memory() -> None:
-    """Has this process keep the memory that it frees, where glibc runs and the environment leaves that open.
+def keep_freed_memory(device: torch.device) -> None:
+    """Has this process keep the memory that it frees, where it trains on a CPU with glibc and the environment leaves
+    that open. For processes that train and then end: what another network has left behind is kept too.
 
     Every activation is a block of its own. glibc gives large ones back to the system at once, and a training step
     would get them anew, page by page: a tenth of its time (benchmarks/step.py; docs/performance.md).
     """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    if device.type != "cpu" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

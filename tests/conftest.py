@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor
 
-from sdcli import checks, prepare
+from sdcli import checks, devices, prepare
 from sdcli.cli import main
 from sdcli.signals import Batch
 
@@ -28,6 +28,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _no_decoded_images_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDCLI_CACHE", str(tmp_path / "decoded"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freed_memory_is_given_back() -> Iterator[None]:
+    """This process goes on to other networks than a command's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "keep_freed_memory", lambda device: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

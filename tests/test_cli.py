@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from conftest import refused
 from safetensors.torch import load_file
 
+from sdcli import devices
 from sdcli.cli import main
 
 QUICK = ("--dataset", "digits", "--recipe", "quick", "--epochs", "2", "--limit-train", "120", "--limit-val", "40",
@@ -392,6 +394,13 @@ def test_a_signal_is_noted_first_and_obeyed_the_second_time(request):
         signal.raise_signal(signal.SIGINT)
         assert told() == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_keeps_freed_memory_for_the_next_step(tmp_path, sdcli, monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "keep_freed_memory", asked.append)
+    assert sdcli("train", "test_resnet", *QUICK, "--epochs", 1, "--output", tmp_path / "run").code == 0
+    assert asked == [torch.device("cpu")]
 
 
 def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path, sdcli, monkeypatch):

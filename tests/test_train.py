@@ -313,11 +313,10 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 import torch
-from sdcli.devices import accelerator_for
+from sdcli.devices import keep_freed_memory
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-if sys.argv[1] == "cpu":
-    accelerator_for("cpu")
+keep_freed_memory(torch.device(sys.argv[1]))
 block = torch.ones(64 * 2**20)
 before = resident()
 del block
@@ -327,7 +326,7 @@ print(before - resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
 @pytest.mark.parametrize(("device", "environment", "kept"), [
-    ("cpu", {}, True), ("none", {}, False), ("cpu", {"MALLOC_MMAP_THRESHOLD_": "131072"}, False),
+    ("cpu", {}, True), ("cuda", {}, False), ("cpu", {"MALLOC_MMAP_THRESHOLD_": "131072"}, False),
 ])  # fmt: skip
 def test_freed_memory_is_kept_for_the_next_step(device: str, environment: dict[str, str], kept: bool) -> None:
     call = [sys.executable, "-c", MEMORY, device]

@@ -214,6 +214,7 @@ def train(
         folder = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('/', '_')}-{label}"
 
     from sdcli.cli.progress import follow
+    from sdcli.devices import keep_freed_memory
     from sdcli.prepare import Settings, prepare, resumed
     from sdcli.prepare import resume as go_on
     from sdcli.train import fit
@@ -226,6 +227,7 @@ def train(
         assert whole is not None
         with blaming(origins):
             training = prepare(Settings(**chosen), whole, folder)
+    keep_freed_memory(training.accelerator.device)
     with _signals() as told_to_stop:
         stopped = follow(training, fit(training, told_to_stop))
     if stopped is not None:
