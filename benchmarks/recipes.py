@@ -5,7 +5,9 @@
 
 Each recipe runs in a process of its own, its steps in turns with those of `baseline`; the median of each counts. A pass
 forward is one unit, with a way back three; heads count by their MACs. `on top` is the ratio of times over the ratio of
-these units: what is neither. Memory is the process's peak over that of one that only runs `baseline`, in MiB.
+these units: what is neither. `peak` is the process's peak memory in MiB; what is explained of it is the peak of one
+that only runs `baseline`, the recipe's weights and optimizer, which stand beside baseline's, and by how much more its
+forward pass keeps for the way back, gradients included.
 """
 
 import argparse
@@ -60,6 +62,27 @@ def units(training: Training) -> float:
     return total
 
 
+def held(training: Training, batches: list[Batch]) -> tuple[float, float]:
+    """MiB that a run holds all the time, and within a step: what autograd keeps, and gradients. After a first step."""
+    parts = [*training.learner.state_dict().values()]
+    parts += [value for state in training.optimizer.state.values() for value in state.values()]
+    storages = [part.untyped_storage() for part in parts if isinstance(part, torch.Tensor)]
+    lasting = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in lasting:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        total, _ = training.module(batches[0])
+    gradients = sum(p.numel() * p.element_size() for p in training.learner.parameters() if p.requires_grad)
+    del total
+    return sum(lasting.values()) / 2**20, (sum(kept.values()) + gradients) / 2**20
+
+
 def measure(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row; run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -75,13 +98,16 @@ def measure(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
         median = {name: statistics.median(values) for name, values in times.items()}
         ratio = median[recipe] / median[BASELINE]
         explained = units(runs[recipe][0]) / units(runs[BASELINE][0])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        (lasting, step), (_, plain) = held(*runs[recipe]), held(*runs[BASELINE])
     return {
         "recipe": recipe,
         "step_ms": round(1000 * median[recipe], 1),
         "time_ratio": round(ratio, 3),
         "explained": round(explained, 3),
         "on_top": round(ratio / explained, 3),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib": round(peak),
+        "memory_explained_mib": round(lasting + max(0.0, step - plain)) if recipe != BASELINE else 0,
     }
 
 
@@ -100,19 +126,19 @@ def main() -> None:
         return
     same = ["--model", options.model, "--batch-size", str(options.batch_size)]
     same += ["--image-size", str(options.image_size), "--steps", str(options.steps), "--one"]
-    print(f"{'recipe':18} {'step ms':>9} {'x baseline':>11} {'explained':>10} {'on top':>7} {'memory':>8}")
+    memory = f"{'peak':>7} {'explained':>10} {'on top':>7}"
+    print(f"{'recipe':18} {'step ms':>9} {'x baseline':>11} {'explained':>10} {'on top':>7} {memory}")
     rows: list[dict[str, Any]] = []
     for recipe in [BASELINE, *(name for name in options.recipes if name != BASELINE)]:
         call = [sys.executable, __file__, "--recipes", recipe, *same]
         out = subprocess.run(call, capture_output=True, text=True, check=True).stdout
         row = json.loads(out.splitlines()[-1])
-        row["memory_mib"] = row.pop("peak_mib") - (rows[0]["peak_mib"] if rows else 0)
-        if not rows:
-            row["peak_mib"], row["memory_mib"] = row["memory_mib"], 0
         rows.append(row)
+        row["memory_explained_mib"] += rows[0]["peak_mib"]
+        row["memory_on_top"] = round(row["peak_mib"] / row["memory_explained_mib"], 3)
         print(
             f"{row['recipe']:18} {row['step_ms']:9} {row['time_ratio']:11} {row['explained']:10} {row['on_top']:7} "
-            f"{row['memory_mib']:+8}",
+            f"{row['peak_mib']:7} {row['memory_explained_mib']:10} {row['memory_on_top']:7}",
             flush=True,
         )
     print(json.dumps(rows))
