@@ -96,7 +96,7 @@ def _on_meta(table: Network, model: str, image_size: int | None, num_classes: in
 def remarks(recipe: Recipe) -> list[str]:
     """What is allowed and has no effect."""
     found = []
-    schedule, epochs = recipe.schedule, recipe.epochs
+    schedule, epochs = recipe.schedule, max(phase.epochs or 0 for phase in recipe.stages)
     late = [time for time in schedule.milestones if time >= 1 and time >= epochs]
     if schedule.sched == "multistep" and late:
         times = ", ".join(f"{time:g}" for time in late)
@@ -115,7 +115,7 @@ def remarks(recipe: Recipe) -> list[str]:
         for name in recipe.batch.also
         if not any(place.endswith(f"@{name}") for place in read)
     ]
-    if "mix_prob" in recipe.batch.model_fields_set and not recipe.batch.mixes:
+    if recipe.batch.mix_prob != 1.0 and not recipe.batch.mixes:
         found.append("batch.mix_prob has no effect: nothing is mixed")
     if recipe.phases:
         used = {name for phase in recipe.stages for name in phase.losses or ()}

@@ -275,9 +275,26 @@ class Objective(nn.Module):
                 value = term.compare(student, batch)
             else:
                 value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
+            _check_value(term, student, value)
             value = value.mean() * (self.now[number] if term.weight.varies else term.weight.value)
             parts[term.name] = parts[term.name] + value if term.name in parts else value
         return parts
+
+
+def _check_value(term: Term, student: Tensor, value: object) -> None:
+    """Raises UserError for a loss, of a user's own mostly, from which nothing can be learnt."""
+    if not isinstance(value, Tensor):
+        raise UserError(
+            f"losses.{term.name} gave {type(value).__name__} at {term.on}",
+            "a tensor: one value, or one for each image",
+            "a sum or mean of the student's tensor, without .item()",
+        )
+    if student.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
+        raise UserError(
+            f"losses.{term.name} gave a value without a gradient at {term.on}",
+            "a function of the student's tensor",
+            "no .detach() and no torch.no_grad() on the student's side",
+        )
 
 
 class Places:

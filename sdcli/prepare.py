@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
 from sdcli import data, transforms
@@ -34,8 +34,12 @@ from sdcli.runs import Run, check_output, read_settings, state_file
 from sdcli.stages import StagePlan
 from sdcli.state import load_state, random_states, restore_random_states, save_state
 
+FREE = {"title", "paper", "epochs"}
+"""Keys of the recipe that a resumed run may be given anew."""
+
 MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "track", "imports")
-"""Settings that a resumed run may be given anew: they change how it is worked out, not what."""
+"""Settings that a resumed run may be given anew: they change how it is worked out, not what is. (Batch norms and losses
+that compare images see the images of one process and one part at a time.)"""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,14 @@ class Position:
     """Seen in it so far, by all processes."""
     lr: float = 0.0
     """Of the last update."""
+    skipped: int = 0
+    """Updates of it that were left out, since a loss was not finite (`optimizer.nonfinite`)."""
+    skipped_images: int = 0
+    """Those of them."""
+    in_a_row: int = 0
+    """Updates left out up to here without one between."""
     sums: Tensor | None = None
-    """What each loss added, times the images that this process saw [losses]."""
+    """What each loss added, times the images that this process saw and that counted [losses]."""
     shares: dict[str, float] = field(default_factory=dict)
     """Each loss's share of the gradient's norm, when it was last measured in this epoch."""
 
@@ -155,6 +165,14 @@ class Training:
         return (self.epoch_in_phase - 1) * self.updates_per_epoch + self.position.update
 
     @property
+    def updates_averaged(self) -> int:
+        """Since the student last began: what the average of its weights is made of."""
+        stages = self.recipe.stages
+        began = max((number for number in range(self.phase + 1) if stages[number].fresh), default=0)
+        before = sum(phase.epochs or 0 for phase in stages[began : self.phase])
+        return before * self.updates_per_epoch + self.updates_done
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the one process that writes."""
         return bool(self.accelerator.is_main_process)
@@ -165,7 +183,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     is wrong with recipe, model or folder, and before the first batch for the rest.
     """
     accelerator = _check(settings, recipe, output)
-    recipe = completed(recipe)
+    recipe = settled(recipe)
     output = from_first(accelerator, output)
     if accelerator.is_main_process:
         check_output(output)
@@ -190,6 +208,15 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     """
     accelerator = _check(settings, recipe, folder)
     state = load_state(state_file(folder))
+    _check_same(folder, _unchanging(settings, recipe), state["made"])
+    done = state["position"]["epoch"] - (0 if state["position"]["update"] else 1)
+    if (epochs := sum(phase.epochs or 0 for phase in recipe.stages)) < done:
+        raise UserError(
+            f"epochs = {epochs}, and the run in '{folder}' has begun or done {done}",
+            f"{done} or more",
+            "leave --epochs out, or start a new run",
+        )
+    _check_weights_ahead(recipe, state["phase"])
     training = _build(settings, recipe, accelerator, state["data"])
     _restore(training, state)
     if training.is_first:
@@ -224,16 +251,15 @@ def resumed(
                 f"leave --{name.replace('_', '-')} out, or start a new run",
             )
     load_imports(settings.imports)
-    own = completed(load_recipe([str(folder / "recipe.toml")]))
-    wanted = completed(recipe or load_recipe([str(folder / "recipe.toml")], overrides))
+    own = settled(load_recipe([str(folder / "recipe.toml")]))
+    wanted = settled(recipe or load_recipe([str(folder / "recipe.toml")], overrides))
     if own.phases and own.epochs != wanted.epochs:
         raise UserError(
             f"the recipe of the run in '{folder}' has phases, and epochs = {own.epochs}, not {wanted.epochs}",
             "as many epochs as it was started with",
             "leave it out, or start a new run",
         )
-    free = {"title", "paper", "epochs"}
-    changed = _first_difference(own.model_dump(exclude=free), wanted.model_dump(exclude=free))
+    changed = _first_difference(own.model_dump(exclude=FREE), wanted.model_dump(exclude=FREE))
     if changed:
         key, was, now = changed
         raise UserError(
@@ -242,6 +268,47 @@ def resumed(
             "leave it out, or start a new run",
         )
     return settings, check_recipe({**own.model_dump(exclude_none=True), "epochs": wanted.epochs})
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """`recipe` as a run keeps it: with the defaults of its losses and signals, and whole paths of starting weights."""
+    networks = {
+        name: network
+        if network.weights in ("random", "pretrained")
+        else network.model_copy(update={"weights": str(Path(network.weights).expanduser().resolve())})
+        for name, network in recipe.networks.items()
+    }
+    return completed(recipe).model_copy(update={"networks": networks})
+
+
+def _unchanging(settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """What the state keeps of both, to be compared with what the run's own files say when it goes on."""
+    chosen = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
+    return {"settings": chosen, "recipe": recipe.model_dump(exclude=FREE, exclude_none=True)}
+
+
+def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raises UserError where somebody has edited the files of a run."""
+    for name, file in (("settings", "run.json"), ("recipe", "recipe.toml")):
+        if changed := _first_difference(made[name], now[name]):
+            key, was, value = changed
+            raise UserError(
+                f"'{folder / file}' has {key} = {value!r}, and the run was started with {was!r}",
+                "the file as the run wrote it",
+                "put it back, or start a new run",
+            )
+
+
+def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
+    """Raises UserError where a fresh phase that is still ahead begins from a file that is gone."""
+    weights = recipe.student.weights
+    ahead = any(stage.fresh for stage in recipe.stages[phase + 1 :])
+    if ahead and weights not in ("random", "pretrained") and not Path(weights).is_file():
+        raise UserError(
+            f"networks.student.weights = '{weights}': there is no such file, and a fresh phase is to begin from it",
+            "the file that the run was started from",
+            "put it back",
+        )
 
 
 def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:
@@ -506,7 +573,9 @@ def _check_data(split: data.Split, trained_on: Mapping[str, Any] | None) -> None
 
 
 def save(training: Training) -> None:
-    """Saves where the run stands. All processes call it, the first one writes."""
+    """Saves where the run stands. All processes call it, the first one writes: its buffers are then everyone's, as they
+    will be when the run goes on."""
+    share_buffers(training)
     everyones = interleaved(training.accelerator, [random_states()])
     sums = training.position.sums
     if sums is not None:
@@ -525,8 +594,18 @@ def save(training: Training) -> None:
             "random": everyones,
             "data": training.data,
             "phase": training.phase,
+            "made": _unchanging(training.settings, training.recipe),
         },
     )
+
+
+def share_buffers(training: Training) -> None:
+    """Gives all processes the first one's buffers: their batch norms see other images."""
+    if training.accelerator.num_processes > 1:
+        parts = [*training.learner.networks.children(), *([training.ema.module] if training.ema else [])]
+        for part in parts:
+            for buffer in part.buffers():
+                broadcast(buffer)
 
 
 def _restore(training: Training, state: Mapping[str, Any]) -> None:

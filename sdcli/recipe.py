@@ -29,7 +29,7 @@ POINT = re.compile(_NETWORK + r"(?:final|exit[1-9]\d*)" + _IMAGES)
 class Table(BaseModel):
     """One table of a recipe: unknown keys and wrong types are errors, and nothing changes once it is read."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Network(Table):
@@ -41,7 +41,7 @@ class Network(Table):
     """Whether it is trained; one that is not is run as it will be used, in eval mode and without gradients."""
     weights: str = "random"
     """`random`, `pretrained` (timm's), or the path of a checkpoint."""
-    exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | list[str] = "auto"
+    exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] = "auto"
     """`auto` (one per stage), `none` (the plain model), how many in all with the final one, or the modules to tap."""
     head: str = "auto"
     """The exits' heads: `auto` (what suits the stage), `none` (taps without classifiers), or a name of
@@ -79,9 +79,9 @@ class BatchTable(Table):
     """Images of an update, over all processes."""
     augment: Augment = Augment()
     """The table `[batch.augment]`."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Images blended with others: alpha of the Beta distribution that says how much of one stays; 0: none are."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Images with a rectangle of another; alpha as above. Where both are used, each takes half of the images."""
     mates: Annotated[int, Field(ge=0)] = 0
     """Images of the same class that follow each drawn one in a batch: BAKE's sampler."""
@@ -145,7 +145,7 @@ Weight = Annotated[float, Field(ge=0)] | Over
 class Loss(BaseModel):
     """`[losses.NAME]`: one comparison. Further keys are the loss's own and are checked against its function."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     kind: str
     """A name of `sdcli recipes losses`."""
@@ -171,7 +171,7 @@ class Loss(BaseModel):
 class Derived(BaseModel):
     """`[signals.NAME]`: a prediction made from others. Further keys are the kind's own."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     kind: str
     """A name of `sdcli recipes signals`."""
@@ -257,7 +257,8 @@ class Phase(Table):
     """Whether the student as it is when the phase begins (with `[ema]`, its average) teaches from then on, frozen, as
     `teacher.final`."""
     fresh: bool = False
-    """Whether the student begins anew, and with it whatever the losses and signals have learnt or remembered."""
+    """Whether the student begins anew, from its `weights`, and with it whatever the losses and signals have learnt or
+    remembered. Otherwise the losses go on from what those of the phase before have learnt."""
     rounds: Annotated[int, Field(ge=1)] = 1
     """How many times in a row."""
 
@@ -382,7 +383,9 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         raise _explain(error, origins or {}) from None
     if not recipe.losses:
         raise UserError("the recipe has no losses", "at least one [losses.NAME] table", 'add extends = "baseline"')
-    _check_phases(recipe)
+    with blaming(origins or {}):
+        _check_phases(recipe)
+        _check_batch(recipe)
     if recipe.student.model is not None:
         raise UserError(
             f"networks.student.model = {recipe.student.model!r}",
@@ -398,7 +401,6 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
                 "a recipe that mixes nothing, or further images of = 'itself'",
                 "--set batch.mixup=0 --set batch.cutmix=0",
             )
-    _check_batch(recipe)
     _check_addresses(recipe, origins or {})
     for name, network in recipe.others.items():
         if network.model is None:

@@ -116,7 +116,7 @@ def check_output(folder: Path) -> None:
 def _never_began(folder: Path) -> bool:
     """Whether a run died here before its first state was whole: it has left these files and nothing else."""
     left = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
-    return "run.json" in left <= EARLY and not state_file(folder).exists()
+    return (not left or "run.json" in left <= EARLY) and not state_file(folder).exists()
 
 
 def state_file(folder: Path) -> Path:
@@ -142,21 +142,34 @@ def read_settings(folder: Path) -> dict[str, Any]:
             "a run folder of sdcli train, with state/last.pt",
             did_you_mean(str(folder), runs) or (f"one of {', '.join(runs[-3:])}" if runs else ""),
         )
-    table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    try:
+        table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(settings, error) from None
     return table
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """One table per epoch; none where nothing is logged yet."""
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: ValueError) -> UserError:
+    return UserError(f"'{path}' is not what a run has written: {error}", "the file as the run wrote it", "put it back")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that no reader ever finds half a file."""
+    """Writes beside the place and renames, so that no reader finds half a file; raises UserError where that fails."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}", "a folder with room to write to") from None
 
 
 def _summary_row(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from sdcli.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Of the file's layout; another one is refused."""
 
 

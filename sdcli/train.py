@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor
 
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluate import Report, evaluate
 from sdcli.exits import all_costs
-from sdcli.prepare import Position, Training, enter_phase, save
+from sdcli.prepare import Position, Training, enter_phase, save, share_buffers
 from sdcli.runs import read_log
 from sdcli.signals import Batch
 
 LOG_EVERY_S = 0.25
 """How often the device is asked for the losses: asking waits for it."""
+MOST_SKIPS = 100
+"""Updates in a row that may be left out before a run gives up."""
 AGREE_EVERY = 10
 """Updates after which several processes ask each other whether one was told to stop: asking waits for all."""
 
@@ -59,6 +61,8 @@ class Epoch:
     images_per_s: float
     shares: dict[str, float]
     validation: Report | None = None
+    skipped: int = 0
+    """Updates that were left out, since a loss was not finite."""
 
     def to_log(self) -> dict[str, Any]:
         """A line of `log.jsonl`."""
@@ -70,6 +74,7 @@ class Epoch:
             "losses": self.losses,
             "gradient_shares": self.shares,
             "num_images": self.num_images,
+            "skipped": self.skipped,
             "validation": self.validation.to_dict() if self.validation else None,
             "seconds": round(self.seconds, 3),
             "images_per_s": round(self.images_per_s, 1),
@@ -140,7 +145,7 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
                 # Told to stop, they cannot leave in the middle of it, and a launcher may not wait for its end.
                 save(training)
             try:
-                epoch = replace(epoch, validation=score(training, told_to_stop))
+                epoch = replace(epoch, validation=_finite(score(training, told_to_stop), training))
             except _Stop as stop:
                 save(training)
                 yield Stopped(position.epoch, position.update, stop.args[0])
@@ -159,7 +164,7 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
     if best is not None:
         name, number, report = "best", *best
     else:
-        name, number, report = "last", training.epochs, score(training)
+        name, number, report = "last", training.epochs, _finite(score(training), training)
     if training.is_first:
         training.run.write_report(report, f"{name}.safetensors")
     if training.settings.track is not None:
@@ -193,13 +198,6 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
     )
 
 
-def share_buffers(training: Training) -> None:
-    """Gives all processes the first one's buffers of what is scored and saved: their batch norms see other images."""
-    if training.accelerator.num_processes > 1:
-        for buffer in training.network.buffers():
-            broadcast(buffer)
-
-
 def train_step(training: Training, batches: list[Batch]) -> Tensor:
     """One update: the networks see the batches, every loss compares what they say, and they take a step.
 
@@ -224,8 +222,12 @@ def train_step(training: Training, batches: list[Batch]) -> Tensor:
             accelerator.clip_grad_norm_(training.learner.parameters(), table.clip_grad)
         training.optimizer.step()
         if training.ema is not None:
-            training.ema.update(training.learner.student, step=training.updates_done + 1)
+            training.ema.update(training.learner.student, step=training.updates_averaged + 1)
+        training.position.in_a_row = 0
     else:
+        training.position.skipped += 1
+        training.position.skipped_images += batches[0].whole
+        training.position.in_a_row += 1
         for buffer, value in zip(training.learner.buffers(), kept, strict=True):
             buffer.copy_(value)
     training.optimizer.zero_grad(set_to_none=True)
@@ -254,8 +256,9 @@ def train_epoch(
         training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
         position.lr = training.optimizer.param_groups[0]["lr"]
         losses = train_step(training, batches)
-        own = sum(len(batch.labels) for batch in batches)
-        counted = losses.nan_to_num(0.0, 0.0, 0.0) * own if watch.skips else losses * own
+        # What was left out counts for nothing.
+        own = 0 if position.in_a_row else sum(len(batch.labels) for batch in batches)
+        counted = losses * own if own else torch.zeros_like(losses)
         position.sums = counted if position.sums is None else position.sums + counted
         position.num_images += batches[0].whole
         position.update += 1
@@ -263,6 +266,8 @@ def train_epoch(
             # All see the same, so that all name the same loss and update where one is not finite.
             losses = training.accelerator.reduce(losses, "mean")
         watch.see(losses, position)
+        if position.in_a_row >= MOST_SKIPS or position.skipped == training.updates_per_epoch:
+            raise watch.gave_up(position.in_a_row)
         training.schedule.step(training.updates_done)
         now = time.monotonic()
         if now - told >= LOG_EVERY_S or position.update == 1 or shares:
@@ -276,6 +281,7 @@ def train_epoch(
         is_due = settings.save_every and position.update % settings.save_every == 0
         if signal is not None or (is_due and position.update < training.updates_per_epoch):
             watch.check(losses)
+            _check_weights(training)
             save(training)
         if signal is not None:
             yield Stopped(position.epoch, position.update, signal)
@@ -284,9 +290,11 @@ def train_epoch(
     speed = (position.num_images - before) / max(seconds, 1e-9)
     assert position.sums is not None
     sums = training.accelerator.reduce(position.sums.clone())
-    named = watch.check(sums / position.num_images)
+    named = watch.check(sums / (position.num_images - position.skipped_images))
+    _check_weights(training)
     phase = training.recipe.stages[training.phase].name
-    yield Epoch(position.epoch, phase, position.lr, named, position.num_images, seconds, speed, position.shares)
+    shares, skipped = position.shares, position.skipped
+    yield Epoch(position.epoch, phase, position.lr, named, position.num_images, seconds, speed, shares, skipped=skipped)
 
 
 def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
@@ -344,6 +352,43 @@ class _Watch:
         self.rates = self.rates[-1:]
         return dict(zip(self.names, values, strict=True))
 
+    def gave_up(self, updates: int) -> UserError:
+        """The error for losses that stay what they are."""
+        assert self.first_bad is not None
+        bad = [f"losses.{name}" for update, name in zip(self.first_bad.tolist(), self.names, strict=True) if update]
+        return UserError(
+            f"the last {updates} updates were left out, since {', '.join(bad)} was not finite",
+            f"finite losses, less than {MOST_SKIPS} times in a row and not for a whole epoch",
+            "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run",
+        )
+
+
+def _check_weights(training: Training) -> None:
+    """Raises UserError where the last update has left weights that are not finite: the state before them is kept."""
+    weights = [parameter.detach().isfinite().all() for parameter in training.learner.parameters()]
+    if not bool(torch.stack(weights).all()):
+        position = training.position
+        raise UserError(
+            f"weights were not finite after epoch {position.epoch}, update {position.update}, at learning rate "
+            f"{position.lr:g}",
+            "finite numbers",
+            "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; what was saved before is as it was",
+        )
+
+
+def _finite(report: Report, training: Training) -> Report:
+    """The report; raises UserError where what is scored says nothing that is finite."""
+    for result in report.exits:
+        if not math.isfinite(result.nll):
+            position = training.position
+            raise UserError(
+                f"{result.point} has an NLL of {result.nll} on the {report.split} split after epoch {position.epoch}, "
+                f"at learning rate {position.lr:g}",
+                "a finite number",
+                "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; what was saved before is as it was",
+            )
+    return report
+
 
 def _is_measured(training: Training) -> bool:
     """Whether the gradient's shares are measured at the next update: the first, tenth and hundredth, and the first of
@@ -355,8 +400,8 @@ def _is_measured(training: Training) -> bool:
 def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
     """How much each loss pulls: the norm of its own gradient on the student's weights over the sum of all these norms.
 
-    Costs a forward pass and a backward pass for each loss. Leaves weights, gradients, statistics and random numbers as
-    they were.
+    Nothing where one of them is not finite. Costs a forward pass and a backward pass for each loss. Leaves weights,
+    gradients, statistics and random numbers as they were.
     """
     learner = training.learner
     weights = [p for p in learner.student.parameters() if p.requires_grad]
@@ -374,6 +419,8 @@ def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
         buffer.copy_(buffers[name])
     values = torch.stack(list(norms.values())).tolist()
     total = sum(values)
+    if not math.isfinite(total):
+        return {}
     return {name: value / total if total else 0.0 for name, value in zip(norms, values, strict=True)}
 
 
@@ -391,17 +438,26 @@ def explained(error: Exception, training: Training) -> UserError | None:
     """What a user can do about an error in the middle of a run; None where it is none of theirs."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        size = training.recipe.batch.size
-        parts = training.settings.grad_accum_steps
+        settings, shared = training.settings, training.accelerator.num_processes
+        batch, parts = min(training.recipe.batch.size, training.num_train) // shared, settings.grad_accum_steps
+        more = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
+        fix = f"--grad-accum-steps {more} (smaller parts of the same updates); " if more else ""
+        fix += "in a new run " + ("--precision bf16, " if settings.precision == "fp32" else "")
+        fix += "--grad-checkpointing or a smaller --batch-size"
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
         free = re.search(r"of which ([\d.]+ \w+) is free", text)
         detail = f": {asked[1]} more were needed" if asked else ""
         detail += f", {free[1]} were free" if asked and free else ""
         return UserError(
-            f"out of memory on {training.accelerator.device} with {size // parts} images at a time{detail}",
+            f"out of memory on {training.accelerator.device} with {batch // parts} images at a time{detail}",
             "a network and a batch that fit",
-            f"--grad-accum-steps {2 * parts} (the same updates, half the memory), --grad-checkpointing, "
-            "--precision bf16, or a smaller --batch-size",
+            fix,
+        )
+    if "Expected more than 1 value per channel" in text:
+        return UserError(
+            "a batch norm was given a single image",
+            "two images or more at a time, in each process and part",
+            f"--batch-size {2 * training.settings.grad_accum_steps * training.accelerator.num_processes}",
         )
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
         return UserError(

@@ -15,10 +15,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import refused
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from sdcli import devices
 from sdcli.cli import main
+from sdcli.cli.plots import _losses
+from sdcli.cli.progress import _epoch_table, _skipped
+from sdcli.train import Epoch
 
 QUICK = ("--dataset", "digits", "--recipe", "quick", "--epochs", "2", "--limit-train", "120", "--limit-val", "40",
          "--workers", "0", "--device", "cpu", "--image-size", "32")  # fmt: skip
@@ -285,12 +289,13 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
         (["--set", "schedule.warmup=5"], "--set schedule.warmup=5: schedule.warmup = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
          "run has, or a share of it below 1\n  fix:      --set schedule.warmup=0.05"),
         (["--pretrained", "--weights", "x.safetensors"], "--pretrained and --weights exclude each other\n  expected: one of them"),
-        (["--weights", "no.safetensors"], "checkpoint 'no.safetensors' does not exist\n  expected: a .safetensors file, such as "
+        (["--weights", "no.safetensors"], "checkpoint 'FOLDER/no.safetensors' does not exist\n  expected: a .safetensors file, such as "
          "RUN/best.safetensors"),
     ],
 )  # fmt: skip
 def test_a_mistake_ends_before_anything_is_written(options, message, tmp_path, sdcli, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    message = message.replace("FOLDER", str(tmp_path))
     refused(sdcli("train", "test_resnet", *QUICK, *options, "--output", tmp_path / "run"), message)
     assert not (tmp_path / "run").exists()
 
@@ -401,6 +406,27 @@ def test_a_run_keeps_freed_memory_for_the_next_step(tmp_path, sdcli, monkeypatch
     monkeypatch.setattr(devices, "keep_freed_memory", asked.append)
     assert sdcli("train", "test_resnet", *QUICK, "--epochs", 1, "--output", tmp_path / "run").code == 0
     assert asked == [torch.device("cpu")]
+
+
+def test_curves_and_the_table_have_the_losses_of_all_phases():
+    def epoch(number, losses):
+        return Epoch(number, f"phase{number}", 0.1, losses, 10, 1.0, 10.0, {}, skipped=number - 1)
+
+    epochs = [epoch(1, {"task": 1.0, "soft": 2.0}), epoch(2, {"task": 0.5})]
+    table = _epoch_table(epochs)
+    assert [str(column.header) for column in table.columns] == ["epoch", "task loss", "soft loss"]
+    assert list(table.columns[2].cells) == ["2.0000", ""]
+    figure = Figure()
+    _losses(figure.subplots(), [line.to_log() for line in epochs])
+    assert [line.get_label() for line in figure.axes[0].lines] == ["soft", "task"]
+    assert (_skipped(epochs[0]), _skipped(epochs[1])) == ("", "  1 updates left out: not finite")
+
+
+@pytest.mark.parametrize("exits", ["0", ","])
+def test_exits_that_are_none_are_refused(exits, sdcli, tmp_path):
+    message = f"--exits '{exits}'\n  expected: how many, 1 or more; modules to tap, separated by commas; auto or none"
+    refused(sdcli("inspect", "test_resnet", "--exits", exits), message)
+    refused(sdcli("train", "test_resnet", *QUICK, "--exits", exits, "--output", tmp_path / "run"), message)
 
 
 def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path, sdcli, monkeypatch):

@@ -8,11 +8,13 @@ from conftest import batch_of, tensor
 
 from sdcli.errors import UserError
 from sdcli.exits import Width
+from sdcli.losses import LOSSES
 from sdcli.losses.features import Hint
 from sdcli.losses.labels import cross_entropy
 from sdcli.losses.logits import kl, soft_cross_entropy
 from sdcli.objective import Objective
-from sdcli.recipe import load_recipe
+from sdcli.recipe import Loss, load_recipe
+from sdcli.registry import Entry
 from sdcli.signals import Signal
 
 
@@ -103,6 +105,22 @@ def test_losses_are_worked_out_in_float32():
     signals = {p: Signal(*(torch.randn(2, 4).bfloat16() for _ in range(3))) for p in ("exit1", "final")}
     total, _ = Objective(load_recipe(["byot"]).losses, {p: Width(4, 4) for p in signals})(signals, batch_of([0, 1]))
     assert total.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda student, batch: 1.0, "losses.mine gave float at final"),
+        (lambda student, batch: student.detach().mean(), "losses.mine gave a value without a gradient at final"),
+    ],
+)
+def test_a_loss_from_which_nothing_can_be_learnt_is_named(loss, message, monkeypatch):
+    monkeypatch.setitem(LOSSES.entries, "mine", Entry("mine", loss, reads="logits"))
+    losses = {"mine": Loss(kind="mine", on="final")}
+    signals = {"final": Signal(*(torch.randn(2, 4, requires_grad=True) for _ in range(3)))}
+    with pytest.raises(UserError) as error:
+        Objective(losses, {"final": Width(4, 4)})(signals, batch_of([0, 1]))
+    assert str(error.value).startswith(message)
 
 
 WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdcli.catalogue import completed
 from sdcli.checks import remarks
 from sdcli.data import Split
 from sdcli.derived import Memory, Setting
 from sdcli.errors import UserError
 from sdcli.loaders import EpochBatches
 from sdcli.prepare import Settings, Training, enter_phase, prepare, resume, resumed
-from sdcli.recipe import Over, load_recipe, recipe_names
+from sdcli.recipe import Over, load_recipe, recipe_names, to_toml
 from sdcli.scoring import score_checkpoint
 from sdcli.signals import Batch, Signal
 from sdcli.train import Epoch, Finished, Stopped, fit, next_update
@@ -253,6 +254,11 @@ losses = ["task"]
         "batch.mix_prob has no effect: nothing is mixed",
         "losses.spare has no effect: no phase has it",
     ]
+
+
+def test_what_a_run_has_written_down_is_not_remarked_on(tmp_path: Path) -> None:
+    (tmp_path / "resolved.toml").write_text(to_toml(completed(load_recipe(["bake"]))))
+    assert remarks(load_recipe([str(tmp_path / "resolved.toml")])) == []
 
 
 @pytest.mark.parametrize("name", recipe_names())

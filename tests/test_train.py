@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +125,25 @@ def same(one: Path, other: Path) -> bool:
     return (
         first[0] == second[0]
         and first[2] == second[2]
-        and all(torch.equal(first[1][f][n], second[1][f][n]) for f in first[1] for n in first[1][f])
+        and equal(first[1], second[1])
+        and equal(*map(state_of, (one, other)))
     )
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Where a run stands, times aside: weights, optimizer, average, all random numbers."""
+    return states.load_state(folder / "state" / "last.pt")
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether both hold the same, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
 
 
 # Exactness
@@ -244,14 +262,110 @@ def test_a_run_keeps_the_defaults_that_it_was_started_with(tmp_path: Path, monke
 
 
 def test_other_data_are_refused(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
-    recipe, folder = whole
+    _, folder = whole
+    copied = tmp_path / "run"
+    shutil.copytree(folder, copied)
+    state = states.load_state(copied / "state" / "last.pt")
+    # As if the folder of the data had lost an image since.
+    state["data"]["num_images"] = 95
+    states.save_state(copied / "state" / "last.pt", state)
     with pytest.raises(UserError) as error:
-        resume(folder, replace(QUICK, limit_train=95), recipe)
+        resume(copied, *resumed(copied, {}, None, []))
     assert str(error.value) == (
-        "the training data are not those of the run: 95 images, 96 when it was started\n"
+        "the training data are not those of the run: 96 images, 95 when it was started\n"
         "  expected: the very same data\n"
         "  fix:      put them back, or start a new run"
     )
+
+
+@pytest.mark.parametrize(("file", "old", "new", "message"), [
+    ("recipe.toml", "lr = 0.05", "lr = 0.5", "recipe.toml' has optimizer.lr = 0.5, and the run was started with 0.05"),
+    ("run.json", '"seed": 42', '"seed": 43', "run.json' has seed = 43, and the run was started with 42"),
+])  # fmt: skip
+def test_files_of_a_run_that_were_edited_are_refused(
+    whole: tuple[Recipe, Path], tmp_path: Path, file: str, old: str, new: str, message: str
+) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(whole[1], copied)
+    text = (copied / file).read_text()
+    assert old in text
+    (copied / file).write_text(text.replace(old, new))
+    with pytest.raises(UserError) as error:
+        resume(copied, *resumed(copied, {}, None, []))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["run.json", "log.jsonl"])
+def test_a_damaged_file_of_a_run_is_named(whole: tuple[Recipe, Path], tmp_path: Path, file: str) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(whole[1], copied)
+    (copied / file).write_text('{"epoch": 1, "lo')
+    with pytest.raises(UserError, match=f"{file}' is not what a run has written"):
+        finish(resume(copied, *resumed(copied, {}, None, [])))
+
+
+def test_fewer_epochs_than_are_done_are_refused(whole: tuple[Recipe, Path]) -> None:
+    with pytest.raises(UserError) as error:
+        resume(whole[1], *resumed(whole[1], {}, None, ["epochs=1"]))
+    assert str(error.value).startswith(
+        f"epochs = 1, and the run in '{whole[1]}' has begun or done 2\n  expected: 2 or more"
+    )
+
+
+def test_a_fresh_phase_that_begins_from_a_file_wants_it_before_it_goes_on(tmp_path: Path) -> None:
+    short = ["epochs=1", "batch.size=24"]
+    finish(prepare(QUICK, load_recipe(["baseline"], short), tmp_path / "first"))
+    weights = tmp_path / "first" / "last.safetensors"
+    recipe = load_recipe(["born-again"], [*short, f'networks.student.weights="{weights}"'])
+    assert isinstance(list(fit(prepare(QUICK, recipe, tmp_path / "run"), after(2)))[-1], Stopped)
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(UserError, match="a fresh phase is to begin from it"):
+        resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, []))
+    moved.rename(weights)
+    finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+
+
+PHASES = """
+extends = "averaged.toml"
+batch = { mixup = 0.0, cutmix = 0.0 }
+epochs = 1
+phases = [{ name = "first" }, { name = "further" }, { name = "anew", fresh = true }]
+"""
+
+
+def test_an_average_goes_on_in_the_next_phase_and_begins_anew_with_a_fresh_one(recipes: dict[str, Path]) -> None:
+    file = recipes["averaged"].with_name("phases.toml")
+    file.write_text(PHASES)
+    training = prepare(QUICK, load(file, "ema.warmup=false", "ema.decay=0.999"), file.parent / "phases")
+    averaged: list[int] = []
+    update = training.ema.update
+
+    def noted(network: Any, step: int) -> None:
+        averaged.append(step)
+        update(network, step=step)
+
+    training.ema.update = noted
+    finish(training)
+    assert averaged == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]
+    # And a run that was stopped in the second phase ends alike.
+    assert isinstance(
+        list(fit(prepare(QUICK, load(file, "ema.warmup=false", "ema.decay=0.999"), file.parent / "parts"), after(8)))[
+            -1
+        ],
+        Stopped,
+    )
+    finish(resume(file.parent / "parts", *resumed(file.parent / "parts", {}, None, [])))
+    assert same(file.parent / "phases", file.parent / "parts")
+
+
+def test_a_run_in_parts_of_updates_ends_with_the_same_bits_when_it_was_stopped(
+    recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = replace(QUICK, grad_accum_steps=3)
+    finish(prepare(settings, load(recipes["averaged"]), tmp_path / "whole"))
+    assert isinstance(list(fit(prepare(settings, load(recipes["averaged"]), tmp_path / "run"), after(3)))[-1], Stopped)
+    finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+    assert same(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_run_goes_on_from_another_folder_and_without_the_weights_it_began_with(
@@ -409,6 +523,31 @@ def test_two_processes_score_what_they_save_whatever_the_recipe(tmp_path: Path) 
         assert ours["top1"] == theirs["top1"]
 
 
+def test_two_processes_that_were_stopped_end_with_the_same_bits(tmp_path: Path) -> None:
+    """Also where batch norms, which see other images in each, are read as they are: by the average that teaches."""
+    start = ["train", "test_resnet", "--dataset", "digits", "--recipe", "ema-teacher", "--batch-size", 24, "--limit-train",
+             480, "--limit-val", 30, "--epochs", 2, "--lr", 0.05, "--device", "cpu", "--workers", 0,
+             "--save-every", 3]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert [process.wait() for process in together(2, *start, "--output", whole)] == [0, 0]
+    two = together(2, *start, "--output", parts)
+    # In the middle of the second epoch.
+    file = parts / "state" / "last.pt"
+    while two[0].poll() is None and not (
+        file.exists()
+        and states.load_state(file)["position"]["epoch"] == 2
+        and states.load_state(file)["position"]["update"] > 0
+    ):
+        time.sleep(0.05)
+    for process in two:
+        process.send_signal(signal.SIGKILL)
+    assert {process.wait() for process in two} == {-signal.SIGKILL}, two[0].err
+    assert states.load_state(file)["position"]["update"] > 0
+    two = together(2, "train", "--resume", parts)
+    assert [process.wait() for process in two] == [0, 0], two[0].err
+    assert equal(*(load_file(folder / "last.safetensors") for folder in (whole, parts)))
+
+
 def test_when_a_process_dies_the_others_end_and_the_run_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sdcli", "train"]
@@ -532,6 +671,30 @@ def test_an_update_that_is_not_finite_is_left_out_where_the_recipe_says_so(
     events = finish(training)
     assert isinstance(events[-1], Finished)
     assert all(tensor.isfinite().all() for tensor in training.learner.state_dict().values())
+    assert [event.skipped for event in events if isinstance(event, Epoch)] == [1, 0]
+    first, second = (line["losses"]["task"] for line in outcome(tmp_path / "run")[0])
+    # What was left out counts for nothing in the mean either.
+    assert first == pytest.approx(second, rel=0.1)
+
+
+def test_a_run_gives_up_where_every_update_is_left_out(tmp_path: Path) -> None:
+    recipe = load_recipe(["quick"], ["batch.size=24", "epochs=2", "optimizer.lr=1e30", 'optimizer.nonfinite="skip"'])
+    training = prepare(QUICK, recipe, tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        finish(training)
+    assert "updates were left out, since losses.task" in str(error.value) or "NLL" in str(error.value)
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_weights_that_the_last_update_has_ruined_are_not_saved(tmp_path: Path) -> None:
+    # One update per epoch: its loss is finite, what it makes of the weights says nothing.
+    recipe = load_recipe(["quick"], ["batch.size=96", "epochs=2", "optimizer.lr=1e30"])
+    training = prepare(QUICK, recipe, tmp_path / "run")
+    with pytest.raises(UserError, match="what was saved before is as it was"):
+        finish(training)
+    state = states.load_state(tmp_path / "run" / "state" / "last.pt")
+    assert (state["position"]["epoch"], state["position"]["update"]) == (1, 0)
+    assert not (tmp_path / "run" / "last.safetensors").exists()
 
 
 def test_an_update_that_is_left_out_leaves_no_trace_in_batch_norms(tmp_path: Path) -> None:
@@ -575,10 +738,22 @@ def test_too_little_memory_says_what_to_lower(training: Training) -> None:
     assert told is not None and str(told) == (
         "out of memory on cpu with 24 images at a time: 2.50 GiB more were needed, 1.25 GiB were free\n"
         "  expected: a network and a batch that fit\n"
-        "  fix:      --grad-accum-steps 2 (the same updates, half the memory), --grad-checkpointing, --precision bf16, "
-        "or a smaller --batch-size"
+        "  fix:      --grad-accum-steps 2 (smaller parts of the same updates); in a new run --precision bf16, "
+        "--grad-checkpointing or a smaller --batch-size"
     )
     assert explained(ValueError("a bug"), training) is None
+
+
+def test_a_batch_norm_that_sees_one_image_is_explained(tmp_path: Path) -> None:
+    # The digits' last map is a single place.
+    one = replace(QUICK, model="test_resnet", limit_train=4)
+    with pytest.raises(UserError) as error:
+        finish(prepare(one, load_recipe(["quick"], ["batch.size=1"]), tmp_path / "run"))
+    assert str(error.value) == (
+        "a batch norm was given a single image\n"
+        "  expected: two images or more at a time, in each process and part\n"
+        "  fix:      --batch-size 2"
+    )
 
 
 def test_steps_tell_where_training_is(training: Training) -> None:

@@ -139,6 +139,9 @@ def parse_exits(text: str | None) -> Literal["auto", "none"] | int | list[str]:
         return "auto"
     if text == "none":
         return "none"
-    if text.isdigit():
+    if text.isdigit() and int(text) > 0:
         return int(text)
-    return [part.strip() for part in text.split(",") if part.strip()]
+    modules = [part.strip() for part in text.split(",") if part.strip()]
+    if not modules or text.isdigit():
+        raise UserError(f"--exits {text!r}", "how many, 1 or more; modules to tap, separated by commas; auto or none")
+    return modules

@@ -54,7 +54,8 @@ def save_curves(run: Path, file: Path) -> None:
 def _losses(axes: Any, log: list[dict[str, Any]]) -> None:
     """What each loss adds to the sum, from the largest to the smallest: a logarithm shows them all."""
     epochs = [line["epoch"] for line in log]
-    names = sorted(log[-1]["losses"], key=lambda name: -log[-1]["losses"][name])
+    last = {name: value for line in log for name, value in line["losses"].items()}
+    names = sorted(last, key=lambda name: -last[name])
     for name in names:
         values = [line["losses"].get(name, float("nan")) for line in log]
         axes.plot(epochs, [value if value > 0 else float("nan") for value in values], label=name, marker=_marker(log))

@@ -97,7 +97,7 @@ def _follow_plain(training: Training, events: Iterable[Event]) -> Stopped | None
             told = time.monotonic()
             line = f"epoch {event.epoch}/{training.epochs}  {event.images_per_s:,.0f} images/s"
             line += left(event.epoch * steps) if event.epoch < training.epochs else ""
-            line += f"  {_losses(event.losses)}"
+            line += f"  {_losses(event.losses)}" + _skipped(event)
             console.print(line + (f"  |  {_scores(event.validation)}" if event.validation else ""), soft_wrap=True)
         else:
             _finish(event)
@@ -133,6 +133,7 @@ def _follow_live(training: Training, events: Iterable[Event]) -> Stopped | None:
                 shares = Text(_shares(event), style="dim") if event.shares else shares
             elif isinstance(event, Epoch):
                 epochs.append(event)
+                shares = Text(f"epoch {event.epoch}{_skipped(event)}", style="yellow") if event.skipped else shares
                 bar.update(task, completed=event.epoch * steps, speed=event.images_per_s)
             else:
                 live.update(Group(_epoch_table(epochs), bar) if epochs else Group(bar))
@@ -147,16 +148,20 @@ def _epoch_table(epochs: list[Epoch], rows: int = 8) -> Table:
     """The last epochs: losses by name, accuracy by exit."""
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("epoch", justify="right")
-    for name in epochs[-1].losses:
+    # Phases may have losses of their own.
+    names = list(dict.fromkeys(name for epoch in epochs[-rows:] for name in epoch.losses))
+    for name in names:
         table.add_column(f"{name} loss", justify="right", style="dim")
     scored = report_rows(epochs[-1].validation) if epochs[-1].validation else []
     for result in scored:
         table.add_column(result.point, justify="right")
-    best = max((e.validation.best.top1 for e in epochs if e.validation), default=None)
+    best = max((e.validation.best.top1 for e in epochs if e.validation and e.phase == epochs[-1].phase), default=None)
     for epoch in epochs[-rows:]:
-        cells = [f"{value:.4f}" for value in epoch.losses.values()]
+        cells = [f"{epoch.losses[name]:.4f}" if name in epoch.losses else "" for name in names]
         cells += [f"{result.top1:.2f}" for result in (report_rows(epoch.validation) if epoch.validation else [])]
-        is_best = epoch.validation is not None and epoch.validation.best.top1 == best
+        is_best = (
+            epoch.validation is not None and epoch.phase == epochs[-1].phase and epoch.validation.best.top1 == best
+        )
         table.add_row(str(epoch.epoch), *cells, style="bold" if is_best else "")
     return table
 
@@ -173,6 +178,11 @@ def _shares(step: Step) -> str:
     """How much each loss pulls at the student's weights."""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in (step.shares or {}).items())
     return f"gradient at epoch {step.epoch}, update {step.update}: {shares}"
+
+
+def _skipped(epoch: Epoch) -> str:
+    """How many updates were left out, where the recipe says so."""
+    return f"  {epoch.skipped} updates left out: not finite" if epoch.skipped else ""
 
 
 def _losses(losses: dict[str, float]) -> str:

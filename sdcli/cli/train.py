@@ -133,7 +133,9 @@ def train(
         int | None,
         typer.Option(min=1, metavar="UPDATES", help="Save the state within epochs too.", rich_help_panel=RUN),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.", rich_help_panel=RUN)] = 42,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Of weights, order and augmentation.", rich_help_panel=RUN)
+    ] = 42,
     track: Annotated[
         str | None,
         typer.Option(help="Log to tensorboard, trackio, wandb or mlflow too.", rich_help_panel=RUN),
