@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate
@@ -490,7 +491,10 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
     epochs = phase.epochs or 0
     training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)
     accelerator.free_memory()
-    training.module, training.optimizer = accelerator.prepare(learner, optimizer)
+    with warnings.catch_warnings():
+        # accelerate knows no other word for it yet, and says it in every process.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        training.module, training.optimizer = accelerator.prepare(learner, optimizer)
     training.phase = number
 
 

@@ -464,6 +464,7 @@ def test_two_processes_and_parts_train_as_one_process_does(tmp_path: Path) -> No
     two = together(2, "train", *SHARED, "--epochs", 1, "--limit-train", 480, "--output", tmp_path / "two")
     assert [process.wait() for process in two] == [0, 0], two[0].err
     assert "2 processes: each sees 12 of the 24 images of an update" in two[0].err
+    assert "deprecated" not in two[0].err + two[1].err
     one = json.loads((tmp_path / "one" / "log.jsonl").read_text())
     for name in ("two", "parts"):
         other = json.loads((tmp_path / name / "log.jsonl").read_text())
