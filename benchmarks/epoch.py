@@ -17,9 +17,10 @@ import torch
 
 from sdcli.devices import keep_freed_memory
 from sdcli.exits import all_costs
-from sdcli.prepare import Position, Settings, prepare
+from sdcli.prepare import prepare
 from sdcli.recipe import load_recipe
 from sdcli.train import Epoch, train_epoch
+from sdcli.training import Position, Settings
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16, by what the device's name holds: the makers' figures."""

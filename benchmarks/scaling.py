@@ -22,9 +22,10 @@ RUN = """
 import json, re, sys, torch
 from pathlib import Path
 from sdcli.devices import keep_freed_memory
-from sdcli.prepare import Position, Settings, prepare
+from sdcli.prepare import prepare
 from sdcli.recipe import load_recipe
 from sdcli.train import train_epoch
+from sdcli.training import Position, Settings
 model, data, folder, overrides, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 settings = Settings(model, data, device="cpu", image_size=32, val_fraction=0.0)

@@ -25,10 +25,11 @@ from sdcli.backbones import create
 from sdcli.devices import keep_freed_memory
 from sdcli.exits import all_costs
 from sdcli.networks import create_optimizer
-from sdcli.prepare import Settings, Training, prepare
+from sdcli.prepare import prepare
 from sdcli.recipe import load_recipe
 from sdcli.signals import Batch
 from sdcli.train import train_step
+from sdcli.training import Settings, Training
 
 
 @dataclass(frozen=True)

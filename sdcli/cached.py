@@ -17,15 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import PIL
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from sdcli import data
-from sdcli.data import Split
+from sdcli.data import Images, Split
 from sdcli.transforms import SMALL, Preprocess, squash
 
 FORMAT = 1
@@ -78,7 +77,7 @@ def cached_pixels(split: Split, preprocess: Preprocess) -> tuple[Pixels | None, 
     notes: list[str] = []
     num_bytes = len(split) * math.prod(preprocess.input_size)
     try:
-        identity = _identity(split.images)
+        identity = split.images.identity()
         if identity:
             worth_a_file = 8 * len(split) >= identity[0] or num_bytes > MEMORY
             array = _from_file(split.images, *identity, preprocess, notes, make=worth_a_file)
@@ -95,7 +94,7 @@ def cached_pixels(split: Split, preprocess: Preprocess) -> tuple[Pixels | None, 
 
 
 def _from_file(
-    images: Any, num_images: int, fingerprint: str, preprocess: Preprocess, notes: list[str], *, make: bool
+    images: Images, num_images: int, fingerprint: str, preprocess: Preprocess, notes: list[str], *, make: bool
 ) -> NDArray[np.uint8] | None:
     """All images of a table, from the file that there is, or that is made where it should be; else None and a note."""
     path = cache_folder() / f"{_file_name(fingerprint, num_images, preprocess)}.npy"
@@ -115,29 +114,13 @@ class _LargeImage(Exception):
     """An image is larger than `SMALL`: it is to be cropped anew each time, not kept."""
 
 
-def _identity(images: Any) -> tuple[int, str] | None:
-    """How many images there are, and what changes when one of them does; None where nothing tells."""
-    if isinstance(images, data._Rows):
-        return images.table.num_rows, f"{images.table._fingerprint} {images.key}"
-    if isinstance(images, data._Files):
-        files = blake2b()
-        for path in images.paths.tolist():
-            try:
-                status = os.stat(path)
-            except OSError:
-                return None  # who reads it says so better
-            files.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
-        return len(images.paths), files.hexdigest()
-    return None
-
-
 def _file_name(fingerprint: str, num_images: int, preprocess: Preprocess) -> str:
     # Pillow's releases decode and resize a little differently.
     parts = (FORMAT, PIL.__version__, fingerprint, num_images, preprocess.input_size, preprocess.interpolation)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _decoded(images: Any, rows: NDArray[np.int64], preprocess: Preprocess) -> Iterator[_Chunk]:
+def _decoded(images: Images, rows: NDArray[np.int64], preprocess: Preprocess) -> Iterator[_Chunk]:
     """The images at these rows, `CHUNK` at a time. In one thread: so small an image is mostly Python's work."""
     whole = squash(preprocess)
     for start in range(0, len(rows), CHUNK):

@@ -11,7 +11,7 @@ from sdcli.heads import HEADS
 from sdcli.learner import build_objectives, check_signals, watch_places
 from sdcli.networks import check_optimizer, check_schedule, head_kind, plan_network
 from sdcli.objective import address, check_losses, check_mixing, check_networks
-from sdcli.recipe import STUDENT, Network, Recipe
+from sdcli.recipe import STUDENT, TEACHER, Network, Recipe
 from sdcli.transforms import check_policy
 
 
@@ -115,6 +115,13 @@ def remarks(recipe: Recipe) -> list[str]:
         for name in recipe.batch.also
         if not any(place.endswith(f"@{name}") for place in read)
     ]
+    found += [
+        f"networks.{name} has no effect, but costs its memory: nothing reads {name}.…"
+        for name in recipe.others
+        if not recipe.reads(name)
+    ]
+    if any(phase.teacher for phase in recipe.phases) and not recipe.reads(TEACHER):
+        found.append(f"phases: teacher = true has no effect: nothing reads {TEACHER}.…")
     if recipe.batch.mix_prob != 1.0 and not recipe.batch.mixes:
         found.append("batch.mix_prob has no effect: nothing is mixed")
     if recipe.phases:

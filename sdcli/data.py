@@ -9,14 +9,16 @@ import logging
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,11 +64,16 @@ LAYOUTS = (
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-class _Images(Protocol):
+class Images(ABC):
     """Where a split's images come from."""
 
+    @abstractmethod
     def read(self, row: int) -> Image.Image:
         """The image in RGB; raises UserError, naming the row or the file, where it cannot be read."""
+
+    def identity(self) -> tuple[int, str] | None:
+        """How many there are in all, and what changes when one of them does; None where nothing tells."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +82,7 @@ class Split:
 
     name: str
     """The data set's own name for it ("val")."""
-    images: _Images
+    images: Images
     labels: NDArray[np.int64]
     """Class numbers [N]."""
     index: NDArray[np.int64]
@@ -179,7 +186,7 @@ def _missing_path(name: str, path: Path) -> UserError:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pixels:
+class _Pixels(Images):
     """Images that are in memory, grey [N, H, W]."""
 
     pixels: NDArray[np.uint8]
@@ -200,7 +207,7 @@ def _open_shipped(name: str, known: Named) -> ImageData:
     return ImageData(name, name, classes, splits, mirror=known.mirror)
 
 
-def _whole(name: str, images: _Images, labels: NDArray[Any]) -> Split:
+def _whole(name: str, images: Images, labels: NDArray[Any]) -> Split:
     return Split(name, images, labels.astype(np.int64), np.arange(len(labels), dtype=np.int64))
 
 
@@ -220,7 +227,7 @@ def _open_folder(name: str, path: Path, image_key: str | None, label_key: str | 
 
 
 @dataclass(frozen=True, eq=False)
-class _Files:
+class _Files(Images):
     """Images in files of their own."""
 
     paths: NDArray[np.bytes_]
@@ -229,6 +236,16 @@ class _Files:
     def read(self, row: int) -> Image.Image:
         path = os.fsdecode(self.paths[row])
         return read_image(path, f"'{path}'")
+
+    def identity(self) -> tuple[int, str] | None:
+        told = blake2b()
+        for path in self.paths.tolist():
+            try:
+                status = os.stat(path)
+            except OSError:
+                return None  # who reads it says so better
+            told.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+        return len(self.paths), told.hexdigest()
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
@@ -382,7 +399,7 @@ def _unreadable(name: str, error: Exception) -> UserError:
 
 
 @dataclass(eq=False)
-class _Rows:
+class _Rows(Images):
     """Images in a column of a table."""
 
     place: str
@@ -406,6 +423,9 @@ class _Rows:
         if not value:
             raise UserError(f"{where}: there is no image", "an image in every row", "remove the row")
         return read_image(value, where)
+
+    def identity(self) -> tuple[int, str] | None:
+        return self.table.num_rows, f"{self.table._fingerprint} {self.key}"
 
 
 def _open_tables(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -93,6 +95,28 @@ def keep_freed_memory(device: torch.device) -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def memory_wanted(error: Exception) -> str | None:
+    """What is known of the memory that ran out (": 2.50 GiB more were needed, …", or ""); None for any other error."""
+    text = str(error)
+    ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if not ran_out and not re.search(r"out of memory|can't allocate memory", text):
+        return None
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    free = re.search(r"of which ([\d.]+ \w+) is free", text)
+    return (f": {asked[1]} more were needed" if asked else "") + (f", {free[1]} were free" if asked and free else "")
+
+
+@contextmanager
+def short_of_memory(doing: str, expected: str, fix: str) -> Iterator[None]:
+    """Turns memory that runs out while `doing` something into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if (wanted := memory_wanted(error)) is None:
+            raise
+        raise UserError(f"out of memory {doing}{wanted}", expected, fix) from error
 
 
 def _check_tracker(tracker: str) -> None:

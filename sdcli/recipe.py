@@ -633,6 +633,8 @@ def _merge(into: dict[str, Any], part: Mapping[str, Any], origins: dict[str, str
         origins[place] = source
         if isinstance(value, Mapping):
             former = into.get(key)
+            if place == "phases" and not former:
+                raise UserError(f"{source}: the recipe has no phases", "a recipe with [[phases]], like born-again")
             if isinstance(former, list) and all(number.isdigit() for number in value):
                 # Others may hold the same list.
                 into[key] = [dict(entry) if isinstance(entry, dict) else entry for entry in former]

@@ -31,25 +31,23 @@ EARLY = {"recipe.toml", "run.json", "state"}
 
 
 class Run:
-    """An open run folder."""
+    """A run folder and what its log says so far. Every process knows it; only the first one writes."""
 
     def __init__(self, folder: Path) -> None:
-        """Makes the folder; raises UserError where it already holds anything."""
-        check_output(folder)
-        make_folder(folder)
         self.folder = folder
         self._rows: list[dict[str, Any]] = []
         self._log = ""
 
-    @classmethod
-    def reopen(cls, folder: Path, epochs: int) -> Run:
-        """A run that goes on after `epochs` whole ones: what its log tells of later ones is forgotten."""
-        run = cls.__new__(cls)
-        run.folder, run._rows, run._log = folder, [], ""
-        for line in read_log(folder)[:epochs]:
-            run._remember(line)
-        run._write_log()
-        return run
+    def begin(self) -> None:
+        """Makes the folder; raises UserError where it already holds anything."""
+        check_output(self.folder)
+        make_folder(self.folder)
+
+    def go_on(self, epochs: int) -> None:
+        """Goes on after `epochs` whole ones: what the log tells of later ones is forgotten."""
+        for line in read_log(self.folder)[:epochs]:
+            self._remember(line)
+        self._write_log()
 
     @property
     def state(self) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdcli import data, transforms
-from sdcli.devices import accelerator_for
+from sdcli.devices import accelerator_for, short_of_memory
 from sdcli.errors import UserError, unknown
 from sdcli.evaluate import Report, evaluate
 from sdcli.exits import all_costs
@@ -71,17 +71,20 @@ def score_checkpoint(
     notes += loader_notes
     points = points or network.classifiers
     total = len(chosen)
-    report = evaluate(
-        network.to(accelerator.device),
-        loader,
-        points=points,
-        costs=all_costs(about.plan, about.heads, len(about.classes), points),
-        device=accelerator.device,
-        model=about.architecture.model,
-        dataset=trained_on["name"] if own else data.short_name(opened),
-        split=split,
-        progress=lambda done: progress(done, total),
-    )
+    at_once = min(batch_size, total)
+    doing, smaller = f"on {accelerator.device} with {at_once} images at a time", f"--batch-size {at_once // 2}"
+    with short_of_memory(doing, "a network and a batch that fit", smaller if at_once > 1 else "another --device"):
+        report = evaluate(
+            network.to(accelerator.device),
+            loader,
+            points=points,
+            costs=all_costs(about.plan, about.heads, len(about.classes), points),
+            device=accelerator.device,
+            model=about.architecture.model,
+            dataset=trained_on["name"] if own else data.short_name(opened),
+            split=split,
+            progress=lambda done: progress(done, total),
+        )
     return report, notes
 
 

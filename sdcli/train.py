@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.devices import interleaved
+from sdcli.devices import interleaved, memory_wanted
 from sdcli.errors import UserError
 from sdcli.evaluate import Report, evaluate
 from sdcli.exits import all_costs
-from sdcli.prepare import Position, Training, enter_phase, save, share_buffers
 from sdcli.runs import read_log
 from sdcli.signals import Batch
+from sdcli.training import Position, Training, enter_phase, save, share_buffers
 
 LOG_EVERY_S = 0.25
 """How often the device is asked for the losses: asking waits for it."""
@@ -437,19 +436,15 @@ def _agreed(training: Training, signal: int | None) -> int | None:
 def explained(error: Exception, training: Training) -> UserError | None:
     """What a user can do about an error in the middle of a run; None where it is none of theirs."""
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if (wanted := memory_wanted(error)) is not None:
         settings, shared = training.settings, training.accelerator.num_processes
         batch, parts = min(training.recipe.batch.size, training.num_train) // shared, settings.grad_accum_steps
         more = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
         fix = f"--grad-accum-steps {more} (smaller parts of the same updates); " if more else ""
         fix += "in a new run " + ("--precision bf16, " if settings.precision == "fp32" else "")
         fix += "--grad-checkpointing or a smaller --batch-size"
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
-        free = re.search(r"of which ([\d.]+ \w+) is free", text)
-        detail = f": {asked[1]} more were needed" if asked else ""
-        detail += f", {free[1]} were free" if asked and free else ""
         return UserError(
-            f"out of memory on {training.accelerator.device} with {batch // parts} images at a time{detail}",
+            f"out of memory on {training.accelerator.device} with {batch // parts} images at a time{wanted}",
             "a network and a batch that fit",
             fix,
         )

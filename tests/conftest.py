@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 # Read when the hub's library is loaded: no test goes online, or waits for a network that is not there.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sdcli import checks, devices, prepare
@@ -98,6 +101,18 @@ def refused(result: Result, message: str) -> None:
     assert (result.code, result.out) == (2, "")
     assert "Traceback" not in result.err
     assert result.err.strip() == f"error: {message}"
+
+
+def noise(number: int, height: int = 16, width: int = 16) -> Image.Image:
+    """An image that no other number has."""
+    pixels = np.random.RandomState(number).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def tensor(values: object) -> Tensor:

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import noise, png
 from PIL import Image
 
 from sdcli import cached, data, loaders, resident, transforms
@@ -38,17 +38,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("SDCLI_CACHE", str(tmp_path / "decoded"))
     return tmp_path / "decoded"
-
-
-def noise(number: int, height: int = 16, width: int = 16) -> Image.Image:
-    pixels = np.random.RandomState(number).randint(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
 
 
 def parquet(folder: Path, images: list[Image.Image]) -> Path:
@@ -77,7 +66,7 @@ def opened(tmp_path: Path) -> ImageData:
     return data.open_dataset(str(parquet(tmp_path / "set", [noise(i) for i in range(40)])))
 
 
-class Noise:
+class Noise(data.Images):
     """Images that need no file."""
 
     def read(self, row: int) -> Image.Image:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import noise, png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -34,17 +35,6 @@ PHOTO = Preprocess((3, 64, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), interpolati
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def noise(number: int, height: int = 12, width: int = 12) -> Image.Image:
-    pixels = np.random.RandomState(number).randint(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
 
 
 def table(labels: list[Any], label: Any = None, **columns: Any) -> Any:
@@ -72,7 +62,7 @@ def class_folders(folder: Path, *names: str) -> Path:
     return folder
 
 
-class Noise:
+class Noise(data.Images):
     """Images that need no file."""
 
     def read(self, row: int) -> Image.Image:
@@ -907,7 +897,7 @@ def test_variation_of_an_image_depends_on_seed_epoch_and_index_alone() -> None:
 
 
 def test_images_of_a_batch_vary_each_on_its_own() -> None:
-    class Same:
+    class Same(data.Images):
         def read(self, row: int) -> Image.Image:
             return noise(0, 32, 32)
 
@@ -1012,7 +1002,7 @@ def test_broken_image_arrives_as_the_same_error_from_every_process(broken: Split
 
 
 def test_loader_can_be_read_again_after_an_error() -> None:
-    class Broken:
+    class Broken(data.Images):
         def read(self, row: int) -> Image.Image:
             if row == 5:
                 raise UserError("broken")

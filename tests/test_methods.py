@@ -19,11 +19,13 @@ from sdcli.data import Split
 from sdcli.derived import Memory, Setting
 from sdcli.errors import UserError
 from sdcli.loaders import EpochBatches
-from sdcli.prepare import Settings, Training, enter_phase, prepare, resume, resumed
+from sdcli.prepare import prepare
 from sdcli.recipe import Over, load_recipe, recipe_names, to_toml
+from sdcli.resume import resume, resumed
 from sdcli.scoring import score_checkpoint
 from sdcli.signals import Batch, Signal
 from sdcli.train import Epoch, Finished, Stopped, fit, next_update
+from sdcli.training import Settings, Training, enter_phase
 
 # Short and small, whatever the recipe says: two epochs of each phase, two updates each.
 SHORT = ("epochs=2", "batch.size=32", "schedule.warmup=0", "optimizer.lr=0.01")
@@ -229,6 +231,11 @@ def test_a_phase_is_changed_by_its_number() -> None:
     assert (
         str(error.value) == "--set phases.2.rounds=3: there is no phases.2 with keys\n  expected: phases.0 to phases.1"
     )
+    with pytest.raises(UserError) as error:
+        load_recipe(["quick"], ["phases.0.epochs=3"])
+    assert str(error.value) == (
+        "--set phases.0.epochs=3: the recipe has no phases\n  expected: a recipe with [[phases]], like born-again"
+    )
 
 
 def test_what_has_no_effect_is_remarked_on(tmp_path: Path) -> None:
@@ -244,13 +251,22 @@ of = "all"
 [losses.spare]
 kind = "cross_entropy"
 on = "final"
+[networks.big]
+model = "resnet34"
+learns = false
 [[phases]]
-name = "only"
+name = "first"
 losses = ["task"]
+[[phases]]
+name = "second"
+losses = ["task"]
+teacher = true
 """
     assert remarks(losses_of(tables, tmp_path)) == [
         "signals.mix has no effect: no loss reads it",
         "batch.also.view has no effect, but costs its images: no loss reads final@view",
+        "networks.big has no effect, but costs its memory: nothing reads big.…",
+        "phases: teacher = true has no effect: nothing reads teacher.…",
         "batch.mix_prob has no effect: nothing is mixed",
         "losses.spare has no effect: no phase has it",
     ]

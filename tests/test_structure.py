@@ -18,8 +18,9 @@ ROWS = [
     {"objective", "networks", "loaders", "cached", "evaluate"},
     {"learner", "runs", "resident"},
     {"checks"},
-    {"prepare", "scoring"},
-    {"train"},
+    {"training", "scoring"},
+    {"prepare", "train"},
+    {"resume"},
     {"cli"},
 ]
 

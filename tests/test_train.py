@@ -27,13 +27,13 @@ from PIL import Image
 from processes import Process, finished, together
 from safetensors.torch import load_file
 
-from sdcli import prepare as preparing
 from sdcli import state as states
 from sdcli.errors import UserError
 from sdcli.losses import LOSSES
-from sdcli.prepare import Settings, Training, prepare, resume, resumed
+from sdcli.prepare import prepare
 from sdcli.recipe import Recipe, load_recipe
 from sdcli.registry import Entry
+from sdcli.resume import resume, resumed
 from sdcli.scoring import score_checkpoint
 from sdcli.train import (
     Epoch,
@@ -47,6 +47,7 @@ from sdcli.train import (
     train_epoch,
     train_step,
 )
+from sdcli.training import Settings, Training, save
 
 QUICK = Settings("test_vit", "digits", limit_train=96, limit_val=30, device="cpu", workers=0)
 
@@ -711,7 +712,7 @@ def test_an_update_that_is_left_out_leaves_no_trace_in_batch_norms(tmp_path: Pat
 
 
 def test_a_full_disk_keeps_the_state(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
-    preparing.save(training)
+    save(training)
     before = training.run.state.read_bytes()
 
     def full(state: Any, file: Any) -> None:
@@ -720,7 +721,7 @@ def test_a_full_disk_keeps_the_state(training: Training, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError) as error:
-        preparing.save(training)
+        save(training)
     assert str(error.value) == (
         f"the state of the run cannot be written to '{training.run.state}': no space is left on the disk; "
         "the state before it is whole\n"
@@ -743,6 +744,33 @@ def test_too_little_memory_says_what_to_lower(training: Training) -> None:
         "--grad-checkpointing or a smaller --batch-size"
     )
     assert explained(ValueError("a bug"), training) is None
+
+
+def test_too_little_memory_is_explained_before_and_after_a_run_too(
+    monkeypatch: pytest.MonkeyPatch, training: Training
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr("sdcli.prepare.enter_phase", full)
+    with pytest.raises(UserError) as error:
+        prepare(QUICK, load_recipe(["quick"]), training.run.folder.parent / "other")
+    assert str(error.value) == (
+        "out of memory on cpu before the first batch: 2.50 GiB more were needed\n"
+        "  expected: networks that fit\n"
+        "  fix:      a smaller model, or another --device"
+    )
+    assert not (training.run.folder.parent / "other").exists()
+
+    list(fit(training))
+    monkeypatch.setattr("sdcli.scoring.evaluate", full)
+    with pytest.raises(UserError) as error:
+        score_checkpoint(training.run.folder / "last.safetensors", device="cpu", batch_size=32)
+    assert str(error.value) == (
+        "out of memory on cpu with 32 images at a time: 2.50 GiB more were needed\n"
+        "  expected: a network and a batch that fit\n"
+        "  fix:      --batch-size 16"
+    )
 
 
 def test_a_batch_norm_that_sees_one_image_is_explained(tmp_path: Path) -> None:

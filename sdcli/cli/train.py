@@ -217,9 +217,11 @@ def train(
 
     from sdcli.cli.progress import follow
     from sdcli.devices import keep_freed_memory
-    from sdcli.prepare import Settings, prepare, resumed
-    from sdcli.prepare import resume as go_on
+    from sdcli.prepare import prepare
+    from sdcli.resume import resume as go_on
+    from sdcli.resume import resumed
     from sdcli.train import fit
+    from sdcli.training import Settings
 
     if going_on:
         given = {name: chosen[name] for name in said}
