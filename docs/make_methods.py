@@ -45,10 +45,11 @@ command line several `--recipe` refine each other from left to right, and `--set
 all; `--set phases.1.rounds=3` means the second of a list of tables. `sdcli recipes show` prints what comes out, and who
 brought each value.
 
-`on`, `target` and `of` name points: `exit1`, `exit2`, … (shallowest first), `final`, `exits` (all but final), `all`;
-for a target `label` and `next` (the next deeper point) too. `peer.final` is a point of `[networks.peer]`, `ema.final`
-one of the average that `[ema]` makes, `teacher.final` one of a phase's teacher, `final@view` what `final` says of
-`[batch.also.view]`. A signal is named as it is called. A target gets no gradient.
+`on` and `of` name points: `exit1`, `exit2`, … (shallowest first), `final`, `exits` (all but final) or `all`. A `target`
+is `label`, `next` (the next deeper point), `final` or one exit, or a list with one of these for each of `on`.
+`peer.final` is a point of `[networks.peer]`, `ema.final` one of the average that `[ema]` makes, `teacher.final` one of
+a phase's teacher, `final@view` what `final` says of `[batch.also.view]`. A signal is named as it is called. A target
+gets no gradient.
 
 Times below 1 are shares of the run, or of the phase; from 1 on they are epochs. A recipe keeps its shape when
 `--epochs` changes.

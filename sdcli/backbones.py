@@ -13,7 +13,6 @@ from sdcli.errors import UserError, did_you_mean, unknown
 from sdcli.stages import find_stages
 from sdcli.stem import (
     SMALLEST_MAP,
-    STEMS,
     apply_stem,
     has_cifar_stem,
     last_map,
@@ -75,8 +74,8 @@ def resolve(
 
     Raises UserError for an unknown model, arguments that it does not take, and an image size that it refuses.
     """
-    if stem not in ("auto", *STEMS):
-        raise unknown("stem", stem, ("auto", *STEMS))
+    if stem not in ("auto", "imagenet", "cifar"):
+        raise unknown("stem", stem, ("auto", "imagenet", "cifar"))
     _check_name(model)
     given = dict(model_args or {})
     probe = build(model, num_classes, given)

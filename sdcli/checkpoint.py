@@ -7,7 +7,6 @@ expect, and one JSON `sdcli` that describes the rest. No pickle is ever read.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from sdcli import __version__
 from sdcli.backbones import Architecture
 from sdcli.errors import UserError
+from sdcli.files import replacing
 from sdcli.stages import StagePlan
 
 VERSION = 1
@@ -36,7 +36,7 @@ class Description:
     """Which head each exit has, shallowest first."""
     classes: list[str]
     preprocess: dict[str, Any]
-    """Input size, mean, std and how images are brought to them (`data.Preprocess`)."""
+    """Input size, mean, std and how images are brought to them (`transforms.Preprocess`)."""
     dataset: dict[str, Any]
     """What to open to get the same data again, and how its training split was shared out."""
     recipe: dict[str, Any]
@@ -63,12 +63,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Desc
     }
     # The format allows no two tensors that share memory, which tied weights do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as beside:
         save_file(copies, beside, {"format": "pt", "sdcli": json.dumps(about)})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

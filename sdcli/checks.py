@@ -14,6 +14,9 @@ from sdcli.objective import address, check_losses, check_mixing, check_networks
 from sdcli.recipe import STUDENT, TEACHER, Network, Recipe
 from sdcli.transforms import check_policy
 
+CLASSES = 2
+"""Of the heads before the data are known: their number changes nothing that is checked."""
+
 
 def check_names(recipe: Recipe) -> None:
     """Raises UserError for what shows without data and without the student's model: losses and their keys, points of
@@ -46,8 +49,8 @@ def check_names(recipe: Recipe) -> None:
         error.wrong = f"batch.augment.policy: {error.wrong}"
         raise
     check_optimizer(recipe.optimizer)
-    for phase in recipe.stages:
-        check_schedule(recipe.schedule, phase.epochs or recipe.epochs)
+    for epochs in recipe.phase_epochs:
+        check_schedule(recipe.schedule, epochs)
 
 
 def _check_weights(where: str, weights: str) -> None:
@@ -59,30 +62,28 @@ def _check_weights(where: str, weights: str) -> None:
         )
 
 
-def check_with_model(
-    recipe: Recipe, model: str, *, image_size: int | None = None, num_classes: int | None = None
-) -> MultiExit:
+def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = None) -> MultiExit:
     """The student as the recipe makes it of `model`, on the meta device: no weights, no data, no memory.
 
     Raises UserError for what only shows with a model: exits that it does not have, widths that do not match, and exits
     that no loss teaches.
     """
-    networks = {STUDENT: _on_meta(recipe.student, model, image_size, num_classes)}
+    networks = {STUDENT: _on_meta(recipe.student, model, image_size)}
     for name, table in recipe.others.items():
         student = networks[STUDENT].plan.input_size[1]
-        networks[name] = _on_meta(table, str(table.model), student, num_classes)
+        networks[name] = _on_meta(table, str(table.model), student)
     own = {name: networks.get(name, networks[STUDENT]) for name in recipe.taking_part}
     widths = {address(name, p): width for name, network in own.items() for p, width in network.widths.items()}
     with torch.device("meta"):
-        _, derived = build_objectives(recipe, widths, num_classes or 2, 1)
+        _, derived = build_objectives(recipe, widths, CLASSES, 1)
     watch_places(own, derived)
     return networks[STUDENT]
 
 
-def _on_meta(table: Network, model: str, image_size: int | None, num_classes: int | None) -> MultiExit:
+def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
     architecture: Architecture = resolve(
         model,
-        num_classes=num_classes,
+        num_classes=None,
         image_size=image_size,
         stem=table.stem,
         pretrained=table.weights == "pretrained",
@@ -90,13 +91,13 @@ def _on_meta(table: Network, model: str, image_size: int | None, num_classes: in
     )
     plan = plan_network(table, architecture)
     with torch.device("meta"):
-        return attach(create(architecture), plan, choose_heads(plan, head_kind(table)), num_classes or 2)
+        return attach(create(architecture), plan, choose_heads(plan, head_kind(table)), CLASSES)
 
 
 def remarks(recipe: Recipe) -> list[str]:
     """What is allowed and has no effect."""
     found = []
-    schedule, epochs = recipe.schedule, max(phase.epochs or 0 for phase in recipe.stages)
+    schedule, epochs = recipe.schedule, max(recipe.phase_epochs)
     late = [time for time in schedule.milestones if time >= 1 and time >= epochs]
     if schedule.sched == "multistep" and late:
         times = ", ".join(f"{time:g}" for time in late)
@@ -125,7 +126,7 @@ def remarks(recipe: Recipe) -> list[str]:
     if recipe.batch.mix_prob != 1.0 and not recipe.batch.mixes:
         found.append("batch.mix_prob has no effect: nothing is mixed")
     if recipe.phases:
-        used = {name for phase in recipe.stages for name in phase.losses or ()}
+        used = {name for phase in recipe.all_phases for name in phase.losses or ()}
         found += [f"losses.{name} has no effect: no phase has it" for name in recipe.losses if name not in used]
     for name, loss in recipe.losses.items():
         signal = recipe.signals.get(loss.target) if isinstance(loss.target, str) else None

@@ -58,7 +58,9 @@ def _logits(signal: Signal) -> Tensor:
 def mean(signals: Sequence[Signal], batch: Batch) -> Tensor:
     """The mean of their logits, each counting alike: the ensemble that `sdcli eval` scores (arXiv:1905.08094).
 
-    sum over E of z_e / E
+        sum over E of z_e / |E|
+
+    E are the points that it is made of.
     """
     return ensemble(map(_logits, signals))
 

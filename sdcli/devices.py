@@ -25,7 +25,6 @@ from sdcli.errors import UserError, unknown
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 Precision = Literal["fp32", "bf16", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3): the free memory that stays at the heap's end, the blocks that lie beside it."""
@@ -69,7 +68,7 @@ def accelerator_for(
         mixed_precision=mixed,
         log_with=tracker,
         project_dir=folder,
-        # Batch norms keep to their own images until they are scored (`train.share_buffers`), and what a signal
+        # Batch norms keep to their own images until they are scored (`training.share_buffers`), and what a signal
         # remembers of each image is the same everywhere: nothing to be sent at every update.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -87,7 +86,8 @@ def keep_freed_memory(device: torch.device) -> None:
     that open. For processes that train and then end: what another network has left behind is kept too.
 
     Every activation is a block of its own. glibc gives large ones back to the system at once, and a training step
-    would get them anew, page by page: a tenth of its time (benchmarks/step.py; docs/performance.md).
+    would get them anew, page by page: it is 1.2 to 1.7 times as fast without, and takes 1.1 to 1.3 times the memory
+    (benchmarks/allocator.py; docs/performance.md).
     """
     if device.type != "cpu" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

@@ -38,7 +38,7 @@ def unknown(what: str, name: str, known: Iterable[str], fix: str = "", limit: in
     return UserError(f"unknown {what} '{name}'", f"one of {listed}", did_you_mean(name, names) or fix)
 
 
-def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str, Any], fix: str = "") -> UserError:
+def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str, Any]) -> UserError:
     """The first of pydantic's problems with a table in our words: which key, which value, what it should have been.
 
     `where` names the table ("losses.soft"), `keys` are those it may have, with their defaults.
@@ -51,17 +51,17 @@ def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str
         table = ".".join(filter(None, [where, *path[:-1]])) or "recipe"
         names = sorted(keys)
         return UserError(
-            f"{table}: unknown key '{path[-1]}'", "one of " + ", ".join(names), did_you_mean(path[-1], names) or fix
+            f"{table}: unknown key '{path[-1]}'", "one of " + ", ".join(names), did_you_mean(path[-1], names)
         )
     if kind == "missing":
-        return UserError(f"{place} is missing", "a value: it has no default", fix)
+        return UserError(f"{place} is missing", "a value: it has no default")
     if kind in ("model_type", "dict_type"):
-        return UserError(f"{place} = {shown(value)}", "a table", fix)
+        return UserError(f"{place} = {shown(value)}", "a table")
     # "Input should be a valid integer" reads better without its subject.
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     if kind == "too_short":
         expected = "one entry or more"
-    fix = fix or _mended(place, kind, value, expected) or default_of(path[-1], keys)
+    fix = _mended(place, kind, value, expected) or default_of(path[-1], keys)
     return UserError(f"{place} = {shown(value)}", expected, fix)
 
 

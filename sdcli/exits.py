@@ -51,6 +51,11 @@ def exit_points(plan: StagePlan) -> list[str]:
     return [f"exit{number}" for number in range(1, len(plan.stages))]
 
 
+def stages_by_point(plan: StagePlan) -> dict[str, Stage]:
+    """The stage behind every point, shallowest first."""
+    return dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
+
+
 class MultiExit(nn.Module):
     """An untouched timm model, tapped after its stages, and one head per exit.
 
@@ -82,7 +87,7 @@ class MultiExit(nn.Module):
     @property
     def stages(self) -> dict[str, Stage]:
         """The stage behind every point, shallowest first."""
-        return dict(zip([*exit_points(self.plan), FINAL], self.plan.stages, strict=True))
+        return stages_by_point(self.plan)
 
     @property
     def points(self) -> list[str]:
@@ -176,7 +181,7 @@ class MultiExit(nn.Module):
         return self.backbone
 
 
-def choose_heads(plan: StagePlan, head: str = "auto") -> dict[str, str]:
+def choose_heads(plan: StagePlan, head: str = "auto", where: str = "networks.student.head") -> dict[str, str]:
     """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown one.
 
     "none" leaves exits without classifiers: taps, whose maps can be compared; `BRANCH` gives each a copy of all that
@@ -187,7 +192,7 @@ def choose_heads(plan: StagePlan, head: str = "auto") -> dict[str, str]:
     if head == "none":
         return {FINAL: POOLED} if plan.encoder else {}
     if head != "auto":
-        HEADS.find(head, "networks.student.head")
+        HEADS.find(head, where)
     stages = zip(exit_points(plan), plan.stages[:-1], strict=True)
     chosen = {point: suitable_head(plan, stage) if head == "auto" else head for point, stage in stages}
     return chosen | ({FINAL: POOLED} if plan.encoder else {})
@@ -205,7 +210,7 @@ def attach(
     `another` makes a network of the same kind, of which a branch keeps the end; by default it is a copy, weights and
     all. Raises UserError for a model whose end cannot be copied.
     """
-    stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
+    stages = stages_by_point(plan)
     built: dict[str, nn.Module] = {}
     for point, kind in heads.items():
         if kind == BRANCH:
@@ -221,7 +226,7 @@ def attach(
 
 def head_costs(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Cost]:
     """What each exit's own head costs; for `final`, what comes after the last stage."""
-    stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
+    stages = stages_by_point(plan)
     costs = {FINAL: Cost(0, 0)}
     for point, kind in heads.items():
         stage = stages[point]
@@ -242,7 +247,7 @@ def all_costs(
     The ensemble (of all points where none are named) needs the network up to the deepest of them, and every one's head.
     """
     own = head_costs(plan, heads, num_classes)
-    stages = dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
+    stages = stages_by_point(plan)
     alone = {p: Cost(stages[p].params + cost.params, stages[p].macs + cost.macs) for p, cost in own.items()}
     *others, deepest = list(own) if points is None else points
     params, macs = (sum(getattr(own[point], kind) for point in others) for kind in ("params", "macs"))
@@ -261,7 +266,7 @@ def plan_json(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> di
             "head_params": costs[point].params if point in costs else 0,
             "head_macs": costs[point].macs if point in costs else 0,
         }
-        for point, stage in zip([*exit_points(plan), FINAL], plan.stages, strict=True)
+        for point, stage in stages_by_point(plan).items()
     ]
     return {
         "model": plan.model,

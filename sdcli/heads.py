@@ -61,7 +61,7 @@ def head_cost(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> tup
 class PatchConv(nn.Conv2d):
     """A convolution whose stride is its kernel: every patch by itself, in one product of matrices on a CPU.
 
-    Torch's own convolution takes twice as long there, forward and backward (benchmarks/step.py).
+    With torch's own convolution the head on a wide map takes 1.3 times as long there (benchmarks/heads.py).
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class ConvHead(nn.Module):
 
     def forward(self, features: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
         if features.device.type == "cpu":
-            # There wide maps of few channels take half as long with the channels innermost (benchmarks/step.py).
+            # With the channels outermost wide maps of few channels take 1.3 times as long there (benchmarks/heads.py).
             features = features.contiguous(memory_format=torch.channels_last)
         embedding = self.body(features).mean(dim=(2, 3))
         return embedding, self.classifier(embedding)

@@ -113,7 +113,7 @@ def build_objectives(
             derived=made,
             mixes=recipe.batch.mixes,
         )
-        for phase in recipe.stages
+        for phase in recipe.all_phases
     ]
     for name, make in making.items():
         read = [objective.reads[name] for objective in objectives if name in objective.reads]

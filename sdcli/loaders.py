@@ -25,7 +25,7 @@ from sdcli.transforms import SMALL, Preprocess, Transform
 def suitable_workers(device: torch.device, preprocess: Preprocess) -> int:
     """How many processes should load images for a network on `device`.
 
-    None where a CPU sees small images: decoding them is a hundredth of the network's work, and processes that share its
+    0 where a CPU sees small images: decoding them is a hundredth of the network's work, and processes that share its
     cores make torch's threads wait for each other.
     """
     if device.type == "cpu":

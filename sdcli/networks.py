@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdcli.backbones import Architecture, create
 from sdcli.checkpoint import Description, load_checkpoint, read_tensors
@@ -206,8 +206,3 @@ def _timm_version() -> str:
 def _at(place: str, error: UserError) -> UserError:
     error.wrong = f"{place}: {error.wrong}"
     return error
-
-
-def tensors_of(model: MultiExit) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a network."""
-    return dict(model.state_dict())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,8 @@ from sdcli.runs import Run, check_output
 from sdcli.stages import StagePlan
 from sdcli.training import Settings, Training, enter_phase, save
 
+BEFORE = "before the first batch"
+
 
 def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     """Checks everything and builds it; the run folder is made last. Raises UserError before any image is read for what
@@ -43,7 +44,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     run = Run(from_first(accelerator, output))
     if accelerator.is_main_process:
         check_output(run.folder)
-    with networks_fit(accelerator):
+    with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "a smaller model, another --device"):
         training = build(settings, recipe, accelerator, run)
         enter_phase(training, 0)
     if training.is_first:
@@ -52,13 +53,6 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     save(training)
     start_tracker(training)
     return training
-
-
-def networks_fit(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """For what is done before the first batch."""
-    return short_of_memory(
-        f"on {accelerator.device} before the first batch", "networks that fit", "a smaller model, or another --device"
-    )
 
 
 def write_choices(training: Training) -> None:
@@ -104,7 +98,7 @@ class Splits:
 
     @property
     def scored(self) -> data.Split:
-        """What every epoch is scored on: the test split only where nothing is held out."""
+        """What is scored: validation after every epoch or, where nothing is held out, test once at the end."""
         return self.val or self.dataset.splits["test"]
 
 
@@ -144,10 +138,10 @@ def build(
     learner.to(accelerator.device)
     if ema is not None:
         ema.to(accelerator.device)
-    for phase in recipe.stages:
+    for epochs in recipe.phase_epochs:
         # A schedule that a later phase cannot have is refused now.
         optimizer = create_optimizer([learner], recipe.optimizer)
-        create_schedule(optimizer, recipe.schedule, phase.epochs or 0, order.updates)
+        create_schedule(optimizer, recipe.schedule, epochs, order.updates)
     coupled = [f"losses.{term.name}" for objective in objectives for term in objective.terms if term.sees_batch]
     coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
     notes += _shares(order, dict.fromkeys(coupled))
@@ -159,9 +153,6 @@ def build(
         recipe=recipe,
         accelerator=accelerator,
         learner=learner,
-        module=learner,
-        optimizer=None,
-        schedule=None,
         ema=ema,
         loader=loader,
         scored_loader=scored_loader,

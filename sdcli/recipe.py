@@ -304,7 +304,7 @@ class Recipe(Table):
         return {name: network for name, network in self.networks.items() if name != STUDENT}
 
     @property
-    def stages(self) -> list[Phase]:
+    def all_phases(self) -> list[Phase]:
         """Its phases one after the other, rounds and all, each with its epochs and losses; one where none are named."""
         phases = self.phases or [Phase(name="")]
         return [
@@ -314,6 +314,11 @@ class Recipe(Table):
             for phase in phases
             for _ in range(phase.rounds)
         ]
+
+    @property
+    def phase_epochs(self) -> list[int]:
+        """How many epochs each of `all_phases` takes."""
+        return [phase.epochs or self.epochs for phase in self.all_phases]
 
     @property
     def taking_part(self) -> dict[str, bool]:

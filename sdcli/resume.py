@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from sdcli.devices import short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
-from sdcli.prepare import build, check, networks_fit, settled, start_tracker, write_choices
+from sdcli.prepare import BEFORE, build, check, settled, start_tracker, write_choices
 from sdcli.recipe import Recipe, check_recipe, load_recipe
 from sdcli.runs import Run, read_settings, state_file
 from sdcli.state import load_state
@@ -19,21 +20,22 @@ from sdcli.training import FREE, MAY_CHANGE, Settings, Training, restore, unchan
 def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     """The run in `folder` as it was when its state was saved; `resumed` tells what to pass on.
 
-    On a CPU it ends with the bits of a run that was never stopped. Raises UserError where the data are not those that
-    it was trained on.
+    On a CPU it ends with the bits of a run that was never stopped. Raises UserError for a state that is damaged or of
+    another version, edited files, fewer epochs than are done, starting weights that a later phase needs and that are
+    gone, and data that are not those that it was trained on.
     """
     accelerator = check(settings, recipe, folder)
     state = load_state(state_file(folder))
     _check_same(folder, unchanging(settings, recipe), state["made"])
     done = state["position"]["epoch"] - (0 if state["position"]["update"] else 1)
-    if (epochs := sum(phase.epochs or 0 for phase in recipe.stages)) < done:
+    if (epochs := sum(recipe.phase_epochs)) < done:
         raise UserError(
             f"epochs = {epochs}, and the run in '{folder}' has begun or done {done}",
             f"{done} or more",
             "leave --epochs out, or start a new run",
         )
     _check_weights_ahead(recipe, state["phase"])
-    with networks_fit(accelerator):
+    with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "another --device"):
         training = build(settings, recipe, accelerator, Run(folder), state["data"])
         restore(training, state)
     if training.is_first:
@@ -61,8 +63,8 @@ def resumed(
         if value != was and name not in MAY_CHANGE:
             raise UserError(
                 f"the run in '{folder}' was started with {name} = {was!r}, not {value!r}",
-                f"the same, or a change of epochs, {', '.join(MAY_CHANGE)}",
-                f"leave --{name.replace('_', '-')} out, or start a new run",
+                f"the same; what may change is --epochs, {', '.join(map(_flag, MAY_CHANGE))}",
+                f"leave {_flag(name)} out, or start a new run",
             )
     load_imports(settings.imports)
     own = settled(load_recipe([str(folder / "recipe.toml")]))
@@ -84,6 +86,11 @@ def resumed(
     return settings, check_recipe({**own.model_dump(exclude_none=True), "epochs": wanted.epochs})
 
 
+def _flag(setting: str) -> str:
+    """A setting as the command line has it."""
+    return {"model": "MODEL", "imports": "--import"}.get(setting, f"--{setting.replace('_', '-')}")
+
+
 def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None:
     """Raises UserError where somebody has edited the files of a run."""
     for name, file in (("settings", "run.json"), ("recipe", "recipe.toml")):
@@ -99,7 +106,7 @@ def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None
 def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
     """Raises UserError where a fresh phase that is still ahead begins from a file that is gone."""
     weights = recipe.student.weights
-    ahead = any(stage.fresh for stage in recipe.stages[phase + 1 :])
+    ahead = any(later.fresh for later in recipe.all_phases[phase + 1 :])
     if ahead and weights not in ("random", "pretrained") and not Path(weights).is_file():
         raise UserError(
             f"networks.student.weights = '{weights}': there is no such file, and a fresh phase is to begin from it",

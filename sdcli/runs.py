@@ -1,4 +1,4 @@
-"""The run folder: resolved recipe, log, checkpoints, report. The only place that writes a run's files.
+"""The run folder: resolved recipe, log, checkpoints, report.
 
 recipe.toml        the resolved recipe: `--recipe RUN/recipe.toml` trains the same again
 run.json           the command's other choices: model, data set, seed
@@ -7,7 +7,8 @@ summary.csv        the same for a spreadsheet, in timm's columns plus one per ex
 last.safetensors   after the last epoch
 best.safetensors   the best on the validation split, where there is one
 report.json        how that checkpoint scores
-state/last.pt      where the run stands, for `--resume`
+state/last.pt      where the run stands, for `--resume` (`state.py`)
+curves.png         losses and accuracies by epoch, where there is matplotlib (`cli/plots.py`)
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from torch import Tensor
 from sdcli.checkpoint import Description, save_checkpoint
 from sdcli.errors import UserError, did_you_mean
 from sdcli.evaluate import Report
+from sdcli.files import replacing
 
 EARLY = {"recipe.toml", "run.json", "state"}
 """What a run writes before its first state is whole."""
 
 
 class Run:
-    """A run folder and what its log says so far. Every process knows it; only the first one writes."""
+    """A run folder. Every process knows where it is; only the first one keeps the log, and writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -161,11 +162,10 @@ def _damaged(path: Path, error: ValueError) -> UserError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that no reader finds half a file; raises UserError where that fails."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Raises UserError where it cannot be written; the file is then as it was."""
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            beside.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"'{path}' cannot be written: {error.strerror}", "a folder with room to write to") from None
 

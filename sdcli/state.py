@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sdcli.errors import UserError
+from sdcli.files import replacing
 
 VERSION = 2
 """Of the file's layout; another one is refused."""
@@ -26,14 +27,12 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
     Raises UserError where it cannot be written; the former state is then still there.
     """
-    beside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with replacing(path) as beside, beside.open("wb") as file:
             torch.save({"version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
     except (OSError, RuntimeError) as error:
         # torch's writer turns a failed write into a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -45,8 +44,6 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
             "room for it in the run folder",
             f"free some and go on: sdcli train --resume {path.parent.parent}",
         ) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def train_epoch(
         batches = next_update(training, loaded)
         shares = gradient_shares(training, batches[0]) if _is_measured(training) else None
         position.shares = shares or position.shares
-        epochs = training.recipe.stages[training.phase].epochs or 0
+        epochs = training.recipe.phase_epochs[training.phase]
         training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
         position.lr = training.optimizer.param_groups[0]["lr"]
         losses = train_step(training, batches)
@@ -291,7 +291,7 @@ def train_epoch(
     sums = training.accelerator.reduce(position.sums.clone())
     named = watch.check(sums / (position.num_images - position.skipped_images))
     _check_weights(training)
-    phase = training.recipe.stages[training.phase].name
+    phase = training.recipe.all_phases[training.phase].name
     shares, skipped = position.shares, position.skipped
     yield Epoch(position.epoch, phase, position.lr, named, position.num_images, seconds, speed, shares, skipped=skipped)
 
@@ -489,7 +489,7 @@ def _track_step(training: Training, losses: dict[str, float]) -> None:
 def _best_so_far(training: Training) -> tuple[int, Report] | None:
     """The epoch of this phase to beat, from the log of a run that goes on."""
     best: tuple[int, Report] | None = None
-    before = sum(phase.epochs or 0 for phase in training.recipe.stages[: training.phase])
+    before = sum(training.recipe.phase_epochs[: training.phase])
     for line in read_log(training.run.folder)[before : training.position.epoch - 1]:
         if line["validation"]:
             report = Report.from_dict(line["validation"])

@@ -20,9 +20,11 @@ from sdcli.checkpoint import Description
 from sdcli.devices import Precision, interleaved
 from sdcli.exits import MultiExit
 from sdcli.learner import Learner
+from sdcli.loaders import Loader
 from sdcli.networks import build_network, create_optimizer, create_schedule
 from sdcli.objective import Objective
 from sdcli.recipe import TEACHER, Recipe
+from sdcli.resident import ResidentLoader
 from sdcli.runs import Run
 from sdcli.state import random_states, restore_random_states, save_state
 
@@ -84,7 +86,7 @@ class Position:
     skipped: int = 0
     """Updates of it that were left out, since a loss was not finite (`optimizer.nonfinite`)."""
     skipped_images: int = 0
-    """Those of them."""
+    """The images of those updates, of all processes."""
     in_a_row: int = 0
     """Updates left out up to here without one between."""
     sums: Tensor | None = None
@@ -95,22 +97,18 @@ class Position:
 
 @dataclass
 class Training:
-    """Everything that a run needs, checked and ready to go."""
+    """Everything that a run needs; ready to go once it has entered a phase."""
 
     settings: Settings
     recipe: Recipe
     accelerator: Accelerator
     learner: Learner
     """The networks and their objective themselves: what is measured and saved."""
-    module: nn.Module
-    """The same as accelerate wraps it for training."""
-    optimizer: Any
-    schedule: Any
     ema: Any
     """timm's average of the student's weights, or None."""
-    loader: Any
+    loader: Loader | ResidentLoader
     """This process's training batches; `set_epoch` gives the next epoch its own order and augmentation."""
-    scored_loader: Any
+    scored_loader: Loader | ResidentLoader
     """Batches of the split that is scored: validation, or test where nothing is held out."""
     scored_split: str
     description: Description
@@ -124,7 +122,11 @@ class Training:
     objectives: list[Objective]
     """One for each phase."""
     phase: int = -1
-    """The phase that the run is in; none yet."""
+    """The phase that the run is in; none yet. Each has a module, an optimizer and a schedule of its own."""
+    module: nn.Module = field(default_factory=nn.Module)
+    """The learner as accelerate wraps it for training."""
+    optimizer: Any = None
+    schedule: Any = None
     position: Position = field(default_factory=Position)
     notes: list[str] = field(default_factory=list)
 
@@ -138,18 +140,18 @@ class Training:
     @property
     def epochs(self) -> int:
         """Of the whole run."""
-        return sum(phase.epochs or 0 for phase in self.recipe.stages)
+        return sum(self.recipe.phase_epochs)
 
     @property
     def phase_of(self) -> int:
         """The phase that the epoch at which the run stands belongs to."""
-        ends = accumulate(phase.epochs or 0 for phase in self.recipe.stages)
+        ends = accumulate(self.recipe.phase_epochs)
         return next(number for number, end in enumerate(ends) if self.position.epoch <= end)
 
     @property
     def epoch_in_phase(self) -> int:
         """The epoch at which the run stands, counted from 1 within its phase."""
-        return self.position.epoch - sum(phase.epochs or 0 for phase in self.recipe.stages[: self.phase])
+        return self.position.epoch - sum(self.recipe.phase_epochs[: self.phase])
 
     @property
     def updates_done(self) -> int:
@@ -159,9 +161,9 @@ class Training:
     @property
     def updates_averaged(self) -> int:
         """Since the student last began: what the average of its weights is made of."""
-        stages = self.recipe.stages
-        began = max((number for number in range(self.phase + 1) if stages[number].fresh), default=0)
-        before = sum(phase.epochs or 0 for phase in stages[began : self.phase])
+        phases = self.recipe.all_phases
+        began = max((number for number in range(self.phase + 1) if phases[number].fresh), default=0)
+        before = sum(self.recipe.phase_epochs[began : self.phase])
         return before * self.updates_per_epoch + self.updates_done
 
     @property
@@ -178,7 +180,7 @@ def unchanging(settings: Settings, recipe: Recipe) -> dict[str, Any]:
 
 def enter_phase(training: Training, number: int, begins: bool = True) -> None:
     """Sets the run up for a phase: its losses, a new optimizer and schedule, and, where it `begins`, its networks."""
-    phase = training.recipe.stages[number]
+    phase = training.recipe.all_phases[number]
     learner, accelerator = training.learner, training.accelerator
     if begins and phase.teacher:
         learner.networks[TEACHER].load_state_dict(training.network.state_dict())
@@ -197,7 +199,7 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         objective.go_on_from(training.objectives[number - 1])
     learner.teach(objective)
     optimizer = create_optimizer([learner], training.recipe.optimizer)
-    epochs = phase.epochs or 0
+    epochs = training.recipe.phase_epochs[number]
     training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)
     accelerator.free_memory()
     with warnings.catch_warnings():

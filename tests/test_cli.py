@@ -448,7 +448,8 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
         (["--resume", "RUN", "--output", "other"], "--resume RUN and --output exclude each other\n"
          "  expected: one of them: a run stays where it is"),
         (["--resume", "RUN", "--seed", 5], "the run in 'RUN' was started with seed = 42, not 5\n"
-         "  expected: the same, or a change of epochs, device, workers, compile, grad_accum_steps, save_every, track, imports\n"
+         "  expected: the same; what may change is --epochs, --device, --workers, --compile, --grad-accum-steps, "
+         "--save-every, --track, --import\n"
          "  fix:      leave --seed out, or start a new run"),
         (["--resume", "RUN", "--lr", 5], "the recipe of the run in 'RUN' has optimizer.lr = 0.05, not 5.0\n"
          "  expected: the recipe that it was started with; only epochs may change\n"

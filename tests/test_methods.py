@@ -57,7 +57,7 @@ def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, tmp_path: Pa
     whole = list(fit(prepare(settings(model), recipe, tmp_path / "whole")))
     assert isinstance(whole[-1], Finished)
     log = outcome(tmp_path / "whole")
-    assert len(log) == 2 * len(recipe.stages)
+    assert len(log) == 2 * len(recipe.all_phases)
     assert all(torch.tensor(list(line["losses"].values())).isfinite().all() for line in log)
     assert whole[-1].report.exits[-1].point == "final"
 

@@ -298,6 +298,12 @@ def test_a_difference_is_a_table_options_or_json(sdcli: Command) -> None:
     assert same.out == "" and "byot and byot train the same" in same.err
 
 
+@pytest.mark.parametrize("shelf", ["losses", "signals"])
+def test_every_loss_and_signal_has_its_formula(shelf):
+    for item in SHELVES[shelf].items():
+        assert item.formula, item.name
+
+
 @pytest.mark.parametrize("shelf", list(SHELVES))
 def test_a_shelf_tells_every_name_with_its_keys(shelf: str, sdcli: Command) -> None:
     items = SHELVES[shelf].items()

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "sdcli"
 
 ROWS = [
-    {"errors", "headers", "ramps", "toml"},
+    {"errors", "files", "headers", "ramps", "toml"},
     {"extensions", "registry", "recipe", "signals", "stages", "metrics", "state", "taps"},
     {"about", "losses", "heads", "stem", "tail", "transforms"},
     {"backbones", "augment", "derived"},

@@ -235,9 +235,11 @@ def test_what_makes_another_run_is_refused(whole: tuple[Recipe, Path]) -> None:
 
     assert refused({"seed": 7}) == (
         f"the run in '{folder}' was started with seed = 42, not 7\n"
-        "  expected: the same, or a change of epochs, device, workers, compile, grad_accum_steps, save_every, track, imports\n"
+        "  expected: the same; what may change is --epochs, --device, --workers, --compile, --grad-accum-steps, "
+        "--save-every, --track, --import\n"
         "  fix:      leave --seed out, or start a new run"
     )
+    assert refused({"model": "resnet50"}).endswith("  fix:      leave MODEL out, or start a new run")
     assert refused({}, None, ["optimizer.lr=0.5"]).startswith(
         f"the recipe of the run in '{folder}' has optimizer.lr = 0.05, not 0.5\n"
     )
@@ -758,7 +760,7 @@ def test_too_little_memory_is_explained_before_and_after_a_run_too(
     assert str(error.value) == (
         "out of memory on cpu before the first batch: 2.50 GiB more were needed\n"
         "  expected: networks that fit\n"
-        "  fix:      a smaller model, or another --device"
+        "  fix:      a smaller model, another --device"
     )
     assert not (training.run.folder.parent / "other").exists()
 

@@ -23,13 +23,13 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file that sdcli train wrote.")],
     exits: Annotated[str, typer.Option(help="all, final, or some of them: exit1,exit3")] = "all",
     dataset: Annotated[
-        str | None, typer.Option(help="Another data set with the same classes [the one it was trained on].")
+        str | None, typer.Option(help="A data set with the same classes. [default: the one it was trained on]")
     ] = None,
     split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
-    image_key: Annotated[str | None, typer.Option(help="The data set's column of images [found].")] = None,
-    label_key: Annotated[str | None, typer.Option(help="The data set's column of labels [found].")] = None,
+    image_key: Annotated[str | None, typer.Option(help="The column of images. [default: found]")] = None,
+    label_key: Annotated[str | None, typer.Option(help="The column of labels. [default: found]")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score this many images only.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images scored at a time.")] = 256,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … [default: the best there is]")] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "-j", min=0, help="Processes that load images. [default: what suits]")

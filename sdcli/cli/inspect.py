@@ -44,16 +44,16 @@ def inspect(
     ],
     exits: Annotated[
         str | None,
-        typer.Option(help="How many exits, the final one included; or modules to tap, such as blocks.3,blocks.7."),
+        typer.Option(help="auto, none, how many with the final one, or modules: blocks.3,blocks.7."),
     ] = None,
     head: Annotated[
         str, typer.Option(help="What each exit's head is: auto, bottleneck, sepconv, linear, tokens, …")
     ] = "auto",
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Input height and width [default: the model's own].")
+        int | None, typer.Option(min=1, help="Input height and width. [default: the model's own]")
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Classes of the classifiers [default: the model's own].")
+        int | None, typer.Option(min=1, help="Classes of the classifiers. [default: the model's own]")
     ] = None,
     stem: Annotated[str, typer.Option(help="auto, imagenet or cifar: what small images get.")] = "auto",
     sort: Annotated[Sort | None, typer.Option(help="Order of a pattern's models, the least first.")] = None,
@@ -75,7 +75,7 @@ def inspect(
         architecture = resolve(name, num_classes=num_classes, image_size=image_size, stem=stem)
         plan = plan_network(Network(exits=parse_exits(exits)), architecture)
         classes = num_classes or architecture.num_classes or DEFAULT_CLASSES
-        shown = plan_json(plan, choose_heads(plan, head), classes)
+        shown = plan_json(plan, choose_heads(plan, head, "--head"), classes)
         return {**shown, "family": architecture.family, "notes": [*architecture.notes, *plan.notes]}
 
     console = output()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from sdcli.errors import UserError
+from sdcli.files import replacing
 from sdcli.runs import read_log
 
 WIDTH, HEIGHT = 11.0, 4.2
@@ -41,14 +41,11 @@ def save_curves(run: Path, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(run.resolve().name, fontsize=10)
-    beside = file.with_name(f".{file.name}.tmp")
     try:
-        figure.savefig(beside, format=file.suffix.lstrip(".") or "png")
-        os.replace(beside, file)
+        with replacing(file) as beside:
+            figure.savefig(beside, format=file.suffix.lstrip(".") or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"'{file}' cannot be written: {error}", "a file such as curves.png or curves.svg") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _losses(axes: Any, log: list[dict[str, Any]]) -> None:

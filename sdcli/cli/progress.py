@@ -144,19 +144,23 @@ def _follow_live(training: Training, events: Iterable[Event]) -> Stopped | None:
     return None
 
 
-def _epoch_table(epochs: list[Epoch], rows: int = 8) -> Table:
+ROWS = 8
+"""Epochs that the table shows."""
+
+
+def _epoch_table(epochs: list[Epoch]) -> Table:
     """The last epochs: losses by name, accuracy by exit."""
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("epoch", justify="right")
     # Phases may have losses of their own.
-    names = list(dict.fromkeys(name for epoch in epochs[-rows:] for name in epoch.losses))
+    names = list(dict.fromkeys(name for epoch in epochs[-ROWS:] for name in epoch.losses))
     for name in names:
         table.add_column(f"{name} loss", justify="right", style="dim")
     scored = report_rows(epochs[-1].validation) if epochs[-1].validation else []
     for result in scored:
         table.add_column(result.point, justify="right")
     best = max((e.validation.best.top1 for e in epochs if e.validation and e.phase == epochs[-1].phase), default=None)
-    for epoch in epochs[-rows:]:
+    for epoch in epochs[-ROWS:]:
         cells = [f"{epoch.losses[name]:.4f}" if name in epoch.losses else "" for name in names]
         cells += [f"{result.top1:.2f}" for result in (report_rows(epoch.validation) if epoch.validation else [])]
         is_best = (
@@ -169,8 +173,8 @@ def _epoch_table(epochs: list[Epoch], rows: int = 8) -> Table:
 def _finish(event: Finished) -> None:
     report = event.report
     console = talk()
-    which = f"epoch {event.epoch} of {event.checkpoint.name}"
-    console.print(f"{which}, top-1 on {report.split}: {_scores(report)}", soft_wrap=True)
+    which = f"{event.checkpoint.name} is of epoch {event.epoch}"
+    console.print(f"{which}: top-1 on {report.split}: {_scores(report)}", soft_wrap=True)
     console.print(Text.assemble("next: ", (f"sdcli eval {event.checkpoint} --exits all", "bold")), soft_wrap=True)
 
 

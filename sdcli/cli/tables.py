@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from sdcli.catalogue import Item
     from sdcli.evaluate import ExitResult, Report
 
+UNITS = ("", "K", "M", "G", "T")
 
-def amount(value: float, units: Sequence[str] = ("", "K", "M", "G", "T")) -> str:
+
+def amount(value: float) -> str:
     """Three digits and a unit, as papers print parameters and MACs: 11.2 M, 555 M, 4.09 G."""
-    for unit in units:
-        if abs(value) < 999.5 or unit == units[-1]:
+    for unit in UNITS:
+        if abs(value) < 999.5 or unit == UNITS[-1]:
             digits = 0 if value == int(value) and not unit else max(0, 3 - len(str(int(abs(value)))))
             return f"{value:.{digits}f} {unit}".rstrip()
         value /= 1000
@@ -138,9 +140,9 @@ def _paper(link: str) -> Text:
     return Text(short, style=f"link {link}") if link else Text("-", style="dim")
 
 
-def shortened(measured: str, width: int = 90) -> str:
+def shortened(measured: str) -> str:
     """The first of what was measured, without how, seeds and machine."""
-    return shorten(re.sub(r"^[^:;.]{0,60}: ", "", measured).split(" (")[0], width, placeholder=" …")
+    return shorten(re.sub(r"^[^:;.]{0,60}: ", "", measured).split(" (")[0], 90, placeholder=" …")
 
 
 def difference_table(one: str, other: str, found: Difference) -> Table:

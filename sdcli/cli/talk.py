@@ -13,7 +13,7 @@ def output() -> Console:
 
 
 def talk() -> Console:
-    """For progress, notes and questions."""
+    """For progress and notes."""
     return Console(stderr=True, highlight=False)
 
 
