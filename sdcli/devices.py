@@ -103,6 +103,8 @@ def memory_wanted(error: Exception) -> str | None:
     ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not ran_out and not re.search(r"out of memory|can't allocate memory", text):
         return None
+    # On a CPU torch counts bytes.
+    text = re.sub(r"(\d+) bytes", lambda bytes_: f"{int(bytes_[1]) / 2**20:.0f} MiB", text)
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     free = re.search(r"of which ([\d.]+ \w+) is free", text)
     return (f": {asked[1]} more were needed" if asked else "") + (f", {free[1]} were free" if asked and free else "")

@@ -419,7 +419,7 @@ def test_curves_and_the_table_have_the_losses_of_all_phases():
     figure = Figure()
     _losses(figure.subplots(), [line.to_log() for line in epochs])
     assert [line.get_label() for line in figure.axes[0].lines] == ["soft", "task"]
-    assert (_skipped(epochs[0]), _skipped(epochs[1])) == ("", "  1 updates left out: not finite")
+    assert (_skipped(epochs[0]), _skipped(epochs[1])) == ("", "  1 update left out: not finite")
 
 
 @pytest.mark.parametrize("exits", ["0", ","])

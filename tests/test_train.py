@@ -745,6 +745,9 @@ def test_too_little_memory_says_what_to_lower(training: Training) -> None:
         "  fix:      --grad-accum-steps 2 (smaller parts of the same updates); in a new run --precision bf16, "
         "--grad-checkpointing or a smaller --batch-size"
     )
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3145728 bytes.")
+    told = explained(error, training)
+    assert told is not None and told.wrong == "out of memory on cpu with 24 images at a time: 3 MiB more were needed"
     assert explained(ValueError("a bug"), training) is None
 
 

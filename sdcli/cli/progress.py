@@ -186,7 +186,7 @@ def _shares(step: Step) -> str:
 
 def _skipped(epoch: Epoch) -> str:
     """How many updates were left out, where the recipe says so."""
-    return f"  {epoch.skipped} updates left out: not finite" if epoch.skipped else ""
+    return f"  {epoch.skipped} update{'s' * (epoch.skipped > 1)} left out: not finite" if epoch.skipped else ""
 
 
 def _losses(losses: dict[str, float]) -> str:
