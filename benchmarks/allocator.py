@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from sdcli.devices import keep_freed_memory
-from sdcli.prepare import prepare
-from sdcli.recipe import load_recipe
-from sdcli.train import next_update, train_step
-from sdcli.training import Settings
+from sdcli.recipe.load import load_recipe
+from sdcli.run.prepare import prepare
+from sdcli.run.settings import Settings
+from sdcli.run.train import next_update, train_step
 
 CASES = ("test_resnet:64", "test_resnet:256", "resnet18:64", "resnet18:128")
 

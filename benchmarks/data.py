@@ -24,17 +24,17 @@ def ours(split: Any, preprocess: Any, batch_size: int) -> tuple[Any, dict[str, f
     """The loader, and how long decoding took where it was not done before."""
     import torch
 
-    from sdcli.augment import Augmentation
-    from sdcli.cached import cached_pixels
-    from sdcli.loaders import EpochBatches
-    from sdcli.resident import ResidentLoader
+    from sdcli.data.augment import Augmentation
+    from sdcli.data.cached import cached_pixels
+    from sdcli.data.loaders import EpochBatches
+    from sdcli.data.resident import ResidentLoader
 
     start = time.perf_counter()
     pixels, _ = cached_pixels(split, preprocess)
     assert pixels is not None, "these images are large"
     told = {"open_s": round(time.perf_counter() - start, 3)}
     device = torch.device("cpu")
-    augmentation = Augmentation(preprocess, device, seed=0, crop="pad", mirror=0.5)
+    augmentation = Augmentation(preprocess, device, seed=0, crop="pad", hflip=0.5)
     loader = ResidentLoader(split, pixels, augmentation, EpochBatches(split, batch_size, seed=0), device)
     return loader, told
 
@@ -84,15 +84,17 @@ def measure(which: str, path: str, num_images: int | None, batch_size: int, thre
     """One loader in this process."""
     import torch
 
-    from sdcli import data
-    from sdcli.transforms import Preprocess
+    from sdcli.data.measure import measure, natural_size
+    from sdcli.data.open import open_dataset
+    from sdcli.data.splits import limited
+    from sdcli.data.transforms import Preprocess
 
     torch.set_num_threads(threads)
-    opened = data.open_dataset(path)
-    size, mean, std = data.measure(opened)
-    natural = data.natural_size(size)
+    opened = open_dataset(path)
+    size, mean, std = measure(opened)
+    natural = natural_size(size)
     assert natural is not None, "these images are large or not of one size"
-    split = data.limit(opened.splits["train"], num_images, seed=0)
+    split = limited(opened.splits["train"], num_images, seed=0)
     loader, told = (ours if which == "ours" else timms)(split, Preprocess((3, natural, natural), mean, std), batch_size)
     for _ in range(2):
         start, count = time.perf_counter(), 0

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 from sdcli.devices import keep_freed_memory
-from sdcli.exits import all_costs
-from sdcli.prepare import prepare
-from sdcli.recipe import load_recipe
-from sdcli.train import Epoch, train_epoch
-from sdcli.training import Position, Settings
+from sdcli.network.multi_exit import all_costs
+from sdcli.recipe.load import load_recipe
+from sdcli.run.events import Epoch
+from sdcli.run.prepare import prepare
+from sdcli.run.settings import Settings
+from sdcli.run.train import train_epoch
+from sdcli.run.training import Position
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16, by what the device's name holds: the makers' figures."""

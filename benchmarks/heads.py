@@ -15,12 +15,12 @@ import time
 import torch
 from torch import nn
 
-from sdcli.backbones import resolve
 from sdcli.devices import keep_freed_memory
-from sdcli.exits import stages_by_point
-from sdcli.heads import PatchConv, build_head
-from sdcli.networks import plan_network
-from sdcli.recipe import Network
+from sdcli.network.backbones import resolve
+from sdcli.network.blueprint import plan_network
+from sdcli.network.heads import PatchConv, build_head
+from sdcli.network.multi_exit import stages_by_point
+from sdcli.recipe.schema import Network
 
 
 class ChannelsOutermost(nn.Module):

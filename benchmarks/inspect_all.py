@@ -28,10 +28,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdcli.backbones import create, resolve
 from sdcli.errors import UserError
-from sdcli.exits import attach, choose_heads
-from sdcli.stages import StagePlan, find_stages
+from sdcli.network.backbones import create, resolve
+from sdcli.network.cuts import find_stages
+from sdcli.network.multi_exit import attach, choose_heads
+from sdcli.network.stages import StagePlan
 
 COLUMNS = (
     *("model", "family", "input_size", "found_by", "num_stages", "clean", "stages", "reductions", "num_chs", "shares"),

@@ -24,20 +24,21 @@ from typing import Any
 
 import torch
 
+from sdcli.data.batch import Batch
 from sdcli.devices import keep_freed_memory
-from sdcli.exits import MultiExit, all_costs
-from sdcli.prepare import prepare
-from sdcli.recipe import load_recipe, recipe_names
-from sdcli.signals import Batch
-from sdcli.train import next_update, train_step
-from sdcli.training import Settings, Training, enter_phase
+from sdcli.network.multi_exit import MultiExit, all_costs
+from sdcli.recipe.load import load_recipe, recipe_names
+from sdcli.run.prepare import prepare
+from sdcli.run.settings import Settings
+from sdcli.run.train import next_update, train_step
+from sdcli.run.training import Training, enter_phase
 
 BASELINE = "baseline"
 
 
 def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Training, list[Batch]]:
     """A run in its last phase, and the batches of its first update."""
-    overrides = [f"batch.size={options.batch_size}", "optimizer.lr=0.001", "schedule.warmup=0"]
+    overrides = [f"batch.size={options.batch_size}", "optimizer.lr=0.001", "schedule.warmup_epochs=0"]
     settings = Settings(options.model, "digits", image_size=options.image_size, device="cpu", workers=0)
     training = prepare(settings, load_recipe([recipe], overrides), folder)
     keep_freed_memory(training.accelerator.device)

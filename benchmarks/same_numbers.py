@@ -1,4 +1,4 @@
-"""Whether a change of the code changes any number: six recipes of different kinds, trained for two epochs on the digits.
+"""Whether a change of the code changes any number: six recipes of different kinds, trained on the digits.
 
     python benchmarks/same_numbers.py --save before.json      # on the old code
     python benchmarks/same_numbers.py --compare before.json   # on the new code
@@ -28,7 +28,15 @@ RUNS = {
     "default": ["test_vit", "--recipe", "schedules/transformer"],
 }
 """Feature hints, branches with a gate, a memory of predictions, phases, an average that teaches, and a transformer."""
-SHORT = "--dataset digits --epochs 2 --limit-train 300 --limit-val 100 --batch-size 50 --device cpu --seed 7".split()
+SHORT = [
+    "--dataset=digits",
+    "--epochs=2",
+    "--limit-train=300",
+    "--limit-val=100",
+    "--batch-size=50",
+    "--device=cpu",
+    "--seed=7",
+]
 TIMES = ("seconds", "images_per_s")
 
 
@@ -38,7 +46,19 @@ def digest(value: Any) -> str:
 
 def train(recipe: str, arguments: list[str], folder: Path) -> dict[str, Any]:
     model, *more = arguments
-    command = [sys.executable, "-m", "sdcli", "train", model, "--recipe", recipe, *more, *SHORT, "--output", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "sdcli",
+        "train",
+        model,
+        "--recipe",
+        recipe,
+        *more,
+        *SHORT,
+        "--output",
+        str(folder),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SDCLI_CACHE": str(folder.parent / "cache")}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     from safetensors.numpy import load_file

@@ -21,15 +21,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sdcli.backbones import create
+from sdcli.data.batch import Batch
 from sdcli.devices import keep_freed_memory
-from sdcli.exits import all_costs
-from sdcli.networks import create_optimizer
-from sdcli.prepare import prepare
-from sdcli.recipe import load_recipe
-from sdcli.signals import Batch
-from sdcli.train import train_step
-from sdcli.training import Settings, Training
+from sdcli.method.optimizer import create_optimizer
+from sdcli.network.backbones import create
+from sdcli.network.multi_exit import all_costs
+from sdcli.recipe.load import load_recipe
+from sdcli.run.prepare import prepare
+from sdcli.run.settings import Settings
+from sdcli.run.train import train_step
+from sdcli.run.training import Training
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from sdcli.backbones import Architecture, create, resolve
 from sdcli.errors import UserError
-from sdcli.exits import BRANCH, attach, choose_heads
-from sdcli.networks import plan_network
-from sdcli.recipe import Network
+from sdcli.network.backbones import Architecture, create, resolve
+from sdcli.network.blueprint import plan_network
+from sdcli.network.multi_exit import BRANCH, attach, choose_heads
+from sdcli.recipe.schema import Network
 
 FAMILIES = Path(__file__).parents[1] / "docs" / "families.csv"
 
@@ -29,7 +29,7 @@ def branches(architecture: Architecture) -> None:
 
 def places(architecture: Architecture) -> None:
     network = attach(create(architecture), plan_network(Network(exits="none"), architecture), {}, 10)
-    network.watch_places()
+    network.read_densely()
 
 
 def refused(build: Callable[[Architecture], None], model: str) -> str:

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdcli.backbones import create, resolve
+from sdcli.data.batch import Batch
 from sdcli.errors import UserError
-from sdcli.exits import MultiExit, attach, choose_heads
-from sdcli.networks import create_optimizer, plan_network
-from sdcli.objective import Objective
-from sdcli.recipe import Network, load_recipe
-from sdcli.signals import Batch
+from sdcli.method.objective import Objective
+from sdcli.method.optimizer import create_optimizer
+from sdcli.network.backbones import create, resolve
+from sdcli.network.blueprint import plan_network
+from sdcli.network.multi_exit import MultiExit, attach, choose_heads
+from sdcli.recipe.load import load_recipe
+from sdcli.recipe.schema import Network
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = ("family", "model", "input_size", "macs_g", "params_m", "exits", "trained", "without_gradient",

@@ -14,10 +14,11 @@ from typing import Annotated
 
 from pydantic import BaseModel
 
-from sdcli import recipe as language
-from sdcli.about import Overview, formula, needs, overview
-from sdcli.catalogue import Item, Key, heads, losses, signals, type_words
-from sdcli.recipe import TABLES, Over, Recipe, recipe_names
+from sdcli.method.catalogue import Item, Key, heads, losses, signals, type_words
+from sdcli.recipe import schema as language
+from sdcli.recipe.about import Overview, formula, needs, overview
+from sdcli.recipe.load import recipe_names
+from sdcli.recipe.schema import TABLES, Recipe, WeightSchedule
 from sdcli.toml import write_value
 
 FOLDER = Path(__file__).parent
@@ -37,8 +38,8 @@ has a value for each image is averaged over the batch. W s is a layer that is tr
 KEYS = """\
 # The keys of a recipe
 
-Made by `python docs/make_methods.py` from `sdcli/recipe.py`: change that, not this file. [methods.md](methods.md) has
-the recipes that come with sdcli and the names that they use.
+Made by `python docs/make_methods.py` from `sdcli/recipe/schema.py`: change that, not this file.
+[methods.md](methods.md) has the recipes that come with sdcli and the names that they use.
 
 A recipe is a TOML file. `extends` names another, by name or path, whose tables this one refines key by key. On the
 command line several `--recipe` refine each other from left to right, and `--set losses.soft.weight=0.5` refines them
@@ -48,7 +49,7 @@ brought each value.
 `on` and `of` name points: `exit1`, `exit2`, … (shallowest first), `final`, `exits` (all but final) or `all`. A `target`
 is `label`, `next` (the next deeper point), `final` or one exit, or a list with one of these for each of `on`.
 `peer.final` is a point of `[networks.peer]`, `ema.final` one of the average that `[ema]` makes, `teacher.final` one of
-a phase's teacher, `final@view` what `final` says of `[batch.also.view]`. A signal is named as it is called. A target
+a phase's teacher, `final@view` what `final` says of `[batch.views.view]`. A signal is named as it is called. A target
 gets no gradient.
 
 Times below 1 are shares of the run, or of the phase; from 1 on they are epochs. A recipe keeps its shape when
@@ -75,7 +76,7 @@ def keys() -> str:
     """Every key of every table, with its type, its default and its meaning."""
     places = {"": Recipe, **TABLES}
     at = list(places).index("losses.NAME") + 1
-    tables = [*list(places.items())[:at], ("losses.NAME.weight", Over), *list(places.items())[at:]]
+    tables = [*list(places.items())[:at], ("losses.NAME.weight", WeightSchedule), *list(places.items())[at:]]
     return "\n".join([KEYS, *(_table(place, model) for place, model in tables)])
 
 
@@ -101,7 +102,7 @@ def _type(annotation: object, metadata: list[object]) -> str:
     words = type_words(Annotated[annotation, *metadata] if metadata else annotation).replace(" or nothing", "")
     for model in TABLES.values():
         words = words.replace(f"list of {model.__name__}", "list of tables").replace(model.__name__, "table")
-    return words.replace("Over", "weight over time")
+    return words.replace("WeightSchedule", "weight over time")
 
 
 def _attributes(model: type[BaseModel]) -> dict[str, str]:

@@ -1,3 +1,23 @@
 """Self-distillation for timm models."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdcli.method.losses import LOSSES
+    from sdcli.network.cuts import find_stages
+    from sdcli.network.heads import HEADS
+
 __version__ = "0.1.0"
+
+_PUBLIC = {"find_stages": "network.cuts", "HEADS": "network.heads", "LOSSES": "method.losses"}
+__all__ = ["HEADS", "LOSSES", "__version__", "find_stages"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, whose modules are imported when they are first asked for: `import sdcli` loads no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sdcli' has no attribute '{name}'")
+    return getattr(import_module(f"sdcli.{_PUBLIC[name]}"), name)

@@ -1,5 +1,7 @@
 """What a user can put right: one message that says what was wrong, what was expected and how to fix it."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -7,19 +9,37 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it without a traceback and leaves with code 2."""
+    """A mistake that the user can fix; the command line prints it without a traceback and exits with code 2.
 
-    def __init__(self, wrong: str, expected: str = "", fix: str = "") -> None:
+    `key` is the dotted recipe key that is wrong, and `source` the file or option that has set it, where there is one.
+    """
+
+    def __init__(self, wrong: str, expected: str = "", fix: str = "", *, key: str = "", source: str = "") -> None:
         super().__init__(wrong)
         self.wrong, self.expected, self.fix = wrong, expected, fix
+        self.key, self.source = key, source
+
+    @property
+    def headline(self) -> str:
+        """The first line of the message: where the mistake is and what is wrong."""
+        return f"{self.source}: {self.wrong}" if self.source else self.wrong
 
     def __str__(self) -> str:
-        lines = [self.wrong]
+        lines = [self.headline]
         if self.expected:
             lines.append(f"  expected: {self.expected}")
         if self.fix:
             lines.append(f"  fix:      {self.fix}")
         return "\n".join(lines)
+
+    def but(self, **changes: str) -> UserError:
+        """The same error with some of its parts replaced."""
+        parts = ("wrong", "expected", "fix", "key", "source")
+        return UserError(**{name: changes.get(name, getattr(self, name)) for name in parts})
+
+    def within(self, context: str, *, key: str = "") -> UserError:
+        """The same error, headed by what it happened in; `key` is the recipe key that asked for it."""
+        return self.but(wrong=f"{context}: {self.wrong}", key=self.key or key)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -50,19 +70,18 @@ def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str
     if kind == "extra_forbidden":
         table = ".".join(filter(None, [where, *path[:-1]])) or "recipe"
         names = sorted(keys)
-        return UserError(
-            f"{table}: unknown key '{path[-1]}'", "one of " + ", ".join(names), did_you_mean(path[-1], names)
-        )
+        near = did_you_mean(path[-1], names)
+        return UserError(f"{table}: unknown key '{path[-1]}'", "one of " + ", ".join(names), near, key=place)
     if kind == "missing":
-        return UserError(f"{place} is missing", "a value: it has no default")
+        return UserError(f"{place} is missing", "a value: it has no default", key=place)
     if kind in ("model_type", "dict_type"):
-        return UserError(f"{place} = {shown(value)}", "a table")
+        return UserError(f"{place} = {shown(value)}", "a table", key=place)
     # "Input should be a valid integer" reads better without its subject.
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     if kind == "too_short":
         expected = "one entry or more"
     fix = _mended(place, kind, value, expected) or default_of(path[-1], keys)
-    return UserError(f"{place} = {shown(value)}", expected, fix)
+    return UserError(f"{place} = {shown(value)}", expected, fix, key=place)
 
 
 def default_of(key: str, keys: Mapping[str, Any]) -> str:

@@ -21,9 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdcli import checks, devices, prepare
+from sdcli import devices
 from sdcli.cli import main
-from sdcli.signals import Batch
+from sdcli.data.batch import Batch
+from sdcli.method import check as checks
+from sdcli.run import prepare
 
 torch.set_num_threads(1)
 

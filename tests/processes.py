@@ -18,7 +18,15 @@ from sdcli.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
 # Not this module: before Python 3.13 the server does not find it.
-LOADED = ["sdcli.cli", "sdcli.train", "sdcli.scoring", "sdcli.cli.plots", "datasets", "matplotlib.figure", "pandas"]
+LOADED = [
+    "sdcli.cli",
+    "sdcli.run.train",
+    "sdcli.evaluation.scoring",
+    "sdcli.cli.plots",
+    "datasets",
+    "matplotlib.figure",
+    "pandas",
+]
 SERVER.set_forkserver_preload([*LOADED, "torchmetrics.functional.classification"])
 
 

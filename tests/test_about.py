@@ -8,8 +8,9 @@ import tomllib
 import pytest
 
 from sdcli import toml
-from sdcli.about import difference, formula, needs, origin_of, show
-from sdcli.recipe import Ema, Recipe, load_recipe, read_recipe, recipe_names
+from sdcli.recipe.about import difference, formula, needs, origin_of, show
+from sdcli.recipe.load import load_recipe, read_recipe, recipe_names
+from sdcli.recipe.schema import Ema, Recipe
 
 
 class Later(Recipe):
@@ -62,7 +63,7 @@ def test_every_value_that_is_shown_says_who_brought_it(tmp_path):
     lines = show(*read_recipe(["byot", str(mine)], ["epochs=3"])).splitlines()
     said = {line.split("=")[0].strip() + line.partition("# ")[2]: line for line in lines if "=" in line}
     assert "epochs--set" in said and f"size{mine}" in said
-    assert "mirrorschedules/cifar" in said and "headbyot" in said and "mixupdefault" in said
+    assert "hflipschedules/cifar" in said and "headbyot" in said and "mixupdefault" in said
     assert all(" # " in line for line in lines if " = " in line)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdcli import augment, transforms
-from sdcli.augment import Augmentation, Mixing
-from sdcli.recipe import Augment
-from sdcli.transforms import Preprocess
+from sdcli.data import augment, transforms
+from sdcli.data.augment import Augmentation, Mixing
+from sdcli.data.transforms import Preprocess
+from sdcli.recipe.schema import Augment
 
 CPU = torch.device("cpu")
 PLAIN = Preprocess((3, 32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -45,7 +45,7 @@ def test_random_bits_are_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [int(value) % 2**64 for value in bits] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
-@pytest.mark.parametrize("draw", [augment.CROP_TOP, augment.MIRROR, augment.MIX_SHARE, augment.NOISE])
+@pytest.mark.parametrize("draw", [augment.CROP_TOP, augment.HFLIP, augment.MIX_SHARE, augment.NOISE])
 def test_draws_are_uniform(draw: int) -> None:
     values = uniform(torch.arange(2**16), draw)
     deviation = 1 / math.sqrt(len(values))
@@ -83,7 +83,7 @@ def test_no_two_images_of_an_epoch_share_a_draw() -> None:
 
 def test_other_random_numbers_are_not_disturbed() -> None:
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    varied = Augmentation(PLAIN, CPU, crop="pad", mirror=0.5, cutout=8, erase=0.5)(noise(4), torch.arange(4), 0)
+    varied = Augmentation(PLAIN, CPU, crop="pad", hflip=0.5, cutout=8, reprob=0.5)(noise(4), torch.arange(4), 0)
     Mixing(10, CPU, seed=0, mixup=0.2, cutmix=1.0)([varied], torch.arange(4), torch.arange(4), 0)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
@@ -102,7 +102,7 @@ def test_without_variation_bits_are_those_of_evaluation() -> None:
 def test_every_window_appears_equally_often_mirrored_and_not() -> None:
     places = torch.arange(32, dtype=torch.uint8)
     image = torch.stack([places[:, None].expand(32, 32), places.expand(32, 32), torch.zeros(32, 32, dtype=torch.uint8)])
-    varies = Augmentation(PLAIN, CPU, crop="pad", mirror=0.5)
+    varies = Augmentation(PLAIN, CPU, crop="pad", hflip=0.5)
     counts = np.zeros((9, 9, 2))
     for start in range(0, 162 * 100, 1620):
         seen = (
@@ -117,7 +117,7 @@ def test_every_window_appears_equally_often_mirrored_and_not() -> None:
 
 def test_batch_moves_each_image_as_padding_cropping_and_mirroring_alone_would() -> None:
     images, index = noise(64, SMALLER), torch.arange(100, 164)
-    seen = Augmentation(SMALLER, CPU, seed=5, crop="pad", mirror=0.5, fill=128)(images, index, 2)
+    seen = Augmentation(SMALLER, CPU, seed=5, crop="pad", hflip=0.5, fill=128)(images, index, 2)
     normalised = Augmentation(SMALLER, CPU)
     for image, number, expected in zip(images, index, seen, strict=True):
         bits = augment.random_bits(5, 2, number, torch.arange(3)).numpy() >> 32 & 2**32 - 1
@@ -131,11 +131,11 @@ def test_no_two_images_of_a_batch_share_draws_by_design() -> None:
     # One picture 512 times: what differs is drawn. Two draws of 162 may fall on the same window, which is chance.
     same = noise(1).expand(512, -1, -1, -1)
     for crop, cutout, least in (("pad", 0, 140), ("pad", 16, 500), ("none", 16, 300)):
-        seen = Augmentation(PLAIN, CPU, crop=crop, mirror=0.5, cutout=cutout)(same, torch.arange(512), 0)
+        seen = Augmentation(PLAIN, CPU, crop=crop, hflip=0.5, cutout=cutout)(same, torch.arange(512), 0)
         assert len(seen.flatten(1).unique(dim=0)) >= least, (crop, cutout)
 
 
-@pytest.mark.parametrize("options", [{"crop": "pad", "mirror": 0.5, "cutout": 8}, {"erase": 1.0}])
+@pytest.mark.parametrize("options", [{"crop": "pad", "hflip": 0.5, "cutout": 8}, {"reprob": 1.0}])
 def test_image_depends_on_seed_epoch_and_index_alone(options: dict[str, Any]) -> None:
     images, index = noise(12), torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:12]
     varies = Augmentation(PLAIN, CPU, seed=1, **options)
@@ -150,7 +150,7 @@ def test_image_depends_on_seed_epoch_and_index_alone(options: dict[str, Any]) ->
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_mirror_is_as_frequent_as_asked(share: float) -> None:
     images = noise(1).expand(4000, -1, -1, -1)
-    seen = Augmentation(PLAIN, CPU, mirror=share)(images, torch.arange(4000), 0)
+    seen = Augmentation(PLAIN, CPU, hflip=share)(images, torch.arange(4000), 0)
     mirrored = float(
         (seen == Augmentation(PLAIN, CPU)(images.flip(3), torch.arange(4000), 0)).all(dim=(1, 2, 3)).float().mean()
     )
@@ -178,7 +178,7 @@ def test_cutout_has_its_centre_on_every_pixel() -> None:
 
 def test_erase_replaces_a_rectangle_by_normal_noise() -> None:
     grey = torch.zeros((1, 3, 32, 32), dtype=torch.uint8).expand(2000, -1, -1, -1)
-    seen = Augmentation(PLAIN, CPU, erase=0.25)(grey, torch.arange(2000), 0)
+    seen = Augmentation(PLAIN, CPU, reprob=0.25)(grey, torch.arange(2000), 0)
     erased = (seen != 0).any(dim=1)
     happened = erased.any(dim=2).any(dim=1)
     assert abs(float(happened.float().mean()) - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 2000)
@@ -202,7 +202,7 @@ def test_erase_has_the_sizes_that_timm_draws() -> None:
     theirs = RandomErasing(1.0, mode="pixel", device="cpu")
     areas = [int((theirs(torch.zeros(3, 32, 32)) != 0).any(dim=0).sum()) for _ in range(2000)]
     grey = torch.zeros((1, 3, 32, 32), dtype=torch.uint8).expand(2000, -1, -1, -1)
-    ours = (Augmentation(PLAIN, CPU, erase=1.0)(grey, torch.arange(2000), 0) != 0).any(dim=1).sum(dim=(1, 2)).numpy()
+    ours = (Augmentation(PLAIN, CPU, reprob=1.0)(grey, torch.arange(2000), 0) != 0).any(dim=1).sum(dim=(1, 2)).numpy()
     deviation = math.sqrt(np.var(areas) / 2000 * 2)
     assert abs(np.mean(areas) - ours.mean()) < 5 * deviation
     # The largest distance of the two distributions (Kolmogorov and Smirnov), far beyond the usual bounds.
@@ -215,10 +215,10 @@ def test_erase_has_the_sizes_that_timm_draws() -> None:
     "table, size, can",
     [
         ({}, 32, True),
-        ({"crop": "pad", "cutout": 16, "erase": 0.5, "fill": 128}, 32, True),
+        ({"crop": "pad", "cutout": 16, "reprob": 0.5, "fill": 128}, 32, True),
         ({"crop": "none"}, 96, True),
         ({"crop": "resized"}, 32, False),
-        ({"policy": "cifar10"}, 32, False),
+        ({"aa": "cifar10"}, 32, False),
         ({}, 97, False),
     ],
 )

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from sdcli.backbones import Architecture, create, pretrained_transform, resolve
 from sdcli.errors import UserError
-from sdcli.stages import find_stages
+from sdcli.network.backbones import Architecture, create, pretrained_transform, resolve
+from sdcli.network.cuts import find_stages
 
 
 def test_without_wishes_a_model_is_timm_s_own() -> None:

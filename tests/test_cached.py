@@ -15,16 +15,19 @@ import torch
 from conftest import noise, png
 from PIL import Image
 
-from sdcli import cached, data, loaders, resident, transforms
-from sdcli.augment import Augmentation, Mixing
-from sdcli.cached import Pixels, cached_pixels
-from sdcli.data import ImageData, Split
+from sdcli.data import cached, loaders, resident, transforms
+from sdcli.data.augment import Augmentation, Mixing
+from sdcli.data.batch import Batch
+from sdcli.data.cached import Pixels, cached_pixels
+from sdcli.data.dataset import ImageData, Images, Split
+from sdcli.data.loaders import EpochBatches
+from sdcli.data.open import open_dataset
+from sdcli.data.resident import ResidentLoader
+from sdcli.data.splits import training_splits
+from sdcli.data.tables import Rows
+from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
-from sdcli.loaders import EpochBatches
-from sdcli.recipe import Augment
-from sdcli.resident import ResidentLoader
-from sdcli.signals import Batch
-from sdcli.transforms import Preprocess
+from sdcli.recipe.schema import Augment
 
 datasets = pytest.importorskip("datasets")
 
@@ -63,10 +66,10 @@ def class_folders(folder: Path, images: list[Image.Image]) -> Path:
 
 @pytest.fixture
 def opened(tmp_path: Path) -> ImageData:
-    return data.open_dataset(str(parquet(tmp_path / "set", [noise(i) for i in range(40)])))
+    return open_dataset(str(parquet(tmp_path / "set", [noise(i) for i in range(40)])))
 
 
-class Noise(data.Images):
+class Noise(Images):
     """Images that need no file."""
 
     def read(self, row: int) -> Image.Image:
@@ -94,7 +97,7 @@ def holds(pixels: Pixels, split: Split) -> bool:
 
 
 def loader_of(split: Split, train: bool = True, batch_size: int = 8, **options: Any) -> ResidentLoader:
-    varied = {"crop": "pad", "mirror": 0.5, "cutout": 4} if train else {}
+    varied = {"crop": "pad", "hflip": 0.5, "cutout": 4} if train else {}
     augmentation = Augmentation(PREPROCESS, CPU, seed=3, **varied)
     batches = EpochBatches(split, batch_size, seed=3 if train else None, **options)
     return ResidentLoader(split, pixels_of(split), augmentation, batches, CPU)
@@ -122,16 +125,16 @@ def test_file_holds_the_images_bytes_and_is_mapped(opened: ImageData, cache: Pat
 
 def test_images_are_decoded_once(opened: ImageData, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels_of(opened.splits["train"])
-    again = data.open_dataset(opened.name).splits["train"]
+    again = open_dataset(opened.name).splits["train"]
     read: list[int] = []
-    monkeypatch.setattr(data._Rows, "read", lambda rows, row: read.append(row) or noise(row))
+    monkeypatch.setattr(Rows, "read", lambda rows, row: read.append(row) or noise(row))
     assert len(pixels_of(again)) == 40
     assert read == [0], "the first image tells whether images are small"
     assert len(files(cache)) == 1
 
 
 def test_training_and_validation_share_the_file(opened: ImageData, cache: Path) -> None:
-    train, validation = data.training_splits(opened, 0.1, 0)
+    train, validation = training_splits(opened, 0.1, 0)
     assert validation is not None
     assert holds(pixels_of(train), train) and holds(pixels_of(validation), validation)
     assert len(files(cache)) == 1
@@ -161,11 +164,11 @@ def test_mean_and_spread_do_not_make_another_file(opened: ImageData, cache: Path
 
 def test_changed_image_file_makes_another_file(tmp_path: Path, cache: Path) -> None:
     folder = class_folders(tmp_path / "set", [noise(i) for i in range(6)])
-    split = data.open_dataset(str(folder)).splits["train"]
+    split = open_dataset(str(folder)).splits["train"]
     assert holds(pixels_of(split), split) and len(files(cache)) == 1
     noise(99).save(folder / "cat" / "002.png")
     os.utime(folder / "cat" / "002.png", (1, 1))
-    split = data.open_dataset(str(folder)).splits["train"]
+    split = open_dataset(str(folder)).splits["train"]
     assert holds(pixels_of(split), split) and len(files(cache)) == 2
 
 
@@ -173,7 +176,7 @@ def test_changed_table_makes_another_file(tmp_path: Path, cache: Path) -> None:
     for first in (0, 100):
         shutil.rmtree(tmp_path / "set", ignore_errors=True)
         folder = parquet(tmp_path / "set", [noise(first + i) for i in range(6)])
-        split = data.open_dataset(str(folder)).splits["train"]
+        split = open_dataset(str(folder)).splits["train"]
         assert holds(pixels_of(split), split)
     assert len(files(cache)) == 2
 
@@ -196,8 +199,9 @@ def test_damaged_file_is_made_anew(opened: ImageData, cache: Path, damage: str) 
 
 MAKE = """
 import sys, time
-from sdcli import cached, data
-from sdcli.transforms import Preprocess
+from sdcli.data import cached
+from sdcli.data.open import open_dataset
+from sdcli.data.transforms import Preprocess
 
 decoded = cached._decoded
 
@@ -209,7 +213,7 @@ def both_at_once(*arguments):
     yield from decoded(*arguments)
 
 cached._decoded = both_at_once
-split = data.open_dataset(sys.argv[1]).splits["train"]
+split = open_dataset(sys.argv[1]).splits["train"]
 pixels, notes = cached.cached_pixels(split, Preprocess((3, 16, 16), (0.5,) * 3, (0.5,) * 3))
 print(type(pixels.array).__name__, notes, int(pixels.array.sum()))
 """
@@ -220,7 +224,7 @@ def test_two_processes_may_make_the_file_at_once(tmp_path: Path, cache: Path) ->
     arguments = [sys.executable, "-c", MAKE, str(folder)]
     processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[0].strip() for process in processes]
-    split = data.open_dataset(str(folder)).splits["train"]
+    split = open_dataset(str(folder)).splits["train"]
     pixels = pixels_of(split)
     assert said == [f"memmap [] {int(pixels.array.sum())}"] * 2
     assert holds(pixels, split) and len(files(cache)) == 1, "no temporary file is left"
@@ -278,14 +282,14 @@ def test_broken_image_is_named_and_leaves_no_file(tmp_path: Path, cache: Path) -
     folder = class_folders(tmp_path / "set", [noise(i) for i in range(6)])
     (folder / "cat" / "004.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"004\.png': the image cannot be read"):
-        cached_pixels(data.open_dataset(str(folder)).splits["train"], PREPROCESS)
+        cached_pixels(open_dataset(str(folder)).splits["train"], PREPROCESS)
     assert not files(cache)
 
 
 @pytest.mark.parametrize("large", [0, 5])
 def test_large_images_are_not_for_the_cache(tmp_path: Path, cache: Path, large: int) -> None:
     images = [noise(i, 16, 97 if i == large else 16) for i in range(6)]
-    split = data.open_dataset(str(class_folders(tmp_path / "set", images))).splits["train"]
+    split = open_dataset(str(class_folders(tmp_path / "set", images))).splits["train"]
     assert cached_pixels(split, PREPROCESS) == (None, [])
     assert not files(cache)
 
@@ -315,7 +319,7 @@ def test_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_evaluation_sees_the_same_bits_as_without_the_cache(tmp_path: Path, size: tuple[int, int] | None) -> None:
     # Without a size each image has its own, and is brought to the input size.
     images = [noise(i, *(size or (10 + i, 30 - i))) for i in range(11)]
-    split = data.open_dataset(str(parquet(tmp_path / "set", images))).splits["train"]
+    split = open_dataset(str(parquet(tmp_path / "set", images))).splits["train"]
     uncached = loaders.make_loader(
         split, transforms.eval_transform(PREPROCESS), EpochBatches(split, 4), seed=None, workers=0
     )
@@ -400,7 +404,7 @@ def test_workers_that_have_nothing_to_do_are_a_note(opened: ImageData) -> None:
     [
         (None, ResidentLoader),
         (Augment(cutout=4), ResidentLoader),
-        (Augment(policy="trivial"), loaders.Loader),
+        (Augment(aa="trivial"), loaders.Loader),
         (Augment(crop="resized"), loaders.Loader),
     ],
 )
@@ -416,7 +420,7 @@ def test_loader_suits_images_and_recipe(opened: ImageData, augment: Augment | No
 
 def test_large_images_are_read_one_by_one(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "set", [noise(i, 100, 100) for i in range(4)])
-    split = data.open_dataset(str(folder)).splits["train"]
+    split = open_dataset(str(folder)).splits["train"]
     loader, _ = resident.suitable_loader(split, PREPROCESS, None, EpochBatches(split, 4), seed=0, workers=0, device=CPU)
     assert isinstance(loader, loaders.Loader) and pass_over(loader).images.shape == (4, 3, 16, 16)
 
@@ -424,7 +428,7 @@ def test_large_images_are_read_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_draws_the_same_and_is_never_waited_for() -> None:
     split, gpu = split_of(64), torch.device("cuda")
-    options = {"crop": "pad", "mirror": 0.5, "cutout": 4, "erase": 0.5}
+    options = {"crop": "pad", "hflip": 0.5, "cutout": 4, "reprob": 0.5}
     here, there = (
         ResidentLoader(
             split,

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdcli import __version__
-from sdcli.backbones import resolve
-from sdcli.checkpoint import VERSION, Description, load_checkpoint, save_checkpoint
 from sdcli.errors import UserError
-from sdcli.exits import MultiExit, choose_heads
-from sdcli.networks import build_network, load_weights, plan_network, rebuild
-from sdcli.recipe import Network
+from sdcli.network.backbones import resolve
+from sdcli.network.blueprint import build_network, load_weights, plan_network, rebuild
+from sdcli.network.checkpoint import VERSION, Description, load_checkpoint, save_checkpoint
+from sdcli.network.multi_exit import MultiExit, choose_heads
+from sdcli.recipe.schema import Network
 
 
 def make(name: str = "test_resnet", num_classes: int = 5) -> tuple[MultiExit, Description]:
@@ -56,7 +56,7 @@ def message(path: Path) -> str:
 def rewrite(path: Path, change) -> None:
     """The same tensors with the JSON changed."""
     tensors, _ = load_checkpoint(path)
-    from sdcli.checkpoint import read_tensors
+    from sdcli.network.checkpoint import read_tensors
 
     about = json.loads(read_tensors(path)[1]["sdcli"])
     change(about, tensors)

@@ -22,7 +22,7 @@ from sdcli import devices
 from sdcli.cli import main
 from sdcli.cli.plots import _losses
 from sdcli.cli.progress import _epoch_table, _skipped
-from sdcli.train import Epoch
+from sdcli.run.events import Epoch
 
 QUICK = ("--dataset", "digits", "--recipe", "quick", "--epochs", "2", "--limit-train", "120", "--limit-val", "40",
          "--workers", "0", "--device", "cpu", "--image-size", "32")  # fmt: skip
@@ -286,8 +286,8 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
          "cross_entropy, dist, dkd, fitnet, hint, kl, mmd, nkd, sad, similarity, … (16 in all)\n  fix:      did you mean 'kl'?"),
         (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9', a point that this network does not have\n"
          "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
-        (["--set", "schedule.warmup=5"], "--set schedule.warmup=5: schedule.warmup = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
-         "run has, or a share of it below 1\n  fix:      --set schedule.warmup=0.05"),
+        (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
+         "run has, or a share of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
         (["--pretrained", "--weights", "x.safetensors"], "--pretrained and --weights exclude each other\n  expected: one of them"),
         (["--weights", "no.safetensors"], "checkpoint 'FOLDER/no.safetensors' does not exist\n  expected: a .safetensors file, such as "
          "RUN/best.safetensors"),
@@ -357,7 +357,7 @@ def test_ctrl_c_leaves_with_130(sdcli, monkeypatch):
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sdcli.backbones.resolve", stop)
+    monkeypatch.setattr("sdcli.network.backbones.resolve", stop)
     assert sdcli("inspect", "test_resnet").code == 130
 
 

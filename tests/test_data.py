@@ -19,11 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdcli import data, loaders, transforms
-from sdcli.data import Split
+from sdcli.data import hub, loaders, transforms
+from sdcli.data.batch import Batch
+from sdcli.data.dataset import LAYOUTS, NAMED, Images, Split
+from sdcli.data.images import read_image
+from sdcli.data.measure import measure, natural_size
+from sdcli.data.open import open_dataset
+from sdcli.data.splits import hold_out, limited, training_splits
+from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
-from sdcli.signals import Batch
-from sdcli.transforms import Preprocess
 
 datasets = pytest.importorskip("datasets")
 
@@ -62,7 +66,7 @@ def class_folders(folder: Path, *names: str) -> Path:
     return folder
 
 
-class Noise(data.Images):
+class Noise(Images):
     """Images that need no file."""
 
     def read(self, row: int) -> Image.Image:
@@ -96,7 +100,7 @@ def by_index(batch: Batch) -> dict[int, torch.Tensor]:
 
 def test_digits_open_without_network_torchvision_or_datasets() -> None:
     code = (
-        "import sys; from sdcli.data import open_dataset; digits = open_dataset('digits');"
+        "import sys; from sdcli.data.open import open_dataset; digits = open_dataset('digits');"
         "print(len(digits.splits['train']), len(digits.splits['test']), sorted({'datasets', 'timm', 'torchvision'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -104,24 +108,24 @@ def test_digits_open_without_network_torchvision_or_datasets() -> None:
 
 
 def test_digits_hold_a_fifth_of_each_class_for_testing() -> None:
-    digits = data.open_dataset("digits")
+    digits = open_dataset("digits")
     train, test = (np.bincount(digits.splits[name].labels) for name in ("train", "test"))
     np.testing.assert_array_equal(test, np.round((train + test) / 5))
     assert digits.classes == tuple("0123456789")
 
 
 def test_digits_are_grey_on_the_full_scale_and_not_to_be_mirrored() -> None:
-    digits = data.open_dataset("digits")
+    digits = open_dataset("digits")
     pixels = np.stack([np.asarray(digits.splits["train"].image(i)) for i in range(50)])
     assert pixels.shape == (50, 8, 8, 3)
     assert (pixels.min(), pixels.max()) == (0, 255)
-    assert not digits.mirror
+    assert not digits.hflip
 
 
 @pytest.mark.slow
 def test_digits_are_scikit_learns() -> None:
     sklearn_datasets = pytest.importorskip("sklearn.datasets")
-    digits = data.open_dataset("digits")
+    digits = open_dataset("digits")
     ours = {
         (part.labels[i], np.asarray(part.image(i))[..., 0].tobytes())
         for part in digits.splits.values()
@@ -134,7 +138,7 @@ def test_digits_are_scikit_learns() -> None:
 
 def test_parquet_folder_opens_with_columns_and_classes_found(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1, 1]), test=table([1, 0]))
-    opened = data.open_dataset(str(folder))
+    opened = open_dataset(str(folder))
     assert (opened.image_key, opened.label_key, opened.classes) == ("img", "label", ("cat", "dog"))
     assert {name: split.labels.tolist() for name, split in opened.splits.items()} == {
         "train": [0, 1, 1],
@@ -146,31 +150,31 @@ def test_parquet_folder_opens_with_columns_and_classes_found(tmp_path: Path) -> 
 def test_opening_a_folder_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1]), test=table([1, 0]))
     capfd.readouterr()
-    data.open_dataset(str(folder))
+    open_dataset(str(folder))
     assert tuple(capfd.readouterr()) == ("", "")
 
 
 def test_opening_leaves_the_progress_bars_of_datasets_on(tmp_path: Path) -> None:
     before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    data.open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]))))
+    open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]))))
     assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
 
 
 def test_source_opens_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet(tmp_path / "set", train=table([0, 1]))
     monkeypatch.chdir(tmp_path)
-    opened = data.open_dataset("set/")
+    opened = open_dataset("set/")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert opened.name == "set/"
-    assert len(data.open_dataset(opened.source).splits["train"]) == 2
+    assert len(open_dataset(opened.source).splits["train"]) == 2
 
 
 @pytest.mark.parametrize("as_dict", [True, False])
 def test_folder_of_save_to_disk_opens(tmp_path: Path, as_dict: bool) -> None:
     rows = table([0, 1, 1])
     (datasets.DatasetDict(train=rows) if as_dict else rows).save_to_disk(tmp_path / "saved")
-    opened = data.open_dataset(str(tmp_path / "saved"))
+    opened = open_dataset(str(tmp_path / "saved"))
     assert opened.splits["train"].labels.tolist() == [0, 1, 1]
     np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(1)), np.asarray(noise(1)))
 
@@ -184,7 +188,7 @@ def test_class_folders_open_with_sorted_names_and_without_hidden_files(tmp_path:
         "val/dog/d.png",
         "test/cat/e.png",
     ]
-    opened = data.open_dataset(str(class_folders(tmp_path / "set", *names)))
+    opened = open_dataset(str(class_folders(tmp_path / "set", *names)))
     assert opened.classes == ("cat", "dog")
     assert {name: split.labels.tolist() for name, split in opened.splits.items()} == {
         "train": [0, 1],
@@ -197,14 +201,14 @@ def test_class_folders_open_with_sorted_names_and_without_hidden_files(tmp_path:
 
 def test_class_folders_without_splits_are_for_training(tmp_path: Path) -> None:
     # "train" is a class here: it holds images, not class folders.
-    opened = data.open_dataset(str(class_folders(tmp_path / "set", "train/a.png", "truck/b.png")))
+    opened = open_dataset(str(class_folders(tmp_path / "set", "train/a.png", "truck/b.png")))
     assert opened.classes == ("train", "truck")
     assert list(opened.splits) == ["train"]
 
 
 def test_class_folder_that_train_does_not_have_is_an_error(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/a.png", "test/cats/a.png")
-    assert message(lambda: data.open_dataset(str(folder))) == (
+    assert message(lambda: open_dataset(str(folder))) == (
         f"'{folder}/test/cats': there is no such class in '{folder}/train'\n"
         "  expected: the same folder names in every split\n"
         "  fix:      did you mean 'cat'?"
@@ -213,7 +217,7 @@ def test_class_folder_that_train_does_not_have_is_an_error(tmp_path: Path) -> No
 
 def test_key_for_class_folders_is_an_error_since_it_would_have_no_effect(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
-    assert message(lambda: data.open_dataset(str(folder), label_key="label")) == (
+    assert message(lambda: open_dataset(str(folder), label_key="label")) == (
         f"--label-key label: '{folder}' has no columns\n"
         "  expected: a data set of tables\n"
         "  fix:      leave --label-key out"
@@ -221,7 +225,7 @@ def test_key_for_class_folders_is_an_error_since_it_would_have_no_effect(tmp_pat
 
 
 def test_validation_is_scored_where_there_is_no_test_split(tmp_path: Path) -> None:
-    opened = data.open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]), validation=table([1]))))
+    opened = open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]), validation=table([1]))))
     assert list(opened.splits) == ["train", "test"]
     assert opened.splits["test"].name == "validation"
     assert opened.notes == ("there is no test split with labels: split 'validation' takes its place",)
@@ -229,7 +233,7 @@ def test_validation_is_scored_where_there_is_no_test_split(tmp_path: Path) -> No
 
 def test_test_split_with_secret_labels_is_left_out(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1]), validation=table([1]), test=table([-1, -1]))
-    opened = data.open_dataset(str(folder))
+    opened = open_dataset(str(folder))
     assert opened.splits["test"].name == "validation"
     assert opened.notes == (
         "split 'test' is left out: it has no labels",
@@ -239,7 +243,7 @@ def test_test_split_with_secret_labels_is_left_out(tmp_path: Path) -> None:
 
 def test_set_without_any_label_is_an_error(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "set", test=table([-1, None]))
-    assert message(lambda: data.open_dataset(str(folder))) == (
+    assert message(lambda: open_dataset(str(folder))) == (
         f"{folder}: there is no image with a 'label'\n  expected: labelled images\n  fix:      try another --label-key"
     )
 
@@ -247,7 +251,7 @@ def test_set_without_any_label_is_an_error(tmp_path: Path) -> None:
 def test_splits_go_by_many_names_and_others_are_noted(tmp_path: Path) -> None:
     saved = datasets.DatasetDict(Training=table([0, 1]), dev=table([0]), eval=table([1]), extra=table([1]))
     saved.save_to_disk(tmp_path / "saved")
-    opened = data.open_dataset(str(tmp_path / "saved"))
+    opened = open_dataset(str(tmp_path / "saved"))
     assert {name: split.name for name, split in opened.splits.items()} == {
         "train": "Training",
         "validation": "dev",
@@ -260,19 +264,19 @@ def test_fine_label_is_taken_before_coarse_label(tmp_path: Path) -> None:
     rows = table([0, 1], coarse_label=(datasets.ClassLabel(names=["a", "b"]), [0, 1])).rename_column(
         "label", "fine_label"
     )
-    assert data.open_dataset(str(parquet(tmp_path / "set", train=rows))).label_key == "fine_label"
+    assert open_dataset(str(parquet(tmp_path / "set", train=rows))).label_key == "fine_label"
 
 
 def test_only_column_of_whole_numbers_is_the_label(tmp_path: Path) -> None:
     rows = table([7, 3, 7], datasets.Value("int32"), caption=(datasets.Value("string"), ["a", "b", "c"]))
-    opened = data.open_dataset(str(parquet(tmp_path / "set", train=rows.rename_column("label", "species"))))
+    opened = open_dataset(str(parquet(tmp_path / "set", train=rows.rename_column("label", "species"))))
     assert (opened.label_key, opened.classes) == ("species", ("3", "7"))
     assert opened.splits["train"].labels.tolist() == [1, 0, 1]
 
 
 def test_text_labels_are_numbered_in_sorted_order(tmp_path: Path) -> None:
     rows = table(["owl", "bat", "owl"], datasets.Value("string"))
-    opened = data.open_dataset(str(parquet(tmp_path / "set", train=rows)))
+    opened = open_dataset(str(parquet(tmp_path / "set", train=rows)))
     assert opened.classes == ("bat", "owl")
     assert opened.splits["train"].labels.tolist() == [1, 0, 1]
 
@@ -281,7 +285,7 @@ def test_keys_choose_other_columns(tmp_path: Path) -> None:
     photos = [{"bytes": png(noise(i + 10)), "path": None} for i in range(2)]
     rows = table([0, 1], photo_2=(datasets.Image(), photos), other=(datasets.ClassLabel(names=["x", "y"]), [1, 0]))
     folder = parquet(tmp_path / "set", train=rows)
-    opened = data.open_dataset(str(folder), image_key="photo_2", label_key="other")
+    opened = open_dataset(str(folder), image_key="photo_2", label_key="other")
     assert opened.classes == ("x", "y")
     np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(0)), np.asarray(noise(10)))
 
@@ -289,7 +293,7 @@ def test_keys_choose_other_columns(tmp_path: Path) -> None:
 def test_images_as_plain_bytes_open(tmp_path: Path) -> None:
     """As pandas writes them, without the hub's own types."""
     rows = datasets.Dataset.from_dict({"image": [png(noise(0)), png(noise(1))], "label": [0, 1]})
-    opened = data.open_dataset(str(parquet(tmp_path / "set", train=rows)))
+    opened = open_dataset(str(parquet(tmp_path / "set", train=rows)))
     np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(1)), np.asarray(noise(1)))
 
 
@@ -297,7 +301,7 @@ def test_images_as_plain_bytes_open(tmp_path: Path) -> None:
 
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:
-    assert message(lambda: data.open_dataset("cifar-100")) == (
+    assert message(lambda: open_dataset("cifar-100")) == (
         "unknown data set 'cifar-100'\n  expected: one of cifar10, cifar100, digits\n  fix:      did you mean 'cifar100'?"
     )
 
@@ -312,9 +316,9 @@ def test_mistyped_path_is_said_not_to_exist(tmp_path: Path, monkeypatch: pytest.
     missing, parent, near = (
         ("set", tmp_path / "picturs", "sets") if name == "picturs/set" else ("picturs", tmp_path, "pictures")
     )
-    assert message(lambda: data.open_dataset(name)) == (
+    assert message(lambda: open_dataset(name)) == (
         f"the path '{name}' does not exist: there is no '{missing}' in '{parent}'\n"
-        f"  expected: {data.LAYOUTS}\n"
+        f"  expected: {LAYOUTS}\n"
         f"  fix:      did you mean '{near}'?"
     )
 
@@ -322,21 +326,21 @@ def test_mistyped_path_is_said_not_to_exist(tmp_path: Path, monkeypatch: pytest.
 def test_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     path.touch()
-    assert message(lambda: data.open_dataset(str(path))) == (
-        f"'{path}' is a file\n  expected: {data.LAYOUTS}\n  fix:      give its folder, '{tmp_path}'"
+    assert message(lambda: open_dataset(str(path))) == (
+        f"'{path}' is a file\n  expected: {LAYOUTS}\n  fix:      give its folder, '{tmp_path}'"
     )
 
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert message(lambda: data.open_dataset(str(tmp_path / "empty"))) == (
-        f"'{tmp_path}/empty' holds no images\n  expected: {data.LAYOUTS}\n  fix:      check the path"
+    assert message(lambda: open_dataset(str(tmp_path / "empty"))) == (
+        f"'{tmp_path}/empty' holds no images\n  expected: {LAYOUTS}\n  fix:      check the path"
     )
 
 
 def test_folder_with_a_single_class_is_an_error(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "set", "images/a.png", "images/b.png")
-    assert message(lambda: data.open_dataset(str(folder))) == (
+    assert message(lambda: open_dataset(str(folder))) == (
         f"'{folder}' has a single class, 'images'\n"
         "  expected: two classes or more\n"
         "  fix:      give the folder of class folders"
@@ -348,15 +352,15 @@ def test_damaged_parquet_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixtur
     file = next((folder / "data").iterdir())
     file.write_bytes(file.read_bytes()[:-100])
     capfd.readouterr()
-    assert message(lambda: data.open_dataset(str(folder))).startswith(f"'{folder}' cannot be opened: ")
+    assert message(lambda: open_dataset(str(folder))).startswith(f"'{folder}' cannot be opened: ")
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["cifar10", "uoft-cs/cifar10"])
 def test_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyPatch, capfd: Any, name: str) -> None:
-    monkeypatch.setattr(data, "_hub_answers", lambda hub: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda name: False)
     before = datasets.config.HF_HUB_OFFLINE
-    assert message(lambda: data.open_dataset(name)) == (
+    assert message(lambda: open_dataset(name)) == (
         f"'{name}' has not been downloaded yet, and the Hugging Face hub cannot be reached\n"
         "  expected: a network connection, or a local folder\n"
         "  fix:      elsewhere: hf download --repo-type dataset uoft-cs/cifar10 --local-dir FOLDER; "
@@ -369,11 +373,11 @@ def test_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyPat
 def test_downloaded_hub_set_opens_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1]), test=table([1]))
     load = datasets.load_dataset
-    monkeypatch.setattr(data, "_hub_answers", lambda hub: True)
+    monkeypatch.setattr(hub, "hub_answers", lambda name: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda hub: load(str(folder)) if hub == "uoft-cs/cifar10" else None)
-    opened = data.open_dataset("cifar10")
-    assert (opened.name, opened.source, opened.mirror) == ("cifar10", "cifar10", True)
-    assert data.measure(opened) == ((32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    opened = open_dataset("cifar10")
+    assert (opened.name, opened.source, opened.hflip) == ("cifar10", "cifar10", True)
+    assert measure(opened) == ((32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 COLUMN_ERRORS = [
@@ -395,13 +399,13 @@ COLUMN_ERRORS = [
 @pytest.mark.parametrize(("keys", "expected"), COLUMN_ERRORS)
 def test_column_that_does_not_fit_is_an_error(tmp_path: Path, keys: dict[str, str], expected: str) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1], text=(datasets.Value("string"), ["a", "b"])))
-    assert message(lambda: data.open_dataset(str(folder), **keys)) == f"{folder}: {expected}"
+    assert message(lambda: open_dataset(str(folder), **keys)) == f"{folder}: {expected}"
 
 
 def test_missing_label_column_lists_the_others(tmp_path: Path) -> None:
     rows = table([0, 1], width=(datasets.Value("float32"), [1.0, 2.0])).remove_columns("label")
     folder = parquet(tmp_path / "set", train=rows)
-    assert message(lambda: data.open_dataset(str(folder))) == (
+    assert message(lambda: open_dataset(str(folder))) == (
         f"{folder}: no column of labels was found\n"
         "  expected: another column than img, width\n"
         "  fix:      choose another data set"
@@ -411,7 +415,7 @@ def test_missing_label_column_lists_the_others(tmp_path: Path) -> None:
 def test_two_possible_labels_are_the_users_choice(tmp_path: Path) -> None:
     rows = table([0, 1], size=(datasets.Value("int64"), [4, 4])).rename_column("label", "kind")
     folder = parquet(tmp_path / "set", train=rows)
-    assert message(lambda: data.open_dataset(str(folder))) == (
+    assert message(lambda: open_dataset(str(folder))) == (
         f"{folder}: kind and size may each be the column of labels\n  expected: one\n  fix:      --label-key kind"
     )
 
@@ -419,7 +423,7 @@ def test_two_possible_labels_are_the_users_choice(tmp_path: Path) -> None:
 def test_column_of_row_numbers_is_not_taken_for_labels(tmp_path: Path) -> None:
     rows = table([0, 1, 2], datasets.Value("int64")).rename_column("label", "id")
     folder = parquet(tmp_path / "set", train=rows)
-    assert message(lambda: data.open_dataset(str(folder))) == (
+    assert message(lambda: open_dataset(str(folder))) == (
         f"{folder}: every image has another 'id'\n"
         "  expected: a column of labels, shared by many images\n"
         "  fix:      give --label-key"
@@ -435,7 +439,7 @@ def test_column_of_row_numbers_is_not_taken_for_labels(tmp_path: Path) -> None:
 )
 def test_missing_label_is_named_by_its_row(tmp_path: Path, labels: list[int], wrong: str) -> None:
     folder = parquet(tmp_path / "set", train=table(labels))
-    assert message(lambda: data.open_dataset(str(folder))) == (
+    assert message(lambda: open_dataset(str(folder))) == (
         f"{folder}, split 'train', row 1: {wrong}\n"
         "  expected: one of the 2 classes in every row\n"
         "  fix:      remove the row, or choose another column with --label-key"
@@ -445,7 +449,7 @@ def test_missing_label_is_named_by_its_row(tmp_path: Path, labels: list[int], wr
 def test_label_that_train_does_not_have_is_named_by_its_row(tmp_path: Path) -> None:
     text = datasets.Value("string")
     folder = parquet(tmp_path / "set", train=table(["owl", "bat", "owl"], text), test=table(["bat", "ant"], text))
-    assert message(lambda: data.open_dataset(str(folder))).splitlines()[0] == (
+    assert message(lambda: open_dataset(str(folder))).splitlines()[0] == (
         f"{folder}, split 'test', row 1: label = 'ant': 'ant' is none of the classes"
     )
 
@@ -479,7 +483,7 @@ IMAGES = {
 @pytest.mark.parametrize("kind", IMAGES)
 def test_every_kind_of_image_becomes_rgb(kind: str) -> None:
     source, colour = IMAGES[kind]
-    image = data.read_image(source, "here")
+    image = read_image(source, "here")
     assert image.mode == "RGB"
     assert image.getpixel((0, 0)) == colour
 
@@ -487,21 +491,21 @@ def test_every_kind_of_image_becomes_rgb(kind: str) -> None:
 def test_palette_with_transparency_becomes_rgb_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert data.read_image(palette_with_transparency(), "here").mode == "RGB"
+        assert read_image(palette_with_transparency(), "here").mode == "RGB"
 
 
 def test_photo_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn clockwise to see it upright
     sideways = Image.fromarray(np.array([[[255] * 3, [0] * 3]] * 8, dtype=np.uint8).repeat(8, axis=1))
-    image = data.read_image(saved(sideways, "jpeg", exif=exif), "here")
+    image = read_image(saved(sideways, "jpeg", exif=exif), "here")
     assert image.size == (8, 16)
     assert np.asarray(image)[0, 0, 0] > 200 > 50 > np.asarray(image)[-1, 0, 0]
 
 
 def test_floating_point_image_is_refused_since_its_range_is_unknown() -> None:
     source = saved(Image.new("F", (2, 2), 0.5), "tiff")
-    assert message(lambda: data.read_image(source, "here")) == (
+    assert message(lambda: read_image(source, "here")) == (
         "here: the image cannot be read (32-bit values without a known range)\n"
         "  expected: a JPEG, PNG, WebP or the like\n"
         "  fix:      replace or remove it"
@@ -513,7 +517,7 @@ def broken(tmp_path: Path) -> Split:
     """Row 2 of four is no image."""
     rows = {"image": [png(noise(0)), png(noise(1)), b"not an image", png(noise(3))], "label": [0, 1, 0, 1]}
     folder = parquet(tmp_path / "broken", train=datasets.Dataset.from_dict(rows))
-    return data.open_dataset(str(folder)).splits["train"]
+    return open_dataset(str(folder)).splits["train"]
 
 
 def test_broken_image_in_a_table_is_named_by_its_row(broken: Split, tmp_path: Path) -> None:
@@ -529,7 +533,7 @@ def test_broken_image_file_is_named_by_its_path(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
     path = folder / "dog" / "b.png"
     path.write_bytes(path.read_bytes()[:200])
-    split = data.open_dataset(str(folder)).splits["train"]
+    split = open_dataset(str(folder)).splits["train"]
     assert message(lambda: split.image(1)).startswith(f"'{path}': the image cannot be read (")
 
 
@@ -539,7 +543,7 @@ def test_row_without_an_image_is_an_error(tmp_path: Path) -> None:
         datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
     )
     folder = parquet(tmp_path / "set", train=rows)
-    split = data.open_dataset(str(folder)).splits["train"]
+    split = open_dataset(str(folder)).splits["train"]
     assert message(lambda: split.image(0)).splitlines()[0] == f"{folder}, split 'train', row 0: there is no image"
 
 
@@ -550,7 +554,7 @@ def test_split_pickles_without_its_pixels(tmp_path: Path, kind: str) -> None:
         parquet(folder, train=table([0, 1] * 20))
     else:
         class_folders(folder, "cat/a.png", "dog/b.png")
-    split = data.open_dataset(str(folder)).splits["train"]
+    split = open_dataset(str(folder)).splits["train"]
     first = np.asarray(split.image(1))
     copy = pickle.dumps(split)
     assert len(copy) < 10_000
@@ -570,9 +574,9 @@ def test_hold_out_takes_a_share_of_every_class(counts: list[int], fraction: floa
     split = split_of([label for label, count in enumerate(counts) for _ in range(count)])
     if max(counts) == 1:
         with pytest.raises(UserError):
-            data.hold_out(split, fraction, seed)
+            hold_out(split, fraction, seed)
         return
-    train, validation = data.hold_out(split, fraction, seed)
+    train, validation = hold_out(split, fraction, seed)
     assert validation is not None
     together = np.concatenate([train.index, validation.index])
     assert sorted(together.tolist()) == list(range(len(split)))
@@ -584,7 +588,7 @@ def test_hold_out_takes_a_share_of_every_class(counts: list[int], fraction: floa
 
 def test_hold_out_depends_on_the_seed_alone() -> None:
     split = split_of([0, 1] * 50)
-    held = [data.hold_out(split, 0.1, seed)[1] for seed in (1, 1, 2)]
+    held = [hold_out(split, 0.1, seed)[1] for seed in (1, 1, 2)]
     assert all(part is not None for part in held)
     first, again, other = (part.index.tolist() for part in held if part is not None)
     assert first == again != other
@@ -592,18 +596,18 @@ def test_hold_out_depends_on_the_seed_alone() -> None:
 
 def test_hold_out_stays_what_it_was_when_it_was_released() -> None:
     """Written down: a checkpoint names its validation images by fraction and seed alone."""
-    _, validation = data.hold_out(split_of([0, 1] * 10), 0.2, 42)
+    _, validation = hold_out(split_of([0, 1] * 10), 0.2, 42)
     assert validation is not None
     assert validation.index.tolist() == [1, 2, 3, 16]
 
 
 def test_hold_out_of_nothing_keeps_all() -> None:
     split = split_of([0, 1])
-    assert data.hold_out(split, 0.0, 0) == (split, None)
+    assert hold_out(split, 0.0, 0) == (split, None)
 
 
 def test_hold_out_of_more_than_all_is_an_error() -> None:
-    assert message(lambda: data.hold_out(split_of([0, 1]), 1.5, 0)) == (
+    assert message(lambda: hold_out(split_of([0, 1]), 1.5, 0)) == (
         "validation fraction 1.5\n  expected: at least 0 and less than 1\n  fix:      --val-fraction 0.1"
     )
 
@@ -612,29 +616,29 @@ def test_hold_out_of_more_than_all_is_an_error() -> None:
 @settings(max_examples=60, deadline=None)
 def test_limit_keeps_the_share_of_every_class(labels: list[int], n: int, seed: int) -> None:
     split = split_of(labels)
-    some = data.limit(split, n, seed)
+    some = limited(split, n, seed)
     assert len(some) == min(n, len(split))
     assert len(set(some.index.tolist())) == len(some)
     for label in set(labels):
         assert abs((some.labels == label).sum() - labels.count(label) * len(some) / len(labels)) < 1
-    assert data.limit(split, n, seed).index.tolist() == some.index.tolist()
+    assert limited(split, n, seed).index.tolist() == some.index.tolist()
 
 
 def test_limit_of_none_is_the_split() -> None:
     split = split_of([0, 1])
-    assert data.limit(split, None, 0) is split
+    assert limited(split, None, 0) is split
 
 
 def test_validation_split_of_its_own_is_taken_before_a_fraction(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1] * 5), validation=table([0]), test=table([1]))
-    train, validation = data.training_splits(data.open_dataset(str(folder)), 0.2, 0)
+    train, validation = training_splits(open_dataset(str(folder)), 0.2, 0)
     assert validation is not None
     assert (len(train), validation.name) == (10, "validation")
 
 
 def test_set_without_a_training_split_cannot_be_trained_on(tmp_path: Path) -> None:
-    opened = data.open_dataset(str(parquet(tmp_path / "set", test=table([0, 1]))))
-    assert message(lambda: data.training_splits(opened, 0.1, 0)) == (
+    opened = open_dataset(str(parquet(tmp_path / "set", test=table([0, 1]))))
+    assert message(lambda: training_splits(opened, 0.1, 0)) == (
         f"'{tmp_path}/set' has no training split\n"
         "  expected: a split named train or training\n"
         "  fix:      give another data set"
@@ -642,8 +646,8 @@ def test_set_without_a_training_split_cannot_be_trained_on(tmp_path: Path) -> No
 
 
 def test_something_is_left_to_score(tmp_path: Path) -> None:
-    opened = data.open_dataset(str(class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")))
-    assert message(lambda: data.training_splits(opened, 0.0, 0)) == (
+    opened = open_dataset(str(class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")))
+    assert message(lambda: training_splits(opened, 0.0, 0)) == (
         f"'{tmp_path}/set' has nothing to score\n"
         "  expected: a test split, or a part of train\n"
         "  fix:      --val-fraction 0.1"
@@ -659,7 +663,7 @@ def test_mean_and_spread_are_those_of_all_pixels(tmp_path: Path) -> None:
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True)
         Image.new("RGB", (4, 6), (red, 51, 255)).save(path)
-    size, mean, std = data.measure(data.open_dataset(str(tmp_path / "set")))
+    size, mean, std = measure(open_dataset(str(tmp_path / "set")))
     assert size == (6, 4)
     assert mean == (0.5, 0.2, 1.0)
     assert std == (0.5, 0.001, 0.001)
@@ -668,7 +672,7 @@ def test_mean_and_spread_are_those_of_all_pixels(tmp_path: Path) -> None:
 def test_images_of_different_sizes_have_no_common_size(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
     noise(0, 20, 12).save(folder / "cat" / "c.png")
-    assert data.measure(data.open_dataset(str(folder)))[0] is None
+    assert measure(open_dataset(str(folder)))[0] is None
 
 
 @pytest.mark.parametrize(
@@ -676,7 +680,7 @@ def test_images_of_different_sizes_have_no_common_size(tmp_path: Path) -> None:
     [((8, 8), 8), ((33, 20), 33), ((96, 96), 96), ((97, 50), None), (None, None)],
 )
 def test_small_images_have_a_natural_input_size(size: tuple[int, int] | None, natural: int | None) -> None:
-    assert data.natural_size(size) == natural
+    assert natural_size(size) == natural
 
 
 # Transforms
@@ -723,19 +727,19 @@ def test_every_crop_gives_the_input_size(size: tuple[int, int], crop: Any, shape
 
 def test_without_variation_training_sees_what_evaluation_sees() -> None:
     image = noise(0, 32, 32)
-    plain = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0)
+    plain = transforms.train_transform(PREPROCESS, crop="none", hflip=0.0)
     torch.testing.assert_close(plain(image), transforms.eval_transform(PREPROCESS)(image), rtol=0, atol=0)
 
 
 def test_mirror_swaps_left_and_right() -> None:
     image = noise(0, 32, 32)
-    mirrored = transforms.train_transform(PREPROCESS, crop="none", mirror=1.0)
+    mirrored = transforms.train_transform(PREPROCESS, crop="none", hflip=1.0)
     torch.testing.assert_close(mirrored(image), transforms.eval_transform(PREPROCESS)(image).flip(2), rtol=0, atol=0)
 
 
 def test_padded_crop_moves_the_image_by_an_eighth_at_most_and_fills_with_grey() -> None:
     image = noise(0, 32, 32)
-    transform = transforms.train_transform(PREPROCESS, crop="pad", mirror=0.0, fill=255)
+    transform = transforms.train_transform(PREPROCESS, crop="pad", hflip=0.0, fill=255)
     plain = transforms.eval_transform(PREPROCESS)(image)
     framed = torch.full((3, 40, 40), 2.0)  # (1 - mean) / std
     framed[:, 4:36, 4:36] = plain
@@ -764,7 +768,7 @@ def test_cutout_has_its_centre_on_every_pixel() -> None:
 
 def test_erase_replaces_a_rectangle_by_noise() -> None:
     grey = Image.new("RGB", (32, 32), (128, 128, 128))
-    seen = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, erase=1.0)(grey)
+    seen = transforms.train_transform(PREPROCESS, crop="none", hflip=0.0, reprob=1.0)(grey)
     values, counts = seen.unique(return_counts=True)
     assert 0.02 < 1 - counts.max().item() / seen.numel() < 0.4
     assert len(values) > 50
@@ -783,7 +787,7 @@ POLICIES = [
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_varies_images(policy: str) -> None:
     transforms.check_policy(policy)
-    transform = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy)
+    transform = transforms.train_transform(PREPROCESS, crop="none", hflip=0.0, aa=policy)
     assert len({transform(noise(0, 32, 32)).numpy().tobytes() for _ in range(20)}) > 1
 
 
@@ -810,7 +814,7 @@ def test_policy_that_there_is_not_is_an_error(policy: str) -> None:
 
 def test_timm_policy_makes_an_image_black_where_pillow_would_raise() -> None:
     """At magnitude 10 "Posterize" keeps no bit."""
-    transform = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, policy="rand-m10-n1-p1-inc1")
+    transform = transforms.train_transform(PREPROCESS, crop="none", hflip=0.0, aa="rand-m10-n1-p1-inc1")
     image = noise(0, 32, 32)
     assert any((transform(image) == -2).all() for _ in range(200))
 
@@ -827,7 +831,7 @@ def test_unknown_policy_is_answered_with_the_known_ones() -> None:
 @pytest.mark.parametrize("policy", ["cifar10", "trivial", "rand-m9-n1-p1"])
 def test_policy_fills_with_the_given_grey(policy: str) -> None:
     white = Image.new("RGB", (32, 32), (255, 255, 255))
-    transform = transforms.train_transform(PREPROCESS, crop="none", mirror=0.0, policy=policy, fill=77)
+    transform = transforms.train_transform(PREPROCESS, crop="none", hflip=0.0, aa=policy, fill=77)
     filled = (77 / 255 - 0.5) / 0.25
     assert any(torch.isclose(transform(white), torch.tensor(filled)).any() for _ in range(100))
 
@@ -841,7 +845,7 @@ def test_unknown_crop_is_an_error() -> None:
 
 # Loaders
 
-VARIED = {"policy": "rand-m9-mstd0.5", "cutout": 8, "erase": 0.5}
+VARIED = {"aa": "rand-m9-mstd0.5", "cutout": 8, "reprob": 0.5}
 """Draws from Python's, NumPy's and torch's generators."""
 
 
@@ -897,12 +901,12 @@ def test_variation_of_an_image_depends_on_seed_epoch_and_index_alone() -> None:
 
 
 def test_images_of_a_batch_vary_each_on_its_own() -> None:
-    class Same(data.Images):
+    class Same(Images):
         def read(self, row: int) -> Image.Image:
             return noise(0, 32, 32)
 
     split = Split("train", Same(), np.zeros(16, dtype=np.int64), np.arange(16, dtype=np.int64))
-    transform = transforms.train_transform(PREPROCESS, crop="pad", mirror=0.5)
+    transform = transforms.train_transform(PREPROCESS, crop="pad", hflip=0.5)
     order = loaders.EpochBatches(split, 16, seed=0)
     batch = next(iter(loaders.make_loader(split, transform, order, seed=0, workers=0)))
     assert len({image.numpy().tobytes() for image in batch.images}) > 12
@@ -1002,7 +1006,7 @@ def test_broken_image_arrives_as_the_same_error_from_every_process(broken: Split
 
 
 def test_loader_can_be_read_again_after_an_error() -> None:
-    class Broken(data.Images):
+    class Broken(Images):
         def read(self, row: int) -> Image.Image:
             if row == 5:
                 raise UserError("broken")
@@ -1028,11 +1032,11 @@ def test_loader_pickles_for_workers_that_are_not_forked() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not CIFAR_100.is_dir(), reason="needs ../shared/data/cifar100")
 def test_cifar_100_opens_and_is_measured_as_published() -> None:
-    opened = data.open_dataset(str(CIFAR_100))
+    opened = open_dataset(str(CIFAR_100))
     assert {name: len(split) for name, split in opened.splits.items()} == {"train": 50_000, "test": 10_000}
     assert (opened.image_key, opened.label_key, len(opened.classes)) == ("img", "fine_label", 100)
-    size, mean, std = data.measure(opened)
-    _, published_mean, published_std = data.NAMED["cifar100"].measured or (None, None, None)
+    size, mean, std = measure(opened)
+    _, published_mean, published_std = NAMED["cifar100"].measured or (None, None, None)
     assert size == (32, 32)
     assert mean == pytest.approx(published_mean, abs=0.01)
     assert std == pytest.approx(published_std, abs=0.01)

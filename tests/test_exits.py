@@ -10,15 +10,16 @@ import timm
 import torch
 from torch import nn
 
-from sdcli.backbones import create, resolve
+from sdcli.data.batch import Batch
 from sdcli.errors import UserError
-from sdcli.exits import MultiExit, all_costs, attach, choose_heads
-from sdcli.heads import HEADS, PatchConv
-from sdcli.learner import Learner, build_objectives
-from sdcli.networks import plan_network
-from sdcli.objective import Objective, address
-from sdcli.recipe import Network, load_recipe, recipe_names
-from sdcli.signals import Batch
+from sdcli.method.learner import Learner, build_objectives
+from sdcli.method.objective import Objective, address
+from sdcli.network.backbones import create, resolve
+from sdcli.network.blueprint import plan_network
+from sdcli.network.heads import HEADS, PatchConv
+from sdcli.network.multi_exit import MultiExit, all_costs, attach, choose_heads
+from sdcli.recipe.load import load_recipe, recipe_names
+from sdcli.recipe.schema import Network
 
 MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout", "test_vit4"]
 
@@ -80,7 +81,7 @@ def test_every_trained_parameter_gets_a_gradient(name, recipe):
     objectives, making = build_objectives(loaded, widths, 7, 2)
     frozen = [who for who, learns in loaded.taking_part.items() if not learns]
     images = images_for(networks["student"])
-    batch = Batch(images, torch.tensor([0, 1]), torch.arange(2), dict.fromkeys(loaded.batch.also, images))
+    batch = Batch(images, torch.tensor([0, 1]), torch.arange(2), dict.fromkeys(loaded.batch.views, images))
     for objective in objectives:
         learner = Learner(networks, objective, frozen, making)
         objective.set_time(1.0, 1.0)

@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from conftest import batch_of, tensor
 from torch import Tensor
 
-from sdcli import ramps
-from sdcli.derived import SIGNALS, reads_one
+from sdcli.data.loaders import classmates
 from sdcli.errors import UserError
-from sdcli.exits import Width
-from sdcli.learner import build_signals
-from sdcli.loaders import classmates
-from sdcli.losses import LOSSES
-from sdcli.losses.features import FitNet, Hint, attention, attention_map, mmd, sad
-from sdcli.losses.labels import cross_entropy, tf_nkd, virtual_teacher, votes, zipf, zipf_label
-from sdcli.losses.logits import balanced_kl, dist, dkd, gated, kl, nkd, soft_cross_entropy
-from sdcli.losses.relations import propagate, similarity
-from sdcli.objective import Objective
-from sdcli.recipe import Derived, Loss, check_recipe
-from sdcli.signals import Signal
+from sdcli.method.learner import build_signals
+from sdcli.method.losses import LOSSES
+from sdcli.method.losses.features import FitNet, Hint, attention, attention_map, mmd, sad
+from sdcli.method.losses.labels import cross_entropy, tf_nkd, virtual_teacher, votes, zipf, zipf_label
+from sdcli.method.losses.logits import balanced_kl, dist, dkd, gated, kl, nkd, soft_cross_entropy
+from sdcli.method.losses.relations import propagate, similarity
+from sdcli.method.objective import Objective
+from sdcli.method.signals import SIGNALS, reads_one
+from sdcli.network.multi_exit import PointSpec
+from sdcli.network.signals import Signal
+from sdcli.recipe import ramps
+from sdcli.recipe.check import check_recipe
+from sdcli.recipe.schema import Derived, Loss
 
 # Labels
 
@@ -153,7 +154,7 @@ def test_ps_kds_mixed_target_equals_two_weighted_losses():
 def test_a_loss_that_needs_one_class_per_image_is_refused_where_they_are_mixed(name):
     loss = {"kind": name, "on": "exit1"} | ({"target": "final"} if "teacher" in LOSSES.find(name).takes else {})
     losses = check_recipe({"losses": {"new": loss, "task": {"kind": "cross_entropy", "on": "all"}}}).losses
-    widths = {"exit1": Width(2, 4), "final": Width(2, 4)}
+    widths = {"exit1": PointSpec(2, 4), "final": PointSpec(2, 4)}
     Objective(losses, widths)
     with pytest.raises(UserError) as caught:
         Objective(losses, widths, mixes=True)
@@ -440,7 +441,7 @@ def taught(entry, student: Signal, target: Signal) -> Tensor:
     """What the objective makes of one loss, next to nothing else."""
     signals, target_name = {"exit1": student, "final": target}, "final" if entry in COMPARED else "label"
     losses = {"it": Loss(kind=entry.name, on="exit1", target=target_name), "task": Loss(kind="cross_entropy", on="all")}
-    objective = Objective(losses, {point: Width(6, 6) for point in signals})
+    objective = Objective(losses, {point: PointSpec(6, 6) for point in signals})
     objective.terms = [term for term in objective.terms if term.name == "it"]
     total, _ = objective(signals, batch_of(list(range(6))))
     return total
@@ -508,7 +509,7 @@ def test_what_is_made_of_signals_is_finite_at_ten_thousand_and_float32_at_least(
     signals = {place: extreme(even, dtype) for place in ("exit1", "final")}
     signals["final"].dense = torch.randn(6, 6, 9).to(dtype) * 1e4
     of = "final" if reads_one(entry) else "all"
-    widths = {place: Width(6, 6) for place in signals}
+    widths = {place: PointSpec(6, 6) for place in signals}
     (make,) = build_signals({"made": Derived(kind=entry.name, of=of)}, widths, 6, 6)[0].values()
     for _ in range(2):
         logits = make(signals, batch_of(list(range(6)))).logits

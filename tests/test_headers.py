@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sdcli.headers import Header, parse_header
-from sdcli.recipe import recipe_file, recipe_names
+from sdcli.recipe.headers import Header, parse_header
+from sdcli.recipe.load import recipe_file, recipe_names
 
 TEXT = """\
 # One network teaches itself:

@@ -7,15 +7,16 @@ import torch
 from conftest import batch_of, tensor
 
 from sdcli.errors import UserError
-from sdcli.exits import Width
-from sdcli.losses import LOSSES
-from sdcli.losses.features import Hint
-from sdcli.losses.labels import cross_entropy
-from sdcli.losses.logits import kl, soft_cross_entropy
-from sdcli.objective import Objective
-from sdcli.recipe import Loss, load_recipe
+from sdcli.method.losses import LOSSES
+from sdcli.method.losses.features import Hint
+from sdcli.method.losses.labels import cross_entropy
+from sdcli.method.losses.logits import kl, soft_cross_entropy
+from sdcli.method.objective import Objective
+from sdcli.network.multi_exit import PointSpec
+from sdcli.network.signals import Signal
+from sdcli.recipe.load import load_recipe
+from sdcli.recipe.schema import Loss
 from sdcli.registry import Entry
-from sdcli.signals import Signal
 
 
 def test_cross_entropy_equals_the_formula(case):
@@ -94,7 +95,7 @@ def test_no_gradient_reaches_a_target():
     torch.manual_seed(0)
     signals = {p: Signal(*(torch.randn(2, 4, requires_grad=True) for _ in range(3))) for p in ("exit1", "final")}
     losses = load_recipe(["byot"], ["losses.task.weight=1e-30", "losses.hint.weight=1.0"]).losses
-    total, _ = Objective(losses, {p: Width(4, 4) for p in signals})(signals, batch_of([0, 1]))
+    total, _ = Objective(losses, {p: PointSpec(4, 4) for p in signals})(signals, batch_of([0, 1]))
     total.backward()
     assert signals["exit1"].logits.grad.abs().max() > 1e-3
     assert signals["final"].logits.grad.abs().max() < 1e-20
@@ -103,7 +104,7 @@ def test_no_gradient_reaches_a_target():
 
 def test_losses_are_worked_out_in_float32():
     signals = {p: Signal(*(torch.randn(2, 4).bfloat16() for _ in range(3))) for p in ("exit1", "final")}
-    total, _ = Objective(load_recipe(["byot"]).losses, {p: Width(4, 4) for p in signals})(signals, batch_of([0, 1]))
+    total, _ = Objective(load_recipe(["byot"]).losses, {p: PointSpec(4, 4) for p in signals})(signals, batch_of([0, 1]))
     assert total.dtype == torch.float32
 
 
@@ -119,11 +120,11 @@ def test_a_loss_from_which_nothing_can_be_learnt_is_named(loss, message, monkeyp
     losses = {"mine": Loss(kind="mine", on="final")}
     signals = {"final": Signal(*(torch.randn(2, 4, requires_grad=True) for _ in range(3)))}
     with pytest.raises(UserError) as error:
-        Objective(losses, {"final": Width(4, 4)})(signals, batch_of([0, 1]))
+        Objective(losses, {"final": PointSpec(4, 4)})(signals, batch_of([0, 1]))
     assert str(error.value).startswith(message)
 
 
-WIDTHS = {"exit1": Width(8, 16), "exit2": Width(16, 32), "final": Width(32, 32)}
+WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointSpec(32, 32)}
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdcli.catalogue import completed
-from sdcli.checks import remarks
-from sdcli.data import Split
-from sdcli.derived import Memory, Setting
+from sdcli.data.batch import Batch
+from sdcli.data.dataset import Split
+from sdcli.data.loaders import EpochBatches
 from sdcli.errors import UserError
-from sdcli.loaders import EpochBatches
-from sdcli.prepare import prepare
-from sdcli.recipe import Over, load_recipe, recipe_names, to_toml
-from sdcli.resume import resume, resumed
-from sdcli.scoring import score_checkpoint
-from sdcli.signals import Batch, Signal
-from sdcli.train import Epoch, Finished, Stopped, fit, next_update
-from sdcli.training import Settings, Training, enter_phase
+from sdcli.evaluation.scoring import score_checkpoint
+from sdcli.method.catalogue import completed
+from sdcli.method.check import remarks
+from sdcli.method.signals import Memory, SignalContext
+from sdcli.network.signals import Signal
+from sdcli.recipe.load import load_recipe, recipe_names, to_toml
+from sdcli.recipe.schema import WeightSchedule
+from sdcli.run.events import Epoch, Finished, Stopped
+from sdcli.run.prepare import prepare
+from sdcli.run.resume import resume, resumed
+from sdcli.run.settings import Settings
+from sdcli.run.train import fit, next_update
+from sdcli.run.training import Training, enter_phase
 
 # Short and small, whatever the recipe says: two epochs of each phase, two updates each.
-SHORT = ("epochs=2", "batch.size=32", "schedule.warmup=0", "optimizer.lr=0.01")
+SHORT = ("epochs=2", "batch.size=32", "schedule.warmup_epochs=0", "optimizer.lr=0.01")
 MODELS = {"convnet": "test_resnet", "transformer": "test_vit"}
 
 
@@ -96,17 +100,20 @@ def batch_of(training: Training, epoch: int = 1) -> Batch:
 
 
 def test_weights_over_time_multiply() -> None:
-    assert Over(value=2.0).at(3, 10) == 2.0 and not Over(value=2.0).varies
-    assert Over(value=2.0, warmup=4).at(1, 10) == 0.5
-    assert Over(value=1.0, warmup=0.5).at(2.5, 10) == 0.5
-    assert Over(value=1.0, on=0.5).at(4.9, 10) == 0.0 and Over(value=1.0, on=0.5).at(5.0, 10) == 1.0
-    assert Over(value=1.0, to=0.2).at(5, 10) == pytest.approx(0.6)
-    assert Over(value=1.0, on=2, off=8, decay=0.5).at(6, 10) == pytest.approx(0.8)
-    assert Over(value=1.0, sigmoid=80).at(40, 300) == pytest.approx(math.exp(-5 / 4))
+    assert WeightSchedule(value=2.0).at(3, 10) == 2.0 and not WeightSchedule(value=2.0).varies
+    assert WeightSchedule(value=2.0, warmup=4).at(1, 10) == 0.5
+    assert WeightSchedule(value=1.0, warmup=0.5).at(2.5, 10) == 0.5
+    assert (
+        WeightSchedule(value=1.0, start=0.5).at(4.9, 10) == 0.0
+        and WeightSchedule(value=1.0, start=0.5).at(5.0, 10) == 1.0
+    )
+    assert WeightSchedule(value=1.0, to=0.2).at(5, 10) == pytest.approx(0.6)
+    assert WeightSchedule(value=1.0, start=2, stop=8, decay=0.5).at(6, 10) == pytest.approx(0.8)
+    assert WeightSchedule(value=1.0, sigmoid=80).at(40, 300) == pytest.approx(math.exp(-5 / 4))
 
 
 def test_a_weight_over_time_is_set_at_every_update(tmp_path: Path) -> None:
-    tables = 'extends = "baseline"\n[losses.more]\nkind = "cross_entropy"\non = "final"\nweight = { value = 3.0, on = 0.5 }\n'
+    tables = 'extends = "baseline"\n[losses.more]\nkind = "cross_entropy"\non = "final"\nweight = { value = 3.0, start = 0.5 }\n'
     training = prepared(tables, tmp_path)
     list(fit(training))
     log = outcome(tmp_path / "run")
@@ -115,16 +122,16 @@ def test_a_weight_over_time_is_set_at_every_update(tmp_path: Path) -> None:
 
 def test_views_are_the_same_images_varied_anew_and_mates_are_of_the_same_class(tmp_path: Path) -> None:
     tables = (
-        'extends = "baseline"\n[batch.also.view]\nof = "itself"\n[batch.also.mate]\nof = "class"\n'
+        'extends = "baseline"\n[batch.views.view]\nof = "itself"\n[batch.views.mate]\nof = "class"\n'
         '[losses.view]\nkind = "kl"\non = "final"\ntarget = "final@view"\n'
         '[losses.mate]\nkind = "kl"\non = "final"\ntarget = "final@mate"\n'
     )
     training = prepared(tables, tmp_path)
     first, again, later = batch_of(training), batch_of(training), batch_of(training, 2)
-    assert set(first.also) == {"view", "mate"}
-    assert torch.equal(first.also["mate"], again.also["mate"])
-    assert not torch.equal(first.also["view"], first.images)
-    assert not torch.equal(first.also["mate"][:4], later.also["mate"][:4])
+    assert set(first.views) == {"view", "mate"}
+    assert torch.equal(first.views["mate"], again.views["mate"])
+    assert not torch.equal(first.views["view"], first.images)
+    assert not torch.equal(first.views["mate"][:4], later.views["mate"][:4])
     loader = training.loader
     mates = loader.beside.places("mate", 1, np.arange(len(loader.split)))
     assert (loader.split.labels[mates] == loader.split.labels).all()
@@ -149,7 +156,7 @@ def test_groups_of_a_class_stay_together_whatever_shares_them() -> None:
 
 
 def test_a_memory_gives_the_label_first_and_then_what_was_said() -> None:
-    memory = Memory(Setting([1], 3, 10))
+    memory = Memory(SignalContext([1], 3, 10))
     said = torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0]])
     batch = Batch(torch.zeros(2, 3, 1, 1), torch.tensor([2, 0]), torch.tensor([7, 1]))
     signal = Signal(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1), said)
@@ -214,12 +221,12 @@ def test_what_cannot_work_is_refused_before_the_data_are_looked_for(
 def test_views_are_mixed_with_the_images_whose_labels_they_share(tmp_path: Path) -> None:
     training = prepare(settings("convnet"), load_recipe(["ddgsd"], [*SHORT, "batch.mixup=1.0"]), tmp_path / "run")
     training.loader.set_epoch(1)
-    plain = next(iter(training.loader)).also["view"]
+    plain = next(iter(training.loader)).views["view"]
     (batch,) = next_update(training, iter(training.loader))
     assert batch.labels.shape == (32, 10)
     own = batch.labels.max(dim=1).values
     partner = batch.labels.sum(dim=1) - own
-    assert not torch.allclose(batch.also["view"], plain) and (partner > 0).any()
+    assert not torch.allclose(batch.views["view"], plain) and (partner > 0).any()
 
 
 def test_a_phase_is_changed_by_its_number() -> None:
@@ -242,8 +249,8 @@ def test_what_has_no_effect_is_remarked_on(tmp_path: Path) -> None:
     tables = """
 extends = "baseline"
 [batch]
-mix_prob = 0.5
-[batch.also.view]
+mixup_prob = 0.5
+[batch.views.view]
 of = "itself"
 [signals.mix]
 kind = "mean"
@@ -264,10 +271,10 @@ teacher = true
 """
     assert remarks(losses_of(tables, tmp_path)) == [
         "signals.mix has no effect: no loss reads it",
-        "batch.also.view has no effect, but costs its images: no loss reads final@view",
+        "batch.views.view has no effect, but costs its images: no loss reads final@view",
         "networks.big has no effect, but costs its memory: nothing reads big.…",
         "phases: teacher = true has no effect: nothing reads teacher.…",
-        "batch.mix_prob has no effect: nothing is mixed",
+        "batch.mixup_prob has no effect: nothing is mixed",
         "losses.spare has no effect: no phase has it",
     ]
 
@@ -389,11 +396,11 @@ def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "final@veiw"\n[batch.also.view]\nof = "itself"\n',
+        ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "final@veiw"\n[batch.views.view]\nof = "itself"\n',
          "losses.x.target = 'final@veiw': there are no images 'veiw'\n  expected: one of view\n  fix:      did you mean 'view'?"),
         ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "final@view"\n',
-         "losses.x.target = 'final@view': there are no images 'view'\n  expected: a [batch.also.NAME] table\n"
-         "  fix:      add a [batch.also.view] table"),
+         "losses.x.target = 'final@view': there are no images 'view'\n  expected: a [batch.views.NAME] table\n"
+         "  fix:      add a [batch.views.view] table"),
         ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "mix"\n[signals.mixed]\nkind = "mean"\nof = "all"\n',
          "losses.x.target = 'mix'\n  expected: 'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1', "
          "or a signal: mixed\n  fix:      did you mean 'mixed'?"),
@@ -401,13 +408,13 @@ def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
          "phases.0.losses: unknown loss 'tusk'\n  expected: one of task\n  fix:      did you mean 'task'?"),
         ('[[phases]]\nname = "a"\nlosses = []\n',
          "phases.0.losses = []\n  expected: one entry or more"),
-        ('[signals.mix]\nkind = "mean"\nof = "final@veiw"\n[batch.also.view]\nof = "itself"\n',
+        ('[signals.mix]\nkind = "mean"\nof = "final@veiw"\n[batch.views.view]\nof = "itself"\n',
          "signals.mix.of = 'final@veiw': there are no images 'veiw'\n  expected: one of view\n  fix:      did you mean 'view'?"),
         ('[signals.mix]\nkind = "mean"\nof = "finale"\n',
          "signals.mix.of = 'finale'\n  expected: 'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these\n"
          "  fix:      did you mean 'final'?"),
-        ('batch = { mixup = 1.0, also = { mate = { of = "class" } } }\n',
-         "batch.also.mate shows another image of the class, and batch.mixup and batch.cutmix mix classes\n"
+        ('batch = { mixup = 1.0, views = { mate = { of = "class" } } }\n',
+         "batch.views.mate shows another image of the class, and batch.mixup and batch.cutmix mix classes\n"
          "  expected: a recipe that mixes nothing, or further images of = 'itself'\n"
          "  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
         ('[[phases]]\nname = "a"\nteacher = true\n',

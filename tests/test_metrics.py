@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdcli.derived import ensemble
-from sdcli.metrics import confidence_and_correct, ece, nll, topk_correct
+from sdcli.evaluation.metrics import confidence_and_correct, ece, nll, topk_correct
+from sdcli.method.signals import ensemble
 
 
 def test_top_k_counts_labels_among_the_k_largest_logits():

@@ -22,7 +22,7 @@ def test_a_wheel_installed_elsewhere_finds_its_recipes_and_digits(tmp_path):
     run("-m", "pip", "install", wheel, "--no-deps", "--quiet", "--target", tmp_path / "site", cwd=tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import sdcli; from sdcli.recipe import load_recipe, recipe_folder; from sdcli.data import open_dataset\n"
+        "import sdcli; from sdcli.recipe.load import load_recipe, recipe_folder; from sdcli.data.open import open_dataset\n"
         "print(sdcli.__file__, recipe_folder(), load_recipe(['byot']).title, len(open_dataset('digits').splits['train']))"
     )
     file, folder, *rest = run("-c", code, cwd=tmp_path).split()

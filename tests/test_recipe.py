@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from sdcli.errors import UserError
-from sdcli.headers import parse_header
-from sdcli.recipe import Recipe, check_recipe, load_recipe, recipe_folder, recipe_names, to_toml
+from sdcli.recipe.check import check_recipe
+from sdcli.recipe.headers import parse_header
+from sdcli.recipe.load import load_recipe, recipe_folder, recipe_names, to_toml
+from sdcli.recipe.schema import Recipe
 
 TASK = '[losses.task]\nkind = "cross_entropy"\non = "final"\n'
 
@@ -77,7 +79,7 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of also, augment, cutmix, mates, mix_prob, mixup, size\n  fix:      did you mean 'size'?"),
+        ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of augment, cutmix, mates, mixup, mixup_prob, size, views\n  fix:      did you mean 'size'?"),
         ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, "
          "paper, phases, schedule, signals, title\n  fix:      did you mean 'epochs'?"),
         ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer\n  fix:      the default is 200"),
@@ -93,7 +95,7 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
         ("losses.new.weight=1", "losses.new.kind is missing\n  expected: a value: it has no default"),
         ("losses.task.weight=-1", "losses.task.weight = -1\n  expected: greater than or equal to 0, or a table, or a valid list\n  fix:      the default is 1.0"),
         ('losses.task.weight={ value = 1.0, warmup = "3" }', "losses.task.weight.warmup = '3'\n  expected: a valid number\n  fix:      without quotes: warmup = 3"),
-        ("losses.task.weight={ warmpu = 3 }", "losses.task.weight: unknown key 'warmpu'\n  expected: one of decay, off, on, sigmoid, to, value, warmup\n  fix:      did you mean 'warmup'?"),
+        ("losses.task.weight={ warmpu = 3 }", "losses.task.weight: unknown key 'warmpu'\n  expected: one of decay, sigmoid, start, stop, to, value, warmup\n  fix:      did you mean 'warmup'?"),
         ("networks.student.exits=some", "networks.student.exits = 'some'\n  expected: 'auto' or 'none', or a valid integer, or a valid list\n  fix:      the default is 'auto'"),
     ],
 )  # fmt: skip
@@ -179,7 +181,7 @@ def test_defaults_are_valid():
 
 
 def test_reading_a_recipe_loads_neither_torch_nor_timm():
-    code = "import sys; from sdcli.recipe import load_recipe; load_recipe(['byot']); print({'torch', 'timm'} & set(sys.modules))"
+    code = "import sys; from sdcli.recipe.load import load_recipe; load_recipe(['byot']); print({'torch', 'timm'} & set(sys.modules))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "set()"

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from conftest import Case
 from torch import Tensor, nn
 
-from sdcli.exits import Width
-from sdcli.learner import Making, build_objectives
-from sdcli.losses.labels import cross_entropy, virtual_teacher
-from sdcli.losses.relations import propagate
-from sdcli.recipe import load_recipe
-from sdcli.signals import Signal
+from sdcli.method.learner import DerivedSignal, build_objectives
+from sdcli.method.losses.labels import cross_entropy, virtual_teacher
+from sdcli.method.losses.relations import propagate
+from sdcli.network.multi_exit import PointSpec
+from sdcli.network.signals import Signal
+from sdcli.recipe.load import load_recipe
 
 Signals = dict[str, Signal]
 
@@ -34,7 +34,7 @@ def taught(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that a run of the recipe works out of these signals, and its parts; `at` is the time of the run."""
     widths = {
-        place: Width(signal.features.shape[1], signal.embedding.shape[1], signal.logits is not None)
+        place: PointSpec(signal.features.shape[1], signal.embedding.shape[1], signal.logits is not None)
         for place, signal in signals.items()
         if "@" not in place
     }
@@ -49,7 +49,7 @@ def taught(
     return total, parts
 
 
-def made(make: Making, case: Case) -> None:
+def made(make: DerivedSignal, case: Case) -> None:
     make.to(case.dtype).eval()
     if gate := getattr(make.make, "gate", None):
         # The vectors give what comes before the ReLU: a linear layer and a batch norm that change nothing.

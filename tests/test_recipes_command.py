@@ -11,11 +11,11 @@ import pytest
 from conftest import Command, refused
 from processes import finished
 
-from sdcli.about import overview
-from sdcli.catalogue import SHELVES, completed
-from sdcli.heads import HEADS
-from sdcli.losses import LOSSES
-from sdcli.recipe import load_recipe, recipe_folder, recipe_names
+from sdcli.method.catalogue import SHELVES, completed
+from sdcli.method.losses import LOSSES
+from sdcli.network.heads import HEADS
+from sdcli.recipe.about import overview
+from sdcli.recipe.load import load_recipe, recipe_folder, recipe_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +50,7 @@ def test_what_show_prints_is_a_recipe_with_origins_or_without(sdcli: Command, tm
     text = sdcli("recipes", "show", "byot", "schedules/transformer", "--set", "epochs=7").out
     assert re.search(r"^epochs = 7 +# --set$", text, re.M)
     assert re.search(r'^opt = "adamw" +# schedules/transformer$', text, re.M)
-    assert re.search(r"^erase = 0.0 +# default$", text, re.M)
+    assert re.search(r"^reprob = 0.0 +# default$", text, re.M)
     plain = sdcli("recipes", "show", "byot", "schedules/transformer", "--set", "epochs=7", "--plain").out
     assert "#" not in plain
     recipes = []
@@ -120,10 +120,10 @@ MISTAKES = {
         "  fix:      did you mean 'epochs'?",
     ),
     "a key in the wrong table": (
-        BYOT + "[optimizer]\nwarmup = 5\n",
-        "FILE: optimizer: unknown key 'warmup'\n"
+        BYOT + "[optimizer]\nwarmup_epochs = 5\n",
+        "FILE: optimizer: unknown key 'warmup_epochs'\n"
         "  expected: one of clip_grad, decay_norm_and_bias, lr, momentum, nonfinite, opt, weight_decay\n"
-        "  fix:      warmup belongs into [schedule]",
+        "  fix:      warmup_epochs belongs into [schedule]",
     ),
     "a table in the wrong place": (
         BYOT + '[augment]\npolicy = "trivial"\n',
@@ -174,8 +174,8 @@ MISTAKES = {
         "  fix:      did you mean 'bottleneck+attention'?",
     ),
     "a policy under another name": (
-        BYOT + '[batch.augment]\npolicy = "randaugment"\n',
-        "FILE: batch.augment.policy: unknown augmentation policy 'randaugment'\n"
+        BYOT + '[batch.augment]\naa = "randaugment"\n',
+        "FILE: batch.augment.aa: unknown augmentation policy 'randaugment'\n"
         "  expected: none, cifar10, trivial, or timm's rand, augmix, original, originalr, v0, v0r, 3a with their "
         "options (rand-m9-mstd0.5-inc1)\n"
         "  fix:      did you mean 'rand'?",
@@ -203,8 +203,8 @@ MISTAKES = {
         "FILE: losses.kind = 'cross_entropy'\n  expected: a table\n  fix:      [losses.NAME], with a name of your own",
     ),
     "one number where a list is due": (
-        BYOT + "[schedule]\nmilestones = 100\n",
-        "FILE: schedule.milestones = 100\n  expected: a valid list\n  fix:      in brackets: milestones = [100]",
+        BYOT + "[schedule]\ndecay_milestones = 100\n",
+        "FILE: schedule.decay_milestones = 100\n  expected: a valid list\n  fix:      in brackets: decay_milestones = [100]",
     ),
     "an optimizer under another name": (
         BYOT + '[optimizer]\nopt = "adam_w"\n',
@@ -220,10 +220,10 @@ MISTAKES = {
         "  fix:      add a [networks.teacher] table, or a phase with teacher = true",
     ),
     "a warm-up as long as the run": (
-        BYOT + "epochs = 5\n[schedule]\nwarmup = 5\n",
-        "FILE: schedule.warmup = 5 lasts as long as the run of 5 epochs\n"
+        BYOT + "epochs = 5\n[schedule]\nwarmup_epochs = 5\n",
+        "FILE: schedule.warmup_epochs = 5 lasts as long as the run of 5 epochs\n"
         "  expected: fewer epochs than the run has, or a share of it below 1\n"
-        "  fix:      --set schedule.warmup=0.05",
+        "  fix:      --set schedule.warmup_epochs=0.05",
     ),
     "a part that is no recipe of its own": (
         "epochs = 30\n",
@@ -281,9 +281,9 @@ def test_a_model_shows_points_widths_and_exits_that_nothing_teaches(
 
 def test_what_has_no_effect_is_noted(sdcli: Command, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text(BYOT + "epochs = 100\n[schedule]\nmilestones = [75, 130]\n[losses.hint]\nweight = 0\n")
+    file.write_text(BYOT + "epochs = 100\n[schedule]\ndecay_milestones = [75, 130]\n[losses.hint]\nweight = 0\n")
     said = " ".join(sdcli("recipes", "check", file).err.split())
-    assert "schedule.milestones: 130 will not be reached in 100 epochs" in said
+    assert "schedule.decay_milestones: 130 will not be reached in 100 epochs" in said
     assert "losses.hint has no effect: its weight is 0" in said
 
 
@@ -292,7 +292,7 @@ def test_a_difference_is_a_table_options_or_json(sdcli: Command) -> None:
     assert "byot → default" in table and re.search(r'optimizer.opt +"momentum" +"sgd"', table)
     assert re.search(r"optimizer.clip_grad +- +5.0", table)
     options = sdcli("recipes", "diff", "byot", "default", "--as-set").out
-    assert "--set optimizer.opt=sgd\n" in options and "--set 'schedule.milestones=[]'\n" in options
+    assert "--set optimizer.opt=sgd\n" in options and "--set 'schedule.decay_milestones=[]'\n" in options
     found = json.loads(sdcli("recipes", "diff", "byot", "default", "--json").out)
     assert found["changed"]["optimizer.opt"] == {"from": "momentum", "to": "sgd"}
     assert found["added"] == {"optimizer.clip_grad": 5.0} and found["removed"] == {}
@@ -344,7 +344,7 @@ def test_docs_methods_is_what_its_script_makes() -> None:
 # Losses of one's own
 
 MINE = (
-    "from sdcli.losses import LOSSES\n"
+    "from sdcli import LOSSES\n"
     '@LOSSES.register("mine", reads="logits")\n'
     "def mine(student, teacher, batch, *, scale: float = 1.0):\n"
     '    """Mine (Me 2024, arXiv:2401.00001)."""\n'
@@ -464,7 +464,7 @@ def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_
 
 HEAD = """
 from torch import nn
-from sdcli.heads import HEADS
+from sdcli import HEADS
 
 @HEADS.register("flat")
 class Flat(nn.Module):

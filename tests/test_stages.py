@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdcli.errors import UserError
-from sdcli.stages import Stage, StagePlan, count, find_stages, prefix_tokens, tap_modules, to_map
+from sdcli.network.cuts import find_stages
+from sdcli.network.stages import Stage, StagePlan, prefix_tokens, tap_modules, to_map
+from sdcli.network.trace import count
 
 SIZE = (3, 224, 224)
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from sdcli.errors import UserError
-from sdcli.stages import StagePlan, find_stages
-from sdcli.stem import apply_stem, patch_size, smaller_patches
+from sdcli.network.cuts import find_stages
+from sdcli.network.stages import StagePlan
+from sdcli.network.stem import apply_stem, patch_size, smaller_patches
 
 SMALL = (3, 32, 32)
 

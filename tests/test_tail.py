@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 
-from sdcli.backbones import create, resolve
-from sdcli.checks import check_names, check_with_model
 from sdcli.errors import UserError
-from sdcli.exits import BRANCH, FINAL, MultiExit, all_costs, attach, choose_heads
-from sdcli.networks import build_network, plan_network
-from sdcli.recipe import Network, load_recipe
+from sdcli.method.check import check_names, check_with_model
+from sdcli.network.backbones import create, resolve
+from sdcli.network.blueprint import build_network, plan_network
+from sdcli.network.multi_exit import BRANCH, FINAL, MultiExit, all_costs, attach, choose_heads
+from sdcli.recipe.load import load_recipe
+from sdcli.recipe.schema import Network
 
 MODELS = [
     "test_resnet",
@@ -110,14 +111,14 @@ def test_branches_and_exits_exclude_each_other(override, key):
     assert error.value.wrong == f"networks.student has branches and {key}"
 
 
-# Places
+# DenseClassifier
 
 
 def watched(name: str) -> MultiExit:
     torch.manual_seed(0)
     architecture = resolve(name, num_classes=7, image_size=None)
     network = attach(create(architecture, device="cpu"), plan_network(Network(exits="none"), architecture), {}, 7)
-    network.watch_places()
+    network.read_densely()
     return network
 
 

@@ -27,27 +27,20 @@ from PIL import Image
 from processes import Process, finished, together
 from safetensors.torch import load_file
 
-from sdcli import state as states
 from sdcli.errors import UserError
-from sdcli.losses import LOSSES
-from sdcli.prepare import prepare
-from sdcli.recipe import Recipe, load_recipe
+from sdcli.evaluation.scoring import score_checkpoint
+from sdcli.method.losses import LOSSES
+from sdcli.recipe.load import load_recipe
+from sdcli.recipe.schema import Recipe
 from sdcli.registry import Entry
-from sdcli.resume import resume, resumed
-from sdcli.scoring import score_checkpoint
-from sdcli.train import (
-    Epoch,
-    Finished,
-    Step,
-    Stopped,
-    explained,
-    fit,
-    gradient_shares,
-    next_update,
-    train_epoch,
-    train_step,
-)
-from sdcli.training import Settings, Training, save
+from sdcli.run import state as states
+from sdcli.run.events import Epoch, Finished, Step, Stopped
+from sdcli.run.prepare import prepare
+from sdcli.run.resume import resume, resumed
+from sdcli.run.settings import Settings
+from sdcli.run.train import fit, next_update, train_epoch, train_step
+from sdcli.run.training import Training, save
+from sdcli.run.watch import explained, gradient_shares
 
 QUICK = Settings("test_vit", "digits", limit_train=96, limit_val=30, device="cpu", workers=0)
 
@@ -757,7 +750,7 @@ def test_too_little_memory_is_explained_before_and_after_a_run_too(
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
-    monkeypatch.setattr("sdcli.prepare.enter_phase", full)
+    monkeypatch.setattr("sdcli.run.prepare.enter_phase", full)
     with pytest.raises(UserError) as error:
         prepare(QUICK, load_recipe(["quick"]), training.run.folder.parent / "other")
     assert str(error.value) == (
@@ -768,7 +761,7 @@ def test_too_little_memory_is_explained_before_and_after_a_run_too(
     assert not (training.run.folder.parent / "other").exists()
 
     list(fit(training))
-    monkeypatch.setattr("sdcli.scoring.evaluate", full)
+    monkeypatch.setattr("sdcli.evaluation.scoring.evaluate", full)
     with pytest.raises(UserError) as error:
         score_checkpoint(training.run.folder / "last.safetensors", device="cpu", batch_size=32)
     assert str(error.value) == (

@@ -53,7 +53,7 @@ def evaluate(
     from sdcli.cli import tables
     from sdcli.cli.progress import scoring
     from sdcli.cli.talk import note, output
-    from sdcli.scoring import score_checkpoint
+    from sdcli.evaluation.scoring import score_checkpoint
 
     load_imports(import_ or [])
     with scoring() as progress:

@@ -64,12 +64,12 @@ def inspect(
     Builds each model without weights or memory (on torch's meta device) and traces one forward pass. Parameters and
     MACs are counted from the input up to each stage, for one image; a head's own come on top.
     """
-    from sdcli.backbones import resolve
     from sdcli.cli.tables import inspect_table, models_table
     from sdcli.cli.talk import note, output
-    from sdcli.exits import choose_heads, plan_json
-    from sdcli.networks import plan_network
-    from sdcli.recipe import Network
+    from sdcli.network.backbones import resolve
+    from sdcli.network.blueprint import plan_network
+    from sdcli.network.multi_exit import choose_heads, plan_json
+    from sdcli.recipe.schema import Network
 
     def describe(name: str) -> dict[str, Any]:
         architecture = resolve(name, num_classes=num_classes, image_size=image_size, stem=stem)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdcli.errors import UserError
 from sdcli.files import replacing
-from sdcli.runs import read_log
+from sdcli.run.folder import read_log
 
 WIDTH, HEIGHT = 11.0, 4.2
 """Inches, at 150 dots each."""

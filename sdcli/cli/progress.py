@@ -17,10 +17,10 @@ from rich.text import Text
 from sdcli.cli.plots import has_matplotlib, save_curves
 from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import note, talk
-from sdcli.evaluate import Report
-from sdcli.runs import read_log
-from sdcli.train import Epoch, Finished, Step, Stopped
-from sdcli.training import Training
+from sdcli.evaluation.evaluate import Report
+from sdcli.run.events import Epoch, Finished, Step, Stopped
+from sdcli.run.folder import read_log
+from sdcli.run.training import Training
 
 PLAIN_EVERY_S = 30.0
 """How often a long epoch says where it is when nobody watches a terminal."""

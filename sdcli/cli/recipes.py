@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcli.catalogue import SHELVES, Shelf, completed
 from sdcli.errors import UserError, unknown
+from sdcli.method.catalogue import SHELVES, Shelf, completed
 
 COPY = "Example:  sdcli recipes copy byot mine.toml"
 CHECK = "Example:  sdcli recipes check mine.toml --model resnet18"
@@ -50,10 +50,10 @@ def register(app: typer.Typer) -> None:
 
 def list_(as_json: Json = False) -> None:
     """List the recipes: title, paper, what each needs beyond one network, and what has been measured."""
-    from sdcli.about import overview
     from sdcli.cli.tables import recipes_table
     from sdcli.cli.talk import output
-    from sdcli.recipe import recipe_names
+    from sdcli.recipe.about import overview
+    from sdcli.recipe.load import recipe_names
 
     recipes = [overview(name) for name in recipe_names()]
     if as_json:
@@ -75,10 +75,11 @@ def show(
 
     Behind each value stands who brought it: a recipe, a file, --set, or default.
     """
-    from sdcli import about
     from sdcli.cli.talk import output
     from sdcli.extensions import load_imports
-    from sdcli.recipe import blaming, read_recipe
+    from sdcli.recipe import about
+    from sdcli.recipe.explain import blaming
+    from sdcli.recipe.load import read_recipe
 
     recipe, origins = read_recipe(names, set_ or [])
     load_imports(import_ or [])
@@ -101,7 +102,7 @@ def copy(
 ) -> None:
     """Copy a recipe's file as it is, comments included, to change it. Never overwrites."""
     from sdcli.cli.talk import note
-    from sdcli.recipe import copy_recipe
+    from sdcli.recipe.load import copy_recipe
 
     copy_recipe(name, file)
     note(f"{file} is yours to change; sdcli recipes check {shlex.quote(_path(file))} tells whether it is right")
@@ -120,7 +121,7 @@ def check(
 
     Stops at the first mistake, with exit code 2.
     """
-    from sdcli.recipe import read_recipe
+    from sdcli.recipe.load import read_recipe
 
     if image_size is not None and model is None:
         raise UserError("--image-size without effect: no --model is named", "both", "--model resnet18")
@@ -130,10 +131,10 @@ def check(
         with _in_file(file):
             found.append((file, *read_recipe([file], set_ or [])))
 
-    from sdcli.backbones import resolve
-    from sdcli.checks import check_names, check_with_model, remarks
     from sdcli.cli.talk import note
     from sdcli.extensions import load_imports
+    from sdcli.method.check import check_names, check_with_model, remarks
+    from sdcli.network.backbones import resolve
 
     load_imports(import_ or [])
     if model is not None:
@@ -153,7 +154,7 @@ def check(
 @contextmanager
 def _in_file(file: str, origins: Mapping[str, str] | None = None) -> Iterator[None]:
     """Says of a mistake in which file it is, and where that one has it from."""
-    from sdcli.recipe import blaming
+    from sdcli.recipe.explain import blaming
 
     try:
         with blaming(origins or {}):
@@ -171,10 +172,10 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show what one would change to get from recipe A to recipe B, with all that they extend and all defaults."""
-    from sdcli.about import difference
     from sdcli.cli.tables import difference_table
     from sdcli.cli.talk import note, output
-    from sdcli.recipe import load_recipe
+    from sdcli.recipe.about import difference
+    from sdcli.recipe.load import load_recipe
 
     if as_set and as_json:
         raise UserError("--as-set and --json exclude each other", "one of them")

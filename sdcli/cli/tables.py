@@ -16,16 +16,16 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sdcli.about import needs
+from sdcli.recipe.about import needs
 from sdcli.toml import write_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from sdcli.about import Difference, Overview
-    from sdcli.catalogue import Item
-    from sdcli.evaluate import ExitResult, Report
+    from sdcli.evaluation.evaluate import ExitResult, Report
+    from sdcli.method.catalogue import Item
+    from sdcli.recipe.about import Difference, Overview
 
 UNITS = ("", "K", "M", "G", "T")
 

@@ -203,7 +203,8 @@ def train(
     said = {name for name in chosen if _was_given(ctx, parameter.get(name, name))}
     going_on = _run_to_resume(resume, output)
 
-    from sdcli.recipe import blaming, read_recipe
+    from sdcli.recipe.explain import blaming
+    from sdcli.recipe.load import read_recipe
 
     whole, origins = read_recipe(recipe or ["default"], overrides) if recipe or not going_on else (None, {})
     if not going_on:
@@ -217,11 +218,11 @@ def train(
 
     from sdcli.cli.progress import follow
     from sdcli.devices import keep_freed_memory
-    from sdcli.prepare import prepare
-    from sdcli.resume import resume as go_on
-    from sdcli.resume import resumed
-    from sdcli.train import fit
-    from sdcli.training import Settings
+    from sdcli.run.prepare import prepare
+    from sdcli.run.resume import resume as go_on
+    from sdcli.run.resume import resumed
+    from sdcli.run.settings import Settings
+    from sdcli.run.train import fit
 
     if going_on:
         given = {name: chosen[name] for name in said}

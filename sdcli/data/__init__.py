@@ -1,0 +1,1 @@
+"""Images: opened, split, varied and batched."""

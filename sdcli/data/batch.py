@@ -1,0 +1,41 @@
+"""What the networks are shown.
+
+B batch, H W an image's height and width in pixels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """What the networks were shown."""
+
+    images: Tensor
+    """[B, 3, H, W], normalised."""
+    labels: Tensor
+    """Class numbers [B]."""
+    index: Tensor
+    """Each image's place in its split [B]: for what is remembered per training image."""
+    views: dict[str, Tensor] = field(default_factory=dict)
+    """Images beside these [B, 3, H, W], by the recipe's names for them."""
+    whole: int = 0
+    """Images of the whole update, over all processes and parts: what a loss that sums over the batch is scaled by."""
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or len(self.images)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        images, labels, index = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.index))
+        views = {name: images.to(device, non_blocking=True) for name, images in self.views.items()}
+        return Batch(images, labels, index, views, self.whole)
+
+    def pin_memory(self) -> Batch:
+        """The same where a GPU can copy it from while it works; DataLoader asks for it."""
+        views = {name: images.pin_memory() for name, images in self.views.items()}
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), views, self.whole)

@@ -1,0 +1,52 @@
+"""Image files, read upright and in RGB whatever their format."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sdcli.errors import UserError
+
+
+def read_image(source: bytes | str | Path, where: str) -> Image.Image:
+    """An image file, or its bytes, in RGB and turned upright as its EXIF data say.
+
+    Grey and palettes become RGB, 16 bits become 8, and transparency is dropped, as timm does. Raises UserError, which
+    begins with `where`, for what cannot be read.
+    """
+    # Pillow would ask six other formats first, which takes as long as it takes to decode 32x32 pixels.
+    formats = ("WEBP",) if isinstance(source, bytes) and source[8:12] == b"WEBP" else None
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
+            # exif_transpose alone would read the metadata of every image, with or without EXIF.
+            upright = ImageOps.exif_transpose(opened) if "exif" in opened.info else opened
+            return _to_rgb(upright)
+    except Exception as error:  # Pillow's decoders raise anything on broken bytes
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
+        raise UserError(
+            f"{where}: the image cannot be read ({reason})", "a JPEG, PNG, WebP or the like", "replace or remove it"
+        ) from None
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # convert() would cut 16 bits off at 255 instead of scaling them.
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit values without a known range")
+        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("32-bit values without a known range")
+    if "transparency" in image.info:
+        # Straight to RGB, Pillow warns about palettes with transparency.
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,292 @@
+"""Splits as batches, in an order and with variations that depend on seed, epoch and image alone."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from sdcli.data.augment import key
+from sdcli.data.batch import Batch
+from sdcli.data.dataset import Split
+from sdcli.data.transforms import SMALL, Preprocess, Transform
+from sdcli.errors import UserError
+
+
+def suitable_workers(device: torch.device, preprocess: Preprocess) -> int:
+    """How many processes should load images for a network on `device`.
+
+    0 where a CPU sees small images: decoding them is a hundredth of the network's work, and processes that share its
+    cores make torch's threads wait for each other.
+    """
+    if device.type == "cpu":
+        return 0 if max(preprocess.size) <= SMALL else 1
+    return min(8, os.cpu_count() or 1)
+
+
+def make_loader(
+    split: Split,
+    transform: Transform,
+    batches: EpochBatches,
+    *,
+    seed: int | None,
+    workers: int,
+    beside: Beside | None = None,
+    pin: bool = False,
+) -> Loader:
+    """Batches of a split whose images are read and transformed one by one; with a `seed` they are varied.
+
+    An image's variation depends on `seed`, the epoch and its `index` alone: the number of workers changes nothing, a
+    run can go on in the middle of an epoch, and torch's, NumPy's and Python's generators are left as they were. An
+    image that cannot be read raises its UserError while iterating, whichever process read it. `pin` puts batches where
+    a GPU can copy them from while it works.
+    """
+    return Loader(
+        _Served(split, transform, seed, beside),
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+        # Without its own it draws from torch's global one at the start of each epoch.
+        generator=torch.Generator(),
+    )
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader whose epochs are told apart by their number; until `set_epoch` is called it is 0."""
+
+    def set_epoch(self, epoch: int, skip_updates: int = 0) -> None:
+        """The next pass is this epoch's, without its first updates where a run goes on in the middle of it."""
+        assert isinstance(self.batch_sampler, EpochBatches)
+        self.batch_sampler.set_epoch(epoch, skip_updates)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        error = None
+        for batch in super().__iter__():
+            if isinstance(batch, _Failed):
+                error = batch.error
+                break
+            yield batch
+        if error is not None:
+            # Ends the workers while they listen. An error holds on to the frames that it went through; if the workers'
+            # queues go with these, they may be closed first, and ending takes five seconds a worker.
+            self._iterator = None
+            raise error
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a worker sends in place of a batch. Raised there, the error would arrive as the text of its traceback."""
+
+    error: UserError
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Which images each batch of an epoch holds, as (epoch, place in the split): one process's share of them.
+
+    The epoch goes with each image, since persistent workers do not hear of a new one.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        parts: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        mates: int = 0,
+    ) -> None:
+        """With a `seed` for training: an order that depends on it and on the epoch alone. `batch_size` is that of an
+        update, whatever it is shared out to: `world` processes see every `world`-th of its images each, in `parts`
+        batches one after the other. An epoch's last update is made smaller so that all get as many, and is left out
+        where a batch would have a single image, since batch normalisation cannot train on it. With `mates` each drawn
+        image is followed by so many others of its class, and they stay together; an epoch is as long as without.
+
+        Without a `seed`, for scoring: everything in order, and of each `world` batches a process gets one.
+
+        Raises UserError where a batch cannot be shared out, or none would be left.
+        """
+        self.num_images, self.batch_size, self.seed = len(split), batch_size, seed
+        self.parts, self.rank, self.world, self.group = parts, rank, world, mates + 1
+        self.labels = split.labels
+        self.epoch = self.start = 0
+        self.length = self.num_images
+        if seed is not None:
+            self.length -= self.length % self.group
+            shares = parts * world * self.group
+            if batch_size % shares:
+                fitting = max(shares, batch_size // shares * shares)
+                groups = f" in groups of {self.group}" if mates else ""
+                raise UserError(
+                    f"a batch of {batch_size} images cannot be shared out evenly{groups} to {world} processes "
+                    f"in {parts} parts each",
+                    f"a multiple of {shares}",
+                    f"--batch-size {fitting}",
+                )
+            last = self.length % batch_size
+            least = min(2, batch_size // shares) * shares
+            self.length -= last if last < least else last % shares
+        if self.length == 0:
+            at_least = min(2, batch_size) * parts * world if seed is not None else 1
+            raise UserError(
+                f"split '{split.name}' has too few images: {len(split)}",
+                f"at least {at_least}",
+                "use more of the data set",
+            )
+
+    @property
+    def updates(self) -> int:
+        """How many updates an epoch has; of a split that is scored, how many batches there are in all."""
+        return -(-self.length // self.batch_size)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next pass is this epoch's, from the update after its first `start` on."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return len(range(self.rank, self.updates, self.world))
+        return self.updates * self.parts
+
+    def places(self) -> Iterator[NDArray[np.int64]]:
+        """The places of each batch."""
+        order = np.arange(self.num_images)
+        if self.seed is None:
+            for start in range(self.rank * self.batch_size, self.length, self.world * self.batch_size):
+                yield order[start : start + self.batch_size]
+            return
+        order = np.random.RandomState(key(self.seed, self.epoch) % 2**32).permutation(self.num_images)
+        order = order[: self.length // self.group]
+        if self.group > 1:
+            labels, anchors = torch.from_numpy(self.labels), torch.from_numpy(order)
+            generator = _generator(self.seed, self.epoch, "mates")
+            mates = classmates(labels, anchors, self.group - 1, generator=generator)
+            order = torch.cat([anchors[:, None], mates], dim=1).flatten().numpy()
+        for start in range(self.start * self.batch_size, self.length, self.batch_size):
+            update = order[start : start + self.batch_size].reshape(-1, self.group)
+            yield from np.split(update[self.rank :: self.world].reshape(-1), self.parts)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for places in self.places():
+            yield [(self.epoch, place) for place in places.tolist()]
+
+
+class Beside:
+    """Which images are shown beside a batch's own (`[batch.views]`): a function of seed, epoch, name and image."""
+
+    def __init__(self, labels: NDArray[np.int64], seed: int, views: Mapping[str, str]) -> None:
+        self.labels, self.seed, self.views = torch.from_numpy(labels), seed, dict(views)
+        self._drawn: dict[str, tuple[int, NDArray[np.int64]]] = {}
+
+    def places(self, name: str, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of the images that `name` shows beside those at `places`: the same, or others of their class."""
+        if self.views[name] == "itself":
+            return places
+        if name not in self._drawn or self._drawn[name][0] != epoch:
+            everything = torch.arange(len(self.labels))
+            generator = _generator(self.seed, epoch, name)
+            mates = classmates(self.labels, everything, itself=True, generator=generator)
+            self._drawn[name] = epoch, mates[:, 0].numpy()
+        return self._drawn[name][1][places]
+
+    def seed_of(self, name: str) -> int:
+        """What varies these images otherwise than the batch's own."""
+        return key(self.seed, name)
+
+
+def _generator(seed: int, epoch: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(key(seed, epoch, name))
+
+
+def classmates(
+    labels: Tensor, anchors: Tensor, num: int = 1, *, itself: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """For each anchor (a place in `labels`) the places of `num` images of its class, drawn at random [A, M].
+
+    With `itself` an anchor may be drawn as its own mate, as in CS-KD (Yun et al. 2020, arXiv:2003.13964); without, it
+    is so only where its class has no other image, as in BAKE. The mates of one anchor differ as long as the class has
+    enough images.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    order = shuffled[labels[shuffled].argsort(stable=True)]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    count = torch.bincount(labels)
+    first = count.cumsum(0) - count
+    size, start, own = count[labels[anchors]], first[labels[anchors]], place[anchors] - first[labels[anchors]]
+    # A random stretch of the class's shuffled circle, which begins right after the anchor where that is left out.
+    drawn = size if itself else (size - 1).clamp(min=1)
+    offset = (torch.rand(len(anchors), generator=generator, dtype=torch.float64) * drawn).long()
+    steps = (offset[:, None] + torch.arange(num)) % drawn[:, None] + (0 if itself else 1)
+    return order[start[:, None] + (own[:, None] + steps) % size[:, None]]
+
+
+class _Served(Dataset[Batch]):
+    """A split as a DataLoader asks for it: a whole batch at a time. Without a seed the transform draws nothing."""
+
+    def __init__(self, split: Split, transform: Transform, seed: int | None, beside: Beside | None) -> None:
+        self.split, self.transform, self.seed, self.beside = split, transform, seed, beside
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | _Failed:
+        chosen = np.array([place for _, place in places])
+        epoch = places[0][0]
+        try:
+            with _generators_kept():
+                images = self._images(chosen, epoch, self.seed)
+                views = {
+                    name: self._images(self.beside.places(name, epoch, chosen), epoch, self.beside.seed_of(name))
+                    for name in (self.beside.views if self.beside else ())
+                    if self.beside is not None
+                }
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return _Failed(error)
+        labels, index = self.split.labels[chosen], self.split.index[chosen]
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(index), views)
+
+    def _images(self, places: NDArray[np.int64], epoch: int, seed: int | None) -> Tensor:
+        images = []
+        for place, number in zip(places.tolist(), self.split.index[places].tolist(), strict=True):
+            if seed is not None:
+                _seed_generators(key(seed, epoch, number))
+            images.append(self.transform(self.split.image(place)))
+        return torch.stack(images)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _seed_generators(seed: int) -> None:
+    """Seeds all that transforms draw from: torchvision's use torch, timm's use Python and NumPy."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # torch.manual_seed would seed the GPU's generator too, which dropout draws from.
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Puts the generators back: in the main process others draw from them too."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

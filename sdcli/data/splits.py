@@ -1,0 +1,105 @@
+"""Training, validation and test images kept apart: splits named, held out and limited."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdcli.data.dataset import SPLITS, ImageData, Split
+from sdcli.errors import UserError
+
+
+def standard_splits(name: str, names: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Which of a data set's own splits is "train", "validation" and "test", in this order, and what is left out."""
+    lower = {own.lower(): own for own in names}
+    chosen = {}
+    for split, aliases in SPLITS.items():
+        if own := next((lower[alias] for alias in aliases if alias in lower), None):
+            chosen[split] = own
+    if not chosen and len(names) == 1:
+        chosen = {"train": names[0]}
+    if not chosen:
+        known = ", ".join(alias for aliases in SPLITS.values() for alias in aliases)
+        raise UserError(f"'{name}' has the splits {', '.join(names)}", f"among them one of {known}", "rename them")
+    return chosen, [f"split '{own}' is not used" for own in names if own not in chosen.values()]
+
+
+def scored_as_test(splits: dict[str, Split]) -> tuple[dict[str, Split], list[str]]:
+    """A labelled validation split stands in for a test split that is not there."""
+    if "test" in splits or "validation" not in splits:
+        return splits, []
+    own = splits["validation"].name
+    renamed = {"test" if split == "validation" else split: part for split, part in splits.items()}
+    return renamed, [f"there is no test split with labels: split '{own}' takes its place"]
+
+
+def training_splits(data: ImageData, fraction: float, seed: int) -> tuple[Split, Split | None]:
+    """What to train on and what to choose by: the data set's own validation split, else one held out of train.
+
+    Raises UserError where there is no split to train on, or where nothing would be left to score.
+    """
+    if "train" not in data.splits:
+        raise UserError(
+            f"'{data.name}' has no training split",
+            "a split named " + " or ".join(SPLITS["train"]),
+            "give another data set",
+        )
+    if "validation" in data.splits:
+        return data.splits["train"], data.splits["validation"]
+    train, validation = hold_out(data.splits["train"], fraction, seed)
+    if validation is None and "test" not in data.splits:
+        raise UserError(f"'{data.name}' has nothing to score", "a test split, or a part of train", "--val-fraction 0.1")
+    return train, validation
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+    """Takes the same fraction of every class out of `split`, for validation; None where the fraction is 0.
+
+    A class with two images or more keeps one on each side at least, one with a single image is for training. The same
+    `seed` always gives the same splits. Raises UserError where `fraction` is not in [0, 1) or holds nothing out.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"validation fraction {fraction:g}", "at least 0 and less than 1", "--val-fraction 0.1")
+    if fraction == 0:
+        return split, None
+    _, counts = np.unique(split.labels, return_counts=True)
+    quotas = _quotas(counts, round(fraction * len(split)))
+    quotas = np.clip(quotas, np.minimum(counts - 1, 1), counts - 1)
+    held = _draw(split.labels, quotas, seed)
+    if not held.any():
+        raise UserError(
+            f"split '{split.name}': no class has two images, so that one could be held out for validation",
+            "two images of a class",
+            "--val-fraction 0",
+        )
+    return split.select(np.flatnonzero(~held)), split.select(np.flatnonzero(held))
+
+
+def limited(split: Split, n: int | None, seed: int) -> Split:
+    """A random choice of `n` images with the same share of every class; all where there are no more or `n` is None."""
+    if n is None or n >= len(split):
+        return split
+    if n < 1:
+        raise UserError(f"a limit of {n} images", "at least 1", "leave the limit out to use them all")
+    _, counts = np.unique(split.labels, return_counts=True)
+    return split.select(np.flatnonzero(_draw(split.labels, _quotas(counts, n), seed)))
+
+
+def _quotas(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
+    """`total` shared out in proportion to `counts`, by largest remainders."""
+    shares = total * counts / counts.sum()
+    quotas: NDArray[np.int64] = np.floor(shares).astype(np.int64)
+    largest = np.argsort(quotas - shares, kind="stable")
+    quotas[largest[: total - quotas.sum()]] += 1
+    return quotas
+
+
+def _draw(labels: NDArray[np.int64], quotas: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
+    """Marks as many images of each class as its quota says, chosen at random."""
+    drawn = np.zeros(len(labels), dtype=np.bool_)
+    # Of NumPy's generators the one whose stream is frozen for good: a test image must not become a training image
+    # because a library was updated.
+    generator = np.random.RandomState(seed % 2**32)
+    for label, quota in zip(np.unique(labels), quotas, strict=True):
+        drawn[generator.permutation(np.flatnonzero(labels == label))[:quota]] = True
+    return drawn

@@ -1,0 +1,174 @@
+"""Data sets of tables: which columns hold the images and the labels, and what the classes are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sdcli.data.dataset import ImageData, Images, Named, whole_split
+from sdcli.data.images import read_image
+from sdcli.data.splits import scored_as_test, standard_splits
+from sdcli.errors import UserError, did_you_mean
+
+IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "pixel_values")
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "category")
+
+
+@dataclass(eq=False)
+class Rows(Images):
+    """Images in a column of a table."""
+
+    place: str
+    table: Any
+    key: str
+
+    @cached_property
+    def _column(self) -> Any:
+        # The column itself: a row of `datasets` costs a third of a millisecond, of this a few microseconds.
+        return self.table.with_format("arrow")[:].column(self.key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The table pickles as the name of the file that it is mapped from, its column as all the bytes.
+        return {name: value for name, value in self.__dict__.items() if name != "_column"}
+
+    def read(self, row: int) -> Image.Image:
+        where = f"{self.place}, row {row}"
+        value = self._column[row].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not value:
+            raise UserError(f"{where}: there is no image", "an image in every row", "remove the row")
+        return read_image(value, where)
+
+    def identity(self) -> tuple[int, str] | None:
+        return self.table.num_rows, f"{self.table._fingerprint} {self.key}"
+
+
+def open_tables(
+    name: str, source: str, tables: dict[str, Any], image_key: str | None, label_key: str | None, known: Named
+) -> ImageData:
+    """Finds splits, columns and classes in the tables of `datasets`."""
+    chosen, notes = standard_splits(name, list(tables))
+    features = tables[next(iter(chosen.values()))].features
+    image_key = _find_column(name, "image", image_key, features, IMAGE_COLUMNS)
+    label_key = _find_column(name, "label", label_key, features, LABEL_COLUMNS)
+    values = {}
+    for split, own in chosen.items():
+        for key in (image_key, label_key):
+            if key not in tables[own].column_names:
+                raise UserError(f"{_place(name, own)}: no column '{key}'", "the same columns in every split")
+        values[split] = tables[own].select_columns([label_key]).with_format("arrow")[:].column(label_key).to_pylist()
+    for split in list(values):
+        # A training split without labels is a mistake, which is shown below; a test split without them is usual.
+        if split != "train" and all(map(_is_missing, values[split])):
+            notes.append(f"split '{chosen[split]}' is left out: it has no labels")
+            del values[split]
+    if not values:
+        raise UserError(f"{name}: there is no image with a '{label_key}'", "labelled images", "try another --label-key")
+    classes, numbers = _classes(name, label_key, features[label_key], next(iter(values.values())))
+    splits = {}
+    for split, own_values in values.items():
+        place = _place(name, chosen[split])
+        rows = Rows(place, tables[chosen[split]].select_columns([image_key]), image_key)
+        splits[split] = whole_split(chosen[split], rows, _class_numbers(place, label_key, own_values, numbers))
+    splits, more_notes = scored_as_test(splits)
+    return ImageData(
+        name,
+        source,
+        classes,
+        splits,
+        image_key=image_key,
+        label_key=label_key,
+        hflip=known.hflip,
+        notes=(*notes, *more_notes),
+        measured=known.measured,
+    )
+
+
+def _place(name: str, split: str) -> str:
+    return f"{name}, split '{split}'"
+
+
+def _find_column(name: str, what: str, key: str | None, features: Mapping[str, Any], usual: Sequence[str]) -> str:
+    """The column that the user names, else one with a usual name, else the only one that can be meant."""
+    kinds = {column: _holds(feature) for column, feature in features.items()}
+    fitting = [column for column, held in kinds.items() if what in held]
+    if key is not None:
+        if key in fitting:
+            return key
+        wrong = f"column '{key}' does not hold {what}s" if key in kinds else f"there is no column '{key}'"
+        near = did_you_mean(key, fitting if key not in kinds else [])
+        raise UserError(f"{name}: {wrong}", _columns(kinds, fitting), near or f"leave --{what}-key out")
+    named = [column for alias in usual for column in fitting if column.lower() == alias]
+    # Text is a label only where its name says so: it might as well be a file name or a caption.
+    certain = [column for column in fitting if "text" not in kinds[column]]
+    if named or len(certain) == 1:
+        return (named or certain)[0]
+    if not certain:
+        fix = f"choose one with --{what}-key" if fitting else "choose another data set"
+        raise UserError(f"{name}: no column of {what}s was found", _columns(kinds, fitting), fix)
+    raise UserError(
+        f"{name}: {' and '.join(certain)} may each be the column of {what}s", "one", f"--{what}-key {certain[0]}"
+    )
+
+
+def _columns(kinds: Mapping[str, str], fitting: Sequence[str]) -> str:
+    return f"one of {', '.join(fitting)}" if fitting else f"another column than {', '.join(kinds)}"
+
+
+def _holds(feature: Any) -> str:
+    """What a column can be: "image", "label", "label text" or nothing."""
+    import datasets
+
+    is_image = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    if is_image or getattr(feature, "dtype", "") in ("binary", "large_binary"):
+        return "image"
+    if isinstance(feature, datasets.ClassLabel):
+        return "label"
+    if isinstance(feature, datasets.Value):
+        if feature.dtype in ("string", "large_string"):
+            return "label text"
+        if re.fullmatch(r"u?int\d+|bool", feature.dtype):
+            return "label"
+    return ""
+
+
+def _is_missing(value: Any) -> bool:
+    # The hub marks labels that are kept secret with -1.
+    return value is None or (isinstance(value, int) and value < 0)
+
+
+def _classes(name: str, key: str, feature: Any, values: Sequence[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Class names, and the class number of each value in the column of labels."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names), {number: number for number in range(len(feature.names))}
+    distinct = sorted({value for value in values if not _is_missing(value)})
+    if len(distinct) == len(values) > 2:
+        raise UserError(
+            f"{name}: every image has another '{key}'", "a column of labels, shared by many images", "give --label-key"
+        )
+    return tuple(str(value) for value in distinct), {value: number for number, value in enumerate(distinct)}
+
+
+def _class_numbers(place: str, key: str, values: Sequence[Any], numbers: Mapping[Any, int]) -> NDArray[np.int64]:
+    labels = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
+    if (wrong := np.flatnonzero(labels < 0)).size:
+        row = int(wrong[0])
+        what = "the label is missing" if _is_missing(values[row]) else f"'{values[row]}' is none of the classes"
+        more = f" ({wrong.size} such rows in all)" if wrong.size > 1 else ""
+        raise UserError(
+            f"{place}, row {row}: {key} = {values[row]!r}: {what}{more}",
+            f"one of the {len(numbers)} classes in every row",
+            "remove the row, or choose another column with --label-key",
+        )
+    return labels

@@ -1,0 +1,1 @@
+"""What teaches: points, losses, signals and their sum."""

@@ -1,0 +1,141 @@
+"""A recipe checked before any data are read: names, keys, types and ranges; with a model, its exits and widths too."""
+
+from __future__ import annotations
+
+import torch
+
+from sdcli.data.transforms import check_policy
+from sdcli.errors import UserError, did_you_mean
+from sdcli.method.learner import build_objectives, check_signals, read_densely
+from sdcli.method.objective import address, check_losses, check_mixing, check_networks
+from sdcli.method.optimizer import check_optimizer, check_schedule
+from sdcli.network.backbones import Architecture, create, resolve
+from sdcli.network.blueprint import head_kind, plan_network
+from sdcli.network.heads import HEADS
+from sdcli.network.multi_exit import MultiExit, attach, choose_heads
+from sdcli.recipe.schema import STUDENT, TEACHER, Network, Recipe
+
+CLASSES = 2
+"""Of the heads before the data are known: their number changes nothing that is checked."""
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises UserError for what shows without data and without the student's model: losses and their keys, points of
+    networks that there are not, heads, other networks' models, augmentation, optimizer, schedule.
+    """
+    check_losses(recipe.losses)
+    check_signals(recipe.signals, recipe.batch.mixes)
+    check_networks(recipe.losses, recipe.taking_part, recipe.signals)
+    check_mixing(recipe.losses, recipe.batch.mixes)
+    for name, network in {STUDENT: recipe.student, **recipe.others}.items():
+        if network.head not in ("auto", "none"):
+            HEADS.find(network.head, f"networks.{name}.head")
+        if network.branches is not None and (network.head, network.exits) != ("auto", "auto"):
+            given = "head" if network.head != "auto" else "exits"
+            raise UserError(
+                f"networks.{name} has branches and {given}",
+                "one of them: branches are copies of the last stage in the exits' stead",
+                f'--set networks.{name}.{given}="auto"',
+            )
+        _check_weights(f"networks.{name}.weights", network.weights)
+    for name, network in recipe.others.items():
+        try:
+            resolve(str(network.model), num_classes=None, image_size=None)
+        except UserError as error:
+            error.wrong = f"networks.{name}.model: {error.wrong}"
+            raise
+    try:
+        check_policy(recipe.batch.augment.aa)
+    except UserError as error:
+        error.wrong = f"batch.augment.aa: {error.wrong}"
+        raise
+    check_optimizer(recipe.optimizer)
+    for epochs in recipe.phase_epochs:
+        check_schedule(recipe.schedule, epochs)
+
+
+def _check_weights(where: str, weights: str) -> None:
+    # A word is not a file: nobody means a checkpoint without a dot or a slash.
+    if weights not in ("random", "pretrained") and not set("./~") & set(weights):
+        known = ("random", "pretrained")
+        raise UserError(
+            f"{where} = '{weights}'", "random, pretrained, or a .safetensors file", did_you_mean(weights, known)
+        )
+
+
+def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = None) -> MultiExit:
+    """The student as the recipe makes it of `model`, on the meta device: no weights, no data, no memory.
+
+    Raises UserError for what only shows with a model: exits that it does not have, widths that do not match, and exits
+    that no loss teaches.
+    """
+    networks = {STUDENT: _on_meta(recipe.student, model, image_size)}
+    for name, table in recipe.others.items():
+        student = networks[STUDENT].plan.input_size[1]
+        networks[name] = _on_meta(table, str(table.model), student)
+    own = {name: networks.get(name, networks[STUDENT]) for name in recipe.taking_part}
+    widths = {address(name, p): width for name, network in own.items() for p, width in network.widths.items()}
+    with torch.device("meta"):
+        _, derived = build_objectives(recipe, widths, CLASSES, 1)
+    read_densely(own, derived)
+    return networks[STUDENT]
+
+
+def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
+    architecture: Architecture = resolve(
+        model,
+        num_classes=None,
+        image_size=image_size,
+        stem=table.stem,
+        pretrained=table.weights == "pretrained",
+        model_args=table.model_args,
+    )
+    plan = plan_network(table, architecture)
+    with torch.device("meta"):
+        return attach(create(architecture), plan, choose_heads(plan, head_kind(table)), CLASSES)
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What is allowed and has no effect."""
+    found = []
+    schedule, epochs = recipe.schedule, max(recipe.phase_epochs)
+    late = [time for time in schedule.decay_milestones if time >= 1 and time >= epochs]
+    if schedule.sched == "multistep" and late:
+        times = ", ".join(f"{time:g}" for time in late)
+        found.append(
+            f"schedule.decay_milestones: {times} will not be reached in {epochs} epochs; below 1 they are shares"
+        )
+    if schedule.decay_milestones and schedule.sched != "multistep":
+        found.append(f"schedule.decay_milestones has no effect with sched = '{schedule.sched}'")
+    found += [
+        f"losses.{name} has no effect: its weight is 0"
+        for name, loss in recipe.losses.items()
+        if all(not weight.varies and weight.value == 0 for weight in loss.weights)
+    ]
+    read = recipe.places(recipe.losses)
+    found += [f"signals.{name} has no effect: no loss reads it" for name in recipe.signals if name not in read]
+    found += [
+        f"batch.views.{name} has no effect, but costs its images: no loss reads final@{name}"
+        for name in recipe.batch.views
+        if not any(place.endswith(f"@{name}") for place in read)
+    ]
+    found += [
+        f"networks.{name} has no effect, but costs its memory: nothing reads {name}.…"
+        for name in recipe.others
+        if not recipe.reads(name)
+    ]
+    if any(phase.teacher for phase in recipe.phases) and not recipe.reads(TEACHER):
+        found.append(f"phases: teacher = true has no effect: nothing reads {TEACHER}.…")
+    if recipe.batch.mixup_prob != 1.0 and not recipe.batch.mixes:
+        found.append("batch.mixup_prob has no effect: nothing is mixed")
+    if recipe.phases:
+        used = {name for phase in recipe.all_phases for name in phase.losses or ()}
+        found += [f"losses.{name} has no effect: no phase has it" for name in recipe.losses if name not in used]
+    for name, loss in recipe.losses.items():
+        signal = recipe.signals.get(loss.target) if isinstance(loss.target, str) else None
+        own, other = loss.options.get("temperature"), signal.options.get("temperature") if signal else None
+        if None not in (own, other) and own != other:
+            found.append(
+                f"losses.{name}.temperature = {own:g} is not signals.{loss.target}'s {other:g}, which that is made for"
+            )
+    return found

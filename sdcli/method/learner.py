@@ -1,0 +1,222 @@
+"""All networks of a run and their objective as one module: a batch goes in, the loss comes out.
+
+One module is what DistributedDataParallel, torch.compile and a state dict want.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdcli.data.batch import Batch
+from sdcli.errors import UserError
+from sdcli.method.objective import Addresses, Objective, address, parsed
+from sdcli.method.signals import SIGNALS, SignalContext, reads_one
+from sdcli.network.multi_exit import FINAL, MultiExit, PointSpec
+from sdcli.network.signals import Signal
+from sdcli.recipe.schema import STUDENT, Derived, Recipe
+from sdcli.registry import Entry
+
+
+class DerivedSignal(nn.Module):
+    """One prediction made from others."""
+
+    def __init__(self, of: Sequence[str], entry: Entry, setting: SignalContext, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.of = list(of)
+        self.reads_one = reads_one(entry)
+        self.reads_places = entry.reads == "dense"
+        self.sees_batch = bool(entry.sees_batch)
+        built = isinstance(entry.call, type)
+        self._build = partial(entry.call, *([setting] if built else []), **options)
+        self.make: Callable[..., Tensor] = self._build() if built else self._build
+
+    def renew(self) -> None:
+        """Forgets all that it has learnt or remembered."""
+        if isinstance(self.make, nn.Module):
+            self.make.load_state_dict(self._build().state_dict())
+
+    def forward(self, signals: Mapping[str, Signal], batch: Batch) -> Signal:
+        """Made in float32 or better; map and embedding are those of the first that it is made of."""
+        sources = [signals[place].at_least_float() for place in self.of]
+        with torch.autocast(batch.images.device.type, enabled=False):
+            logits = self.make(sources[0] if self.reads_one else sources, batch)
+        return Signal(sources[0].features, sources[0].embedding, logits)
+
+
+def check_signals(tables: Mapping[str, Derived], mixes: bool) -> None:
+    """Raises UserError for an unknown kind, key, type or range, and a kind that needs one class per image where they
+    are mixed: all that shows without a network."""
+    for name, table in tables.items():
+        where = f"signals.{name}"
+        entry = SIGNALS.find(table.kind, f"{where}.kind")
+        entry.check(table.options, where)
+        if mixes and entry.hard_labels:
+            raise UserError(
+                f"{where}: kind = '{table.kind}' needs one class per image, and batch.mixup and batch.cutmix mix them",
+                "a recipe that mixes nothing, or another kind",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+            )
+
+
+def build_signals(
+    tables: Mapping[str, Derived],
+    widths: Mapping[str, PointSpec],
+    num_classes: int,
+    num_images: int,
+    frozen: Collection[str] = (),
+) -> tuple[dict[str, DerivedSignal], dict[str, PointSpec]]:
+    """The predictions that `[signals]` asks for, and how wide each is; `widths` are those of the networks' points, and
+    `frozen` names the networks that do not learn.
+
+    Raises UserError for a point that is not there or has no classifier.
+    """
+    made: dict[str, DerivedSignal] = {}
+    known: dict[str, PointSpec] = {}
+    places = Addresses(widths, {}, ())
+    for name, table in tables.items():
+        where = f"signals.{name}"
+        entry = SIGNALS.find(table.kind, f"{where}.kind")
+        options = entry.check(table.options, where)
+        of = places.on(table.of, where, "of")
+        places.check_classifies(of, where)
+        if reads_one(entry) and len(of) != 1:
+            raise UserError(f"{where}: kind = '{table.kind}' is made of one point", "one point", 'of = "final"')
+        if entry.reads == "dense" and parsed(of[0])[1] != FINAL:
+            raise UserError(f"{where}: kind = '{table.kind}' reads the last map, and {of[0]} does not", 'of = "final"')
+        own = [places.width(place) for place in of]
+        made[name] = DerivedSignal(
+            of, entry, SignalContext([width.num_chs for width in own], num_classes, num_images), options
+        )
+        learns = not entry.constant and any(parsed(place)[0] not in frozen for place in of)
+        known[name] = replace(own[0], learns=learns)
+    return made, known
+
+
+def build_objectives(
+    recipe: Recipe, widths: Mapping[str, PointSpec], num_classes: int, num_images: int
+) -> tuple[list[Objective], dict[str, DerivedSignal]]:
+    """What teaches in each phase, and the predictions made from others; `widths` are those of the points by address.
+
+    Raises UserError for what only shows with the networks: points that are not there, widths that do not match, exits
+    that nothing teaches.
+    """
+    frozen = [name for name, learns in recipe.taking_part.items() if not learns]
+    making, made = build_signals(recipe.signals, widths, num_classes, num_images, frozen)
+    objectives = [
+        Objective(
+            {name: recipe.losses[name] for name in phase.losses or ()},
+            widths,
+            frozen=frozen,
+            derived=made,
+            mixes=recipe.batch.mixes,
+        )
+        for phase in recipe.all_phases
+    ]
+    for name, make in making.items():
+        read = [objective.reads[name] for objective in objectives if name in objective.reads]
+        if read and not any(read) and any(True for _ in make.parameters()):
+            raise UserError(
+                f"signals.{name}: kind = '{recipe.signals[name].kind}' has weights of its own that no loss teaches",
+                f'a loss on it: on = ["all", "{name}"]',
+            )
+    return objectives, making
+
+
+def read_densely(networks: Mapping[str, MultiExit], derived: Mapping[str, DerivedSignal]) -> None:
+    """Has every network whose places a signal reads say what they are; raises UserError where one cannot."""
+    for name, made in derived.items():
+        for place in made.of if made.reads_places else ():
+            try:
+                networks[parsed(place)[0]].read_densely()
+            except UserError as error:
+                error.wrong = f"signals.{name}: {error.wrong}"
+                raise
+
+
+class Learner(nn.Module):
+    """Networks and what they are taught by."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, MultiExit],
+        objective: Objective,
+        frozen: Collection[str] = (),
+        derived: Mapping[str, DerivedSignal] | None = None,
+    ) -> None:
+        """`frozen` names the networks that do not learn: they run in eval mode and without gradients."""
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.derived = nn.ModuleDict(derived or {})
+        self.frozen = frozenset(frozen)
+        for name in self.frozen:
+            self.networks[name].requires_grad_(False)
+        read_densely(networks, derived or {})
+        self._trained = {
+            name: [parameter for parameter in part.parameters() if parameter.requires_grad]
+            for name, part in [*self.networks.items(), *self.derived.items()]
+        }
+        self.teach(objective)
+
+    def teach(self, objective: Objective) -> None:
+        """Takes `objective` and works out what it needs: which networks see which images, and with gradients or not."""
+        self.objective = objective
+        reads = dict(objective.reads)
+        self.makes = [name for name in self.derived if name in reads]
+        for name in self.makes:
+            learns = reads.pop(name)
+            made = self.derived[name]
+            assert isinstance(made, DerivedSignal)
+            for place in made.of:
+                reads[place] = reads.get(place, False) or learns
+        self.passes: dict[tuple[str, str], bool] = {}
+        for place, learns in reads.items():
+            network, _, images = parsed(place)
+            learns = learns and network not in self.frozen
+            self.passes[network, images] = self.passes.get((network, images), False) or learns
+        # What this phase teaches nothing must not wait for a gradient: DistributedDataParallel would, for ever.
+        taught = {name for (name, _), learns in self.passes.items() if learns}
+        taught |= {name for name in self.makes if objective.reads[name]}
+        for name, parameters in self._trained.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in taught)
+
+    @property
+    def student(self) -> MultiExit:
+        """The network that the run is for."""
+        student = self.networks[STUDENT]
+        assert isinstance(student, MultiExit)
+        return student
+
+    def renew_signals(self) -> None:
+        """What is made of predictions begins anew."""
+        for made in self.derived.values():
+            assert isinstance(made, DerivedSignal)
+            made.renew()
+
+    def train(self, mode: bool = True) -> Learner:
+        """Frozen networks stay in eval mode: in train mode their batch norms would go on changing."""
+        super().train(mode)
+        for name in self.frozen:
+            self.networks[name].eval()
+        return self
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every network sees the batch, every loss compares what they say: the loss (a scalar) and its parts by name.
+
+        The parts are graphs too, so that each one's own gradient can be asked for.
+        """
+        signals: dict[str, Signal] = {}
+        for (name, images), learns in self.passes.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                said = self.networks[name](batch.views[images] if images else batch.images)
+            signals |= {address(name, point, images): signal for point, signal in said.items()}
+        for name in self.makes:
+            signals[name] = self.derived[name](signals, batch)
+        total, parts = self.objective(signals, batch)
+        return total, parts

@@ -1,0 +1,194 @@
+"""Losses between two predictions, and predictions made from several.
+
+B images, K classes, E branches
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from sdcli.data.batch import Batch
+from sdcli.method.losses import LOSSES
+from sdcli.method.losses.labels import hard_labels, label_column, other_columns, standardised
+
+Temperature = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0)]
+
+
+@LOSSES.register("kl", reads="logits")
+def kl(
+    student: Tensor,
+    teacher: Tensor,
+    batch: Batch,
+    *,
+    temperature: Temperature = 4.0,
+    rescale: bool = True,
+    direction: Literal["forward", "reverse"] = "forward",
+    standardise: bool = False,
+) -> Tensor:
+    """KL divergence from the softened teacher to the softened student (Hinton et al. 2015, arXiv:1503.02531), per
+    image [B].
+
+        T^2 KL(q || p),  q = softmax(t / T),  p = softmax(s / T)
+
+    A higher `temperature` lets the wrong classes count for more. `rescale` multiplies by temperature^2, so that the
+    gradient keeps its size when the temperature changes. `direction` "forward" makes the student cover whatever the
+    teacher thinks possible; "reverse", KL(student || teacher), keeps it from what the teacher thinks impossible.
+    `standardise` divides each image's logits by their own standard deviation first (MIX-KD, arXiv:2211.03946).
+    """
+    if standardise:
+        student, teacher = standardised(student), standardised(teacher)
+    log_p = F.log_softmax(student / temperature, dim=1)
+    log_q = F.log_softmax(teacher / temperature, dim=1)
+    if direction == "reverse":
+        log_p, log_q = log_q, log_p
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1) * (temperature**2 if rescale else 1.0)
+
+
+@LOSSES.register("soft_cross_entropy", reads="logits")
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, batch: Batch, *, temperature: Temperature = 4.0, rescale: bool = True
+) -> Tensor:
+    """Cross entropy of the softened student under the softened teacher, per image [B].
+
+        -T^2 sum_k q_k log p_k,  q = softmax(t / T),  p = softmax(s / T)
+
+    `kl` plus the teacher's entropy, which is a constant: the gradient is the same, the logged value is not. The form of
+    the BYOT authors' code. `temperature` and `rescale` as in `kl`.
+    """
+    q = F.softmax(teacher / temperature, dim=1)
+    log_p = F.log_softmax(student / temperature, dim=1)
+    return -(q * log_p).sum(dim=1) * (temperature**2 if rescale else 1.0)
+
+
+@LOSSES.register("balanced_kl", reads="logits")
+def balanced_kl(
+    student: Tensor,
+    teacher: Tensor,
+    batch: Batch,
+    *,
+    nu: Annotated[float, Field(ge=0)] = 2.0,
+    temperature: Temperature = 1.0,
+    rescale: bool = True,
+) -> Tensor:
+    """Both directions of the KL divergence, weighted image by image: BD-KD (Amara et al. 2022, arXiv:2212.12965), [B].
+
+        T^2 (nu KL(q || p) + KL(p || q))  where p has the lower entropy
+        T^2 (KL(q || p) + nu KL(p || q))  elsewhere
+
+    Where the student is surer of itself than the teacher (its entropy is lower), the forward divergence counts `nu`
+    times, elsewhere the reverse one. `temperature` and `rescale` as in `kl`; the entropies are those of the softened
+    predictions. A reconstruction: the paper's own weights could not be read, and the rule and `nu` are our reading of
+    its summary.
+    """
+    log_p = F.log_softmax(student / temperature, dim=1)
+    log_q = F.log_softmax(teacher / temperature, dim=1)
+    # The sign of a difference: no gradient comes back from the weights.
+    surer = (log_p.exp() * log_p).sum(dim=1) > (log_q.exp() * log_q).sum(dim=1)
+    forward = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
+    reverse = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+    return torch.where(surer, nu * forward + reverse, forward + nu * reverse) * (temperature**2 if rescale else 1.0)
+
+
+@LOSSES.register("dkd", reads="logits", hard_labels=True)
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    batch: Batch,
+    *,
+    alpha: Share = 1.0,
+    beta: Share = 8.0,
+    temperature: Temperature = 4.0,
+) -> Tensor:
+    """Decoupled KD: the label's class and the other classes are matched apart (Zhao et al. 2022, arXiv:2203.08679), per
+    image [B].
+
+        T^2 (alpha KL(b(q) || b(p)) + beta KL(q' || p'))
+        b(p) = (p_y, 1 - p_y) for the label y,  p' = p over the wrong classes, made to sum to 1
+
+    `alpha` weighs how sure the teacher is of the label, `beta` what it thinks of the wrong classes among themselves,
+    which `kl` weighs by how unsure it is. Already times temperature^2. Needs hard labels: raises UserError with mixup
+    or cutmix. The authors' code warms this loss up over 20 epochs.
+    """
+    labels = hard_labels(batch)
+    student, teacher = student / temperature, teacher / temperature
+    log_b, log_c = _label_or_not(student, labels), _label_or_not(teacher, labels)
+    target = F.kl_div(log_b, log_c, reduction="none", log_target=True).sum(dim=1)
+    log_p = F.log_softmax(other_columns(student, labels), dim=1)
+    log_q = F.log_softmax(other_columns(teacher, labels), dim=1)
+    others = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
+    return (alpha * target + beta * others) * temperature**2
+
+
+def _label_or_not(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log probabilities of the label and of anything else [B, 2]."""
+    both = [label_column(logits, labels), other_columns(logits, labels).logsumexp(dim=1)]
+    return F.log_softmax(torch.stack(both, dim=1), dim=1)
+
+
+@LOSSES.register("nkd", reads="logits", hard_labels=True)
+def nkd(
+    student: Tensor, teacher: Tensor, batch: Batch, *, gamma: Share = 1.5, temperature: Temperature = 1.0
+) -> Tensor:
+    """Normalised KD: the label weighted by the teacher's trust in it, and the wrong classes apart from it (Yang et al.
+    2023, arXiv:2303.13005; first in arXiv:2208.10139), per image [B].
+
+        -q_y log p_y - gamma T^2 sum over k != y of q'_k log p'_k
+        p, q at T = 1;  p', q' at T over the wrong classes alone
+
+    `gamma` weighs the wrong classes, which alone have a `temperature` and its square as a factor. Both parts are cross
+    entropies, so the loss is not zero where the student equals the teacher. Stands beside an ordinary cross entropy.
+    Needs hard labels: raises UserError with mixup or cutmix (the authors' code then takes the largest share).
+    """
+    labels = hard_labels(batch)
+    trust = label_column(F.softmax(teacher, dim=1), labels)
+    target = -trust * label_column(F.log_softmax(student, dim=1), labels)
+    q = F.softmax(other_columns(teacher, labels) / temperature, dim=1)
+    log_p = F.log_softmax(other_columns(student, labels) / temperature, dim=1)
+    return target - gamma * temperature**2 * (q * log_p).sum(dim=1)
+
+
+@LOSSES.register("dist", reads="logits", sees_batch=True)
+def dist(
+    student: Tensor,
+    teacher: Tensor,
+    batch: Batch,
+    *,
+    beta: Share = 1.0,
+    gamma: Share = 1.0,
+    temperature: Temperature = 4.0,
+) -> Tensor:
+    """Correlation instead of equality: DIST (Huang et al. 2022, arXiv:2205.10536), a scalar, already times
+    temperature^2.
+
+        T^2 (beta mean over B of (1 - r(p_b, q_b)) + gamma mean over K of (1 - r(p_k, q_k))),  r Pearson's correlation
+
+    `beta` weighs how the classes relate within an image, `gamma` how the images relate within a class. The latter sees
+    the batch of one process, so it changes with the batch size, and says nothing with a single image. The authors use
+    `temperature` 4 on CIFAR-100, 1 on ImageNet, and weight 2 in both.
+    """
+    p, q = F.softmax(student / temperature, dim=1), F.softmax(teacher / temperature, dim=1)
+    inter, intra = 1 - _correlation(p, q), 1 - _correlation(p.T, q.T)
+    return (beta * inter.mean() + gamma * intra.mean()) * temperature**2
+
+
+def _correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson's correlation of the rows of both, 0 for a constant row."""
+    one, other = one - one.mean(dim=1, keepdim=True), other - other.mean(dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(other, dim=1)
+    return (one * other).sum(dim=1) / (norms + 1e-8)
+
+
+def gated(logits: list[Tensor], gate: Tensor) -> Tensor:
+    """The branches' logits [B, K] mixed by each image's gate [B, E]: ONE's teacher (Lan et al. 2018,
+    arXiv:1806.04606).
+
+    The gate is a softmax: its rows sum to 1. Gradients reach both the branches and the gate; the loss that teaches the
+    branches detaches this mix, the cross entropy that teaches the gate does not.
+    """
+    return torch.einsum("ebk,be->bk", torch.stack(logits), gate)

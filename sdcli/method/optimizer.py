@@ -1,0 +1,96 @@
+"""What `[optimizer]` and `[schedule]` ask for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdcli.errors import UserError, unknown
+from sdcli.recipe.schema import Optimizer, Schedule
+
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that update all weights in one kernel where they are asked to."""
+
+
+def check_optimizer(table: Optimizer) -> None:
+    """Raises UserError for an optimizer that timm does not have."""
+    import timm.optim
+
+    if table.opt not in timm.optim.list_optimizers():
+        raise _at("optimizer.opt", unknown("optimizer", table.opt, timm.optim.list_optimizers()))
+
+
+def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
+    """timm's optimizer over every parameter of `modules` that is trained; torch's own are fused."""
+    import timm.optim
+
+    check_optimizer(table)
+    together = nn.ModuleList(modules)
+    parameters: Any = [parameter for parameter in together.parameters() if parameter.requires_grad]
+    if not table.decay_norm_and_bias:
+        parameters = timm.optim.param_groups_weight_decay(together, table.weight_decay)
+    optimizer = timm.optim.create_optimizer_v2(
+        parameters, opt=table.opt, lr=table.lr, weight_decay=table.weight_decay, momentum=table.momentum
+    )
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    if type(optimizer) in FUSED:
+        takes = inspect.signature(type(optimizer)).parameters
+        options = {name: value for name, value in optimizer.defaults.items() if name in takes}
+        options |= {"fused": True, "foreach": False}
+        # Groups differ in their weight decay only.
+        groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+        optimizer = type(optimizer)(groups, **options)
+    return optimizer
+
+
+def check_schedule(table: Schedule, epochs: int) -> None:
+    """Raises UserError for a warm-up that lasts as long as the run."""
+    if table.warmup_epochs >= epochs:
+        raise _too_long(table, epochs)
+
+
+def _too_long(table: Schedule, epochs: int) -> UserError:
+    return UserError(
+        f"schedule.warmup_epochs = {table.warmup_epochs:g} lasts as long as the run of {epochs} epochs",
+        "fewer epochs than the run has, or a share of it below 1",
+        "--set schedule.warmup_epochs=0.05",
+    )
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, table: Schedule, epochs: int, updates_per_epoch: int) -> Any:
+    """timm's learning-rate schedule, counted in updates; `step(update)` sets the rate of the update that follows."""
+    from timm.scheduler import create_scheduler_v2
+
+    total = epochs * updates_per_epoch
+
+    def updates(time: float) -> int:
+        # From 1 on a time is in epochs, below it is a share of the run.
+        return round(time * (updates_per_epoch if time >= 1 else total))
+
+    if updates(table.warmup_epochs) >= total:
+        raise _too_long(table, epochs)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        # A step that is never reached holds the rate and keeps the warm-up.
+        sched="step" if table.sched == "none" else table.sched,
+        num_epochs=total,
+        decay_epochs=updates(table.decay_epochs) if table.sched == "step" else 2 * total,
+        decay_milestones=[updates(time) for time in table.decay_milestones],
+        decay_rate=table.decay_rate,
+        min_lr=table.min_lr,
+        warmup_lr=table.warmup_lr,
+        warmup_epochs=updates(table.warmup_epochs),
+        # timm's unit here is an epoch; giving it updates makes every rate a function of one number.
+        step_on_epochs=True,
+    )
+    schedule.step(0)
+    return schedule
+
+
+def _at(place: str, error: UserError) -> UserError:
+    error.wrong = f"{place}: {error.wrong}"
+    return error

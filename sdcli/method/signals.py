@@ -1,0 +1,159 @@
+"""Predictions made from the predictions of several points, by the name that a recipe gives them.
+
+A kind is a function of (signals, batch), or of (signal, batch) where it is made of one alone, or a module with such a
+`forward` that is built from a `SignalContext`; its keyword-only arguments are its recipe keys. Either gives logits
+[B, K].
+
+B batch, K classes, C channels, E signals
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sdcli.data.batch import Batch
+from sdcli.method.losses.labels import hard_labels
+from sdcli.method.losses.labels import votes as count_votes
+from sdcli.method.losses.logits import gated
+from sdcli.method.losses.relations import propagate
+from sdcli.network.signals import Signal
+from sdcli.registry import Entry, Registry
+
+SIGNALS = Registry("signal")
+
+
+@dataclass(frozen=True)
+class SignalContext:
+    """What a module is built for."""
+
+    num_chs: Sequence[int]
+    """C of each signal that it reads."""
+    num_classes: int
+    num_images: int
+    """Of the split that training images are numbered in."""
+
+
+def ensemble(logits: Iterable[Tensor]) -> Tensor:
+    """The mean of the points' logits [B, K]: the ensemble of BYOT's authors (arXiv:1905.08094)."""
+    return torch.stack(list(logits)).mean(dim=0)
+
+
+def reads_one(entry: Entry) -> bool:
+    """Whether a kind is made of one signal alone."""
+    call = getattr(entry.call, "forward", entry.call)
+    return "signal" in inspect.signature(call).parameters
+
+
+def _logits(signal: Signal) -> Tensor:
+    assert signal.logits is not None
+    return signal.logits
+
+
+@SIGNALS.register("mean")
+def mean(signals: Sequence[Signal], batch: Batch) -> Tensor:
+    """The mean of their logits, each counting alike: the ensemble that `sdcli eval` scores (arXiv:1905.08094).
+
+        sum over E of z_e / |E|
+
+    E are the points that it is made of.
+    """
+    return ensemble(map(_logits, signals))
+
+
+@SIGNALS.register("gated")
+class Gated(nn.Module):
+    """Their logits mixed by a gate that is trained along: ONE's teacher (Lan et al. 2018, arXiv:1806.04606).
+
+        sum over E of g_e z_e,  g = softmax(ReLU(BN(W x))),  x = the first one's pooled map
+
+    The gate reads the pooled map of the first of them and gives each image its own mix: linear, batch norm, ReLU,
+    softmax, as the authors' code has it.
+    """
+
+    def __init__(self, setting: SignalContext) -> None:
+        super().__init__()
+        num = len(setting.num_chs)
+        self.gate = nn.Sequential(nn.Linear(setting.num_chs[0], num), nn.BatchNorm1d(num), nn.ReLU())
+
+    def forward(self, signals: Sequence[Signal], batch: Batch) -> Tensor:
+        # The gate learns from the mix's own loss; the shared layers before it do too.
+        weights = self.gate(signals[0].features.mean(dim=(2, 3))).softmax(dim=1)
+        return gated([_logits(signal) for signal in signals], weights)
+
+
+@SIGNALS.register("propagated", sees_batch=True, constant=True)
+def propagated(
+    signal: Signal,
+    batch: Batch,
+    *,
+    omega: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+    temperature: Annotated[float, Field(gt=0)] = 4.0,
+) -> Tensor:
+    """What is said of the images of the batch that are like it: BAKE's targets (Ge et al. 2021, arXiv:2104.13298).
+
+        T log((1 - omega) (I - omega A)^-1 softmax(z / T)),  A = softmax of the cosines, without the diagonal
+
+    `omega` is how far a prediction may be carried. The loss that reads it has to have the same `temperature`, at which
+    a softmax of these logits gives BAKE's probabilities back. Sees the batch of one process.
+    """
+    shares = propagate(_logits(signal).detach(), signal.embedding.detach(), omega=omega, temperature=temperature)
+    return temperature * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+
+
+@SIGNALS.register("memory", hard_labels=True, constant=True)
+class Memory(nn.Module):
+    """What was said of each training image when it was last seen, and its label before: PS-KD's teacher (Kim et al.
+    2021, arXiv:2006.12000).
+
+        z as it was at the image's last visit; before the first, its label
+
+    Held in half precision, num_images x K x 2 bytes, and saved with the run's state. Needs one class per image. Several
+    processes tell each other what they saw.
+    """
+
+    past: Tensor
+    seen: Tensor
+
+    def __init__(self, setting: SignalContext) -> None:
+        super().__init__()
+        self.register_buffer("past", torch.zeros(setting.num_images, setting.num_classes, dtype=torch.float16))
+        self.register_buffer("seen", torch.zeros(setting.num_images, dtype=torch.bool))
+
+    def forward(self, signal: Signal, batch: Batch) -> Tensor:
+        logits = _logits(signal).detach().float()
+        # Far enough apart for a softmax in float32 to give the label everything.
+        sure = torch.zeros_like(logits).scatter_(1, hard_labels(batch)[:, None], 200.0)
+        past = torch.where(self.seen[batch.index][:, None], self.past[batch.index].float(), sure)
+        if self.training:
+            # The same prediction, within half precision's range.
+            index, said = _everyones(batch.index), _everyones(logits.log_softmax(dim=1).clamp(min=-6e4).half())
+            self.past[index] = said
+            self.seen[index] = True
+        return past
+
+
+@SIGNALS.register("votes", reads="dense", constant=True)
+def votes(signal: Signal, batch: Batch) -> Tensor:
+    """How many places of the last map each class wins when the classifier is shown one at a time [B, K]: what ranks the
+    classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Of `final` alone. No gradient passes.
+
+        for each class k, how many of N places n have argmax_k z_kn = k
+    """
+    assert signal.dense is not None
+    return count_votes(signal.dense)
+
+
+def _everyones(own: Tensor) -> Tensor:
+    """The same of all processes, one below the other [B of all, …]."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(shares, own.contiguous())
+    return torch.cat(shares)

@@ -1,0 +1,1 @@
+"""A timm model, where it can be cut, and what is put on it."""

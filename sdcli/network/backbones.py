@@ -1,0 +1,260 @@
+"""From a model's name to a timm backbone, and what a checkpoint needs to build it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdcli.errors import UserError, did_you_mean, unknown
+from sdcli.network.cuts import find_stages
+from sdcli.network.stem import (
+    SMALLEST_MAP,
+    apply_stem,
+    has_cifar_stem,
+    last_map,
+    parameters_of,
+    patch_size,
+    smaller_patches,
+)
+
+SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+DEFAULT_SIZE = (3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that is needed to build a backbone again; stored in checkpoints."""
+
+    model: str
+    """A timm name, perhaps with the tag of its weights ("resnet50.a1_in1k"), or a `hf-hub:` or `local-dir:` source."""
+    num_classes: int
+    input_size: tuple[int, int, int]
+    """C, H, W."""
+    stem: str
+    """A resolved kind, one of `STEMS`: never "auto"."""
+    model_args: dict[str, Any]
+    """What timm's `create_model` is given besides the number of classes."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """The file of timm that it comes from, such as "resnet"; "" for a hub's or a folder's."""
+        from timm.models import is_model, model_entrypoint, split_model_name_tag
+
+        name, _ = split_model_name_tag(self.model)
+        return model_entrypoint(name).__module__.rpartition(".")[2] if is_model(name) else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the equal architecture back."""
+        return {**asdict(self), "input_size": list(self.input_size), "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Architecture:
+        """The architecture that `to_dict` described."""
+        return cls(**{**table, "input_size": tuple(table["input_size"]), "notes": tuple(table["notes"])})
+
+
+def resolve(
+    model: str,
+    *,
+    num_classes: int | None,
+    image_size: int | None,
+    stem: str = "auto",
+    pretrained: bool = False,
+    model_args: dict[str, Any] | None = None,
+) -> Architecture:
+    """Settles how `model` is built for images of this size, without weights.
+
+    `num_classes` and `image_size` stay the model's own where they are None. `stem` "auto" changes the stem only where
+    the last map would be smaller than 4x4, "cifar" always, "imagenet" never; `pretrained` keeps the stem's weights.
+
+    Raises UserError for an unknown model, arguments that it does not take, and an image size that it refuses.
+    """
+    if stem not in ("auto", "imagenet", "cifar"):
+        raise unknown("stem", stem, ("auto", "imagenet", "cifar"))
+    _check_name(model)
+    given = dict(model_args or {})
+    probe = build(model, num_classes, given)
+    own_size = _own_size(probe, given)
+    input_size = own_size if image_size is None else (own_size[0], image_size, image_size)
+    if input_size != own_size and "img_size" in parameters_of(probe):
+        given["img_size"] = image_size
+    no_notes: tuple[str, ...] = ()
+    if stem == "imagenet" or (stem == "auto" and input_size == own_size):
+        if input_size != own_size:
+            _check_runs(model, num_classes, given, input_size, own_size)
+        kind, notes = "imagenet", no_notes
+    else:
+        kind, given, notes = _choose_stem(model, num_classes, given, input_size, own_size, stem, pretrained)
+    classes = getattr(probe, "num_classes", None) or 0
+    return Architecture(model, int(classes), input_size, kind, given, notes)
+
+
+def create(architecture: Architecture, *, device: str = "meta", pretrained: bool = False) -> nn.Module:
+    """Builds the backbone; on "meta" it has no weights and costs no memory.
+
+    Raises UserError where pretrained weights are asked for and cannot be had.
+    """
+    model = build(
+        architecture.model,
+        architecture.num_classes or None,
+        architecture.model_args,
+        device=device,
+        pretrained=pretrained,
+    )
+    apply_stem(model, architecture.stem, architecture.input_size)
+    return model
+
+
+def pretrained_transform(model: nn.Module) -> dict[str, Any]:
+    """How images were brought to the pretrained weights: `mean`, `std`, `interpolation` and `crop_pct`.
+
+    The size is the architecture's, which need not be the one of the weights.
+    """
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config(model=model)
+    return {
+        "mean": tuple(config["mean"]),
+        "std": tuple(config["std"]),
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+    }
+
+
+def build(
+    model: str,
+    num_classes: int | None,
+    model_args: Mapping[str, Any],
+    *,
+    device: str = "meta",
+    pretrained: bool = False,
+) -> nn.Module:
+    """timm's `create_model`, whose complaints become a UserError of one line."""
+    import timm
+
+    try:
+        with torch.device(device):
+            built = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **model_args)
+    except Exception as error:
+        # timm and its models raise whatever comes: asserts, KeyError, errors of the hub.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if pretrained:
+            raise UserError(
+                f"pretrained weights of '{model}' cannot be had: {reason}",
+                "weights that timm knows, and a connection or a filled cache (HF_HOME)",
+                'weights = "random", or a .safetensors file',
+            ) from error
+        what = ", ".join(f"{name}={value!r}" for name, value in model_args.items())
+        raise UserError(f"timm cannot build '{model}'" + (f" with {what}" if what else "") + f": {reason}") from error
+    assert isinstance(built, nn.Module)
+    return built
+
+
+def _check_name(model: str) -> None:
+    """Raises UserError for a name that timm does not know, with the nearest one."""
+    import timm
+    from timm.models import split_model_name_tag
+
+    if model.startswith(SOURCES):
+        return
+    name, tag = split_model_name_tag(model)
+    if not timm.is_model(name):
+        fix = did_you_mean(name, timm.list_models()) or "sdcli inspect 'resnet*' shows those of a family"
+        raise UserError(f"unknown model '{model}'", "the name of a timm architecture, such as resnet18", fix)
+    if tag and model not in (tagged := timm.list_pretrained(f"{name}.*")):
+        raise unknown("weights", model, tagged, f"{name} without a tag")
+
+
+def _own_size(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The image size that a model is made for, unless its arguments say otherwise."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size") or DEFAULT_SIZE
+    if "img_size" in given:
+        size = given["img_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+    return given.get("in_chans", channels), height, width
+
+
+def _check_runs(
+    model: str,
+    num_classes: int | None,
+    given: Mapping[str, Any],
+    input_size: tuple[int, int, int],
+    own_size: tuple[int, int, int],
+) -> None:
+    try:
+        find_stages(build(model, num_classes, given), input_size, name=model)
+    except UserError as error:
+        raise _refused(error, own_size) from error
+
+
+def _refused(error: UserError, own_size: tuple[int, int, int]) -> UserError:
+    return UserError(error.wrong, "an image size that the model accepts", f"--image-size {own_size[1]}")
+
+
+def _choose_stem(
+    model: str,
+    num_classes: int | None,
+    given: dict[str, Any],
+    input_size: tuple[int, int, int],
+    own_size: tuple[int, int, int],
+    stem: str,
+    pretrained: bool,
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """The resolved kind, the arguments to build with, and what was done in words."""
+    plain: nn.Module | None = None
+    refusal = UserError("")
+    try:
+        plain = build(model, num_classes, given)
+        find_stages(plain, input_size, name=model)
+    except UserError as error:
+        plain, refusal = None, _refused(error, own_size)
+    if stem == "auto" and plain is not None and last_map(plain, input_size) >= SMALLEST_MAP:
+        return "imagenet", given, ()
+    try:
+        return _small_stem(model, num_classes, given, input_size, stem, pretrained)
+    except UserError as error:
+        if plain is None:
+            raise refusal from error
+        if stem != "auto":
+            raise
+        side = last_map(plain, input_size)
+        return "imagenet", given, (f"The last map is only {side}x{side}, and no smaller stem fits: {error.wrong}.",)
+
+
+def _small_stem(
+    model: str,
+    num_classes: int | None,
+    given: dict[str, Any],
+    input_size: tuple[int, int, int],
+    stem: str,
+    pretrained: bool,
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """The stem for small images that suits the family: smaller patches, the papers' 3x3, or the strides undone.
+
+    Pretrained weights keep their kernels, so that only strides may go.
+    """
+    free = {name: value for name, value in given.items() if name != "img_size"}
+    probe = build(model, num_classes, free)
+    patch = patch_size(probe)
+    no_patches: UserError | None = None
+    if patch is not None and stem != "unstrided":
+        if pretrained:
+            raise UserError(f"pretrained weights keep their patches of {patch}x{patch}")
+        try:
+            patches = smaller_patches(lambda more: build(model, num_classes, {**free, **more}), probe, input_size)
+        except UserError as error:
+            no_patches = error
+        else:
+            return "patch", {**free, **patches.model_args}, (patches.note,)
+    built = build(model, num_classes, given)
+    kind = "cifar" if has_cifar_stem(built) and stem != "unstrided" and not pretrained else "unstrided"
+    try:
+        return kind, given, apply_stem(built, kind, input_size)
+    except UserError as error:
+        raise no_patches or error from error

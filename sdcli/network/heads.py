@@ -1,0 +1,257 @@
+"""Exit heads: small classifiers that read one stage's map.
+
+A head is built from its stage and the plan's end, so that no width is ever typed, and gives the embedding [B, D] and
+the logits [B, K]. All but `linear` give an embedding of the final exit's own width, which is what a hint compares.
+
+B batch, K classes, C channels, H W map, D embedding, P prefix tokens
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdcli.errors import UserError
+from sdcli.network.stages import Stage, StagePlan
+from sdcli.network.trace import count
+from sdcli.registry import Registry
+
+HEADS = Registry("head")
+
+POOLED = "pooled"
+"""The head of an encoder's final exit. Not in the registry: no recipe chooses it."""
+
+BOTTLENECK_WIDTH = 128
+"""Channels inside a bottleneck head, as in the BYOT authors' SCAN code."""
+
+
+def suitable_head(plan: StagePlan, stage: Stage) -> str:
+    """The head that `auto` stands for: `tokens` where tokens never shrink (ViTs), else `bottleneck`."""
+    shrinks = plan.stages[0].size != plan.stages[-1].size
+    return "tokens" if stage.output_fmt == "NLC" and not shrinks else "bottleneck"
+
+
+def build_head(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
+    """A fresh head for one stage; raises UserError for an unknown kind."""
+    if kind == POOLED:
+        return PooledHead(plan.embedding_dim, num_classes)
+    head = HEADS.find(kind).call(plan, stage, num_classes)
+    if not isinstance(head, nn.Module) or not isinstance(getattr(head, "classifier", None), nn.Linear):
+        raise UserError(
+            f"head '{kind}' has no linear classifier",
+            "a module whose classifier is an nn.Linear that reads the embedding",
+            "self.classifier = nn.Linear(embedding_dim, num_classes)",
+        )
+    return head
+
+
+def head_cost(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> tuple[int, int]:
+    """Parameters and MACs for one image of a head, counted on the meta device."""
+    with torch.device("meta"):
+        head = build_head(kind, plan, stage, num_classes).eval()
+        if kind == POOLED:
+            return count(head, torch.empty(1, plan.embedding_dim))
+        features = torch.empty(1, stage.num_chs, *stage.size)
+        prefix = torch.empty(1, stage.num_prefix_tokens, stage.num_chs)
+    return count(head, features, prefix)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel: every patch by itself, in one product of matrices on a CPU.
+
+    With torch's own convolution the head on a wide map takes 1.3 times as long there (benchmarks/heads.py).
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.device.type != "cpu":
+            return super().forward(features)
+        side = self.stride[0]
+        batch, num_chs, height, width = features.shape
+        rows, columns = height // side, width // side
+        pixels = features.permute(0, 2, 3, 1)[:, : rows * side, : columns * side]
+        patches = pixels.reshape(batch, rows, side, columns, side, num_chs).transpose(2, 3)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        mixed = F.linear(patches.reshape(batch, rows, columns, -1), weight)
+        return mixed.permute(0, 3, 1, 2)
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, num_in: int, num_out: int, kernel: int, stride: int = 1) -> None:
+        assert stride in (1, kernel)
+        conv = nn.Conv2d(num_in, num_out, kernel, padding=kernel // 2, bias=False)
+        if stride > 1:
+            conv = PatchConv(num_in, num_out, kernel, stride, bias=False)
+        super().__init__(
+            conv,
+            nn.BatchNorm2d(num_out),
+            nn.ReLU(inplace=True),
+        )
+
+
+class SepConv(nn.Sequential):
+    """Two depthwise-separable convolutions, the first with a stride: the block of BYOT's journal code.
+
+    As there, only the second of each pair is normalised and the channels change at the very end.
+    """
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__(
+            nn.Conv2d(num_in, num_in, 3, stride, 1, groups=num_in, bias=False),
+            nn.Conv2d(num_in, num_in, 1, bias=False),
+            nn.BatchNorm2d(num_in),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(num_in, num_in, 3, 1, 1, groups=num_in, bias=False),
+            nn.Conv2d(num_in, num_out, 1, bias=False),
+            nn.BatchNorm2d(num_out),
+            nn.ReLU(inplace=True),
+        )
+
+
+class Attention(nn.Module):
+    """A mask in [0.5, 1) on the map, as in BYOT's journal code (Zhang, Bao and Ma 2022, TPAMI 44(8)).
+
+    The sigmoid follows a ReLU, hence the range: that is the authors' code, not a slip of ours.
+    """
+
+    def __init__(self, num_chs: int) -> None:
+        super().__init__()
+        self.mask = nn.Sequential(SepConv(num_chs, num_chs, stride=2), nn.BatchNorm2d(num_chs), nn.ReLU(inplace=True))
+
+    def forward(self, features: Tensor) -> Tensor:
+        mask = F.interpolate(self.mask(features), size=features.shape[-2:], mode="bilinear", align_corners=False)
+        return features * torch.sigmoid(mask)
+
+
+class ConvHead(nn.Module):
+    """Convolutions, global average pooling, a linear classifier."""
+
+    def __init__(self, body: nn.Module, embedding_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.classifier = nn.Linear(embedding_dim, num_classes)
+
+    def forward(self, features: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        if features.device.type == "cpu":
+            # With the channels outermost wide maps of few channels take 1.3 times as long there (benchmarks/heads.py).
+            features = features.contiguous(memory_format=torch.channels_last)
+        embedding = self.body(features).mean(dim=(2, 3))
+        return embedding, self.classifier(embedding)
+
+
+def _bottleneck(plan: StagePlan, stage: Stage) -> nn.Module:
+    """1x1 down to 128 channels, k x k with stride k to the last stage's resolution, 1x1 up to the final width."""
+    stride = max(1, min(round(height / end) for height, end in zip(stage.size, plan.stages[-1].size, strict=True)))
+    width = BOTTLENECK_WIDTH
+    return nn.Sequential(
+        ConvNormAct(stage.num_chs, width, 1),
+        ConvNormAct(width, width, stride, stride),
+        ConvNormAct(width, plan.embedding_dim, 1),
+    )
+
+
+def _sepconv(plan: StagePlan, stage: Stage) -> nn.Module:
+    """One separable block for each stage that is skipped, with that stage's channels and resolution."""
+    blocks: list[nn.Module] = []
+    depth = plan.stages.index(stage)
+    here = stage
+    for deeper in plan.stages[depth + 1 :]:
+        num_in = here.num_chs
+        num_out = plan.embedding_dim if deeper is plan.stages[-1] else deeper.num_chs
+        stride = max(1, round(here.size[0] / deeper.size[0]))
+        # A skipped stage that shrinks the map by more than two takes several halvings.
+        halvings = max(1, round(math.log2(stride)))
+        for step in range(halvings):
+            last = step == halvings - 1
+            blocks.append(SepConv(num_in, num_out if last else num_in, 2 if stride > 1 else 1))
+        here = deeper
+    return nn.Sequential(*blocks)
+
+
+@HEADS.register("bottleneck")
+def bottleneck(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
+    """BYOT's bottleneck (arXiv:1905.08094), in the shape of the authors' SCAN code."""
+    return ConvHead(_bottleneck(plan, stage), plan.embedding_dim, num_classes)
+
+
+@HEADS.register("bottleneck+attention")
+def bottleneck_attention(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
+    """The head of the authors' SCAN code (NeurIPS 2019): attention, then the bottleneck."""
+    body = nn.Sequential(Attention(stage.num_chs), _bottleneck(plan, stage))
+    return ConvHead(body, plan.embedding_dim, num_classes)
+
+
+@HEADS.register("sepconv")
+def sepconv(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
+    """The separable convolutions of BYOT's journal form, without its attention."""
+    return ConvHead(_sepconv(plan, stage), plan.embedding_dim, num_classes)
+
+
+@HEADS.register("sepconv+attention")
+def sepconv_attention(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
+    """The head of BYOT's journal form (TPAMI 2022): attention, then separable convolutions."""
+    return ConvHead(nn.Sequential(Attention(stage.num_chs), _sepconv(plan, stage)), plan.embedding_dim, num_classes)
+
+
+@HEADS.register("linear")
+class LinearHead(nn.Module):
+    """Batch norm, global average pooling, a linear classifier: the cheapest exit.
+
+    Its embedding is the pooled map [B, C], of the stage's own width.
+    """
+
+    def __init__(self, plan: StagePlan, stage: Stage, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(stage.num_chs)
+        self.classifier = nn.Linear(stage.num_chs, num_classes)
+
+    def forward(self, features: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.norm(features.mean(dim=(2, 3)))
+        return embedding, self.classifier(embedding)
+
+
+@HEADS.register("tokens")
+class TokenHead(nn.Module):
+    """Layer norm, the mean of the tokens beside the class token where there is one, two linear layers, a classifier.
+
+    A class token in the middle of a ViT has gathered little so far, hence the mean beside it and the layers between,
+    which also give the embedding the final exit's width. Other prefix tokens (registers) are scratch paper and are
+    dropped.
+    """
+
+    def __init__(self, plan: StagePlan, stage: Stage, num_classes: int) -> None:
+        super().__init__()
+        self.has_class_token = stage.num_prefix_tokens > 0
+        self.norm = nn.LayerNorm(stage.num_chs)
+        self.project = nn.Sequential(
+            nn.Linear(stage.num_chs * (2 if self.has_class_token else 1), plan.embedding_dim),
+            nn.GELU(),
+            nn.Linear(plan.embedding_dim, plan.embedding_dim),
+        )
+        self.classifier = nn.Linear(plan.embedding_dim, num_classes)
+
+    def forward(self, features: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.norm(features.flatten(2).transpose(1, 2)).mean(dim=1)
+        if self.has_class_token:
+            pooled = torch.cat([self.norm(prefix[:, 0]), pooled], dim=1)
+        embedding = self.project(pooled)
+        return embedding, self.classifier(embedding)
+
+
+class PooledHead(nn.Module):
+    """The classifier that an encoder lacks: the mean of what it puts out, a linear layer.
+
+    Reads a map [B, D, H, W], tokens [B, N, D] or their mean [B, D].
+    """
+
+    def __init__(self, embedding_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(embedding_dim, num_classes)
+
+    def forward(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = output.mean(dim=(2, 3)) if output.ndim == 4 else output.mean(dim=1) if output.ndim == 3 else output
+        return embedding, self.classifier(embedding)

@@ -1,0 +1,279 @@
+"""A timm model with a tap and a head after each of its stages.
+
+B batch, K classes, C channels, H W map, D embedding, P prefix tokens
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdcli.errors import UserError
+from sdcli.network.heads import HEADS, POOLED, build_head, head_cost, suitable_head
+from sdcli.network.signals import Signal
+from sdcli.network.stages import Stage, StagePlan, prefix_tokens, tap_modules, to_map
+from sdcli.network.tail import Branch, DenseClassifier
+from sdcli.network.taps import InputTap, Store, Tap
+
+FINAL = "final"
+
+BRANCH = "branch"
+"""An exit's head that is the network's own end once more. Not in the registry: `branches` asks for it."""
+
+
+@dataclass(frozen=True)
+class PointSpec:
+    """How wide a point's signal is: C of its map, D of its embedding."""
+
+    num_chs: int
+    embedding_dim: int
+    classifies: bool = True
+    """Whether there are logits: not at a tap without a head."""
+    learns: bool = True
+    """Whether a gradient passes: not a prediction made from others without one."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it takes to run a network up to a point and its head, and nothing else, on one image."""
+
+    params: int
+    macs: int
+
+
+def exit_points(plan: StagePlan) -> list[str]:
+    """`exit1`, `exit2`, … for every stage but the last, whose exit is the model's own classifier."""
+    return [f"exit{number}" for number in range(1, len(plan.stages))]
+
+
+def stages_by_point(plan: StagePlan) -> dict[str, Stage]:
+    """The stage behind every point, shallowest first."""
+    return dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
+
+
+class MultiExit(nn.Module):
+    """An untouched timm model, tapped after its stages, and one head per exit.
+
+    Parameters of `backbone` keep timm's names; those that never reach the output are frozen, so that every parameter
+    that is trained has a gradient.
+    """
+
+    def __init__(self, backbone: nn.Module, plan: StagePlan, heads: dict[str, nn.Module]) -> None:
+        super().__init__()
+        assert [point for point in heads if point != FINAL] in (exit_points(plan), []), "one head per exit, or none"
+        self.backbone = backbone
+        self.plan = plan
+        self.heads = nn.ModuleDict(heads)
+        self._store = Store()
+        self._dense: DenseClassifier | None = None
+        self._hooks: list[Any] = []
+        for point, stage in self.stages.items():
+            # Gradient checkpointing calls blocks but not the stage around them: whichever fires will do.
+            for path in tap_modules(stage):
+                tap = Tap(self._store, point, stage.tensor)
+                self._hooks.append(backbone.get_submodule(path).register_forward_hook(tap))
+        if plan.classifier is not None:
+            classifier = backbone.get_submodule(plan.classifier)
+            self._hooks.append(classifier.register_forward_pre_hook(InputTap(self._store)))
+        for name, parameter in backbone.named_parameters():
+            if name in set(plan.unused):
+                parameter.requires_grad_(False)
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stage behind every point, shallowest first."""
+        return stages_by_point(self.plan)
+
+    @property
+    def points(self) -> list[str]:
+        """The points that `forward` answers for, shallowest first; `final` comes last."""
+        return [*exit_points(self.plan), FINAL]
+
+    @property
+    def classifiers(self) -> list[str]:
+        """The points that have logits: all, but for taps without a head."""
+        return [point for point in self.points if point in self.heads or point == FINAL]
+
+    @property
+    def widths(self) -> dict[str, PointSpec]:
+        """How wide each point's signal is."""
+        widths = {}
+        for point in self.points:
+            stage = self.stages[point]
+            dim = self.plan.embedding_dim
+            if point in self.heads and not isinstance(self.heads[point], Branch):
+                classifier = self.heads[point].classifier
+                assert isinstance(classifier, nn.Linear)
+                dim = classifier.in_features
+            elif point not in self.classifiers:
+                dim = stage.num_chs
+            widths[point] = PointSpec(stage.num_chs, dim, point in self.classifiers)
+        return widths
+
+    def forward(self, images: Tensor) -> dict[str, Signal]:
+        """One pass: images [B, 3, H, W] to the signal of every point."""
+        self._store.open = True
+        logits = self.backbone(images)
+        self._store.open = False
+        # Kept tensors would hold on to their graphs, and a deep copy refuses them.
+        store, self._store.tensors = self._store.tensors, {}
+        # Distilled models answer with one prediction per head while they train; their own forward averages them later.
+        if isinstance(logits, (tuple, list)):
+            logits = torch.stack(list(logits)).mean(dim=0)
+        signals, heads = {}, dict(self.heads.items())
+        for point, stage in self.stages.items():
+            features, head = to_map(store[point], stage), heads.get(point)
+            if isinstance(head, Branch):
+                signals[point] = Signal(features, *head(store[point]))
+            elif head is None and point != FINAL:
+                signals[point] = Signal(features, features.mean(dim=(2, 3)), None)
+            elif point != FINAL:
+                assert head is not None
+                signals[point] = Signal(features, *head(features, prefix_tokens(store[point], stage)))
+            elif head is not None:
+                signals[FINAL] = Signal(features, *head(logits))
+            else:
+                embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
+                signals[FINAL] = Signal(features, embedding, logits)
+        if self._dense is not None:
+            signals[FINAL].dense = self._dense.logits(self.backbone, store["places"])
+        return signals
+
+    def read_densely(self) -> None:
+        """From now on `final` also says what its classifier makes of every place of the last map (`Signal.dense`).
+
+        Raises UserError for a model whose classifier cannot be shown one place.
+        """
+        if self._dense is not None:
+            return
+        places = DenseClassifier(self.backbone, self.plan)
+        # Where nothing comes between the last stage and the classifier, the stage's own tap would do; a second one is
+        # simpler.
+        entry = places.stage.tensor if not places.tail.modules else None
+        for path in places.tail.modules[-1:] or tap_modules(places.stage):
+            tap = Tap(self._store, "places", entry)
+            self._hooks.append(self.backbone.get_submodule(path).register_forward_hook(tap))
+        self._dense = places
+        parameter = next(self.backbone.parameters())
+        flags = [(module, module.training) for module in self.modules()]
+        try:
+            with torch.no_grad():
+                dense = self.eval()(parameter.new_zeros(1, *self.plan.input_size))[FINAL].dense
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
+            raise UserError(
+                f"{self.plan.model}: its classifier cannot be shown one place of the last map",
+                "a model that pools its last map, such as resnet18, convnext_tiny or vit_small_patch16_224",
+            ) from None
+        finally:
+            for module, flag in flags:
+                module.training = flag
+        assert dense is not None
+
+    def eject(self) -> nn.Module:
+        """The untouched timm model, taps removed. The heads go with this object, which is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        return self.backbone
+
+
+def choose_heads(plan: StagePlan, head: str = "auto", where: str = "networks.student.head") -> dict[str, str]:
+    """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown one.
+
+    "none" leaves exits without classifiers: taps, whose maps can be compared; `BRANCH` gives each a copy of all that
+    follows it.
+    """
+    if head == BRANCH:
+        return dict.fromkeys(exit_points(plan), BRANCH)
+    if head == "none":
+        return {FINAL: POOLED} if plan.encoder else {}
+    if head != "auto":
+        HEADS.find(head, where)
+    stages = zip(exit_points(plan), plan.stages[:-1], strict=True)
+    chosen = {point: suitable_head(plan, stage) if head == "auto" else head for point, stage in stages}
+    return chosen | ({FINAL: POOLED} if plan.encoder else {})
+
+
+def attach(
+    backbone: nn.Module,
+    plan: StagePlan,
+    heads: Mapping[str, str],
+    num_classes: int,
+    another: Callable[[], nn.Module] | None = None,
+) -> MultiExit:
+    """`backbone` with an exit after every stage of `plan` but the last; `heads` names the kind of each.
+
+    `another` makes a network of the same kind, of which a branch keeps the end; by default it is a copy, weights and
+    all. Raises UserError for a model whose end cannot be copied.
+    """
+    stages = stages_by_point(plan)
+    built: dict[str, nn.Module] = {}
+    for point, kind in heads.items():
+        if kind == BRANCH:
+            try:
+                built[point] = Branch(another() if another else copy.deepcopy(backbone), plan, stages[point])
+            except UserError as error:
+                error.wrong = f"branches: {error.wrong}"
+                raise
+        else:
+            built[point] = build_head(kind, plan, stages[point], num_classes)
+    return MultiExit(backbone, plan, built)
+
+
+def head_costs(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Cost]:
+    """What each exit's own head costs; for `final`, what comes after the last stage."""
+    stages = stages_by_point(plan)
+    costs = {FINAL: Cost(0, 0)}
+    for point, kind in heads.items():
+        stage = stages[point]
+        if kind == BRANCH:
+            costs[point] = Cost(plan.params - stage.params, plan.macs - stage.macs)
+        else:
+            costs[point] = Cost(*head_cost(kind, plan, stage, num_classes))
+    last, own = plan.stages[-1], costs.pop(FINAL)
+    # The last stage is followed by the model's own norm, pooling and classifier; an encoder's by a head of ours too.
+    return costs | {FINAL: Cost(own.params + plan.params - last.params, own.macs + plan.macs - last.macs)}
+
+
+def all_costs(
+    plan: StagePlan, heads: Mapping[str, str], num_classes: int, points: Sequence[str] | None = None
+) -> dict[str, Cost]:
+    """What each exit costs when it is shipped alone, head included, and what the `ensemble` of `points` costs.
+
+    The ensemble (of all points where none are named) needs the network up to the deepest of them, and every one's head.
+    """
+    own = head_costs(plan, heads, num_classes)
+    stages = stages_by_point(plan)
+    alone = {p: Cost(stages[p].params + cost.params, stages[p].macs + cost.macs) for p, cost in own.items()}
+    *others, deepest = list(own) if points is None else points
+    params, macs = (sum(getattr(own[point], kind) for point in others) for kind in ("params", "macs"))
+    return alone | {"ensemble": Cost(alone[deepest].params + params, alone[deepest].macs + macs)}
+
+
+def plan_json(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Any]:
+    """What `inspect --json` prints of a plan: each stage with what its head costs."""
+    costs = head_costs(plan, heads, num_classes)
+    stages = [
+        {
+            "point": point,
+            **asdict(stage),
+            "macs_fraction": stage.macs / plan.macs if plan.macs else 0.0,
+            "head": heads.get(point),
+            "head_params": costs[point].params if point in costs else 0,
+            "head_macs": costs[point].macs if point in costs else 0,
+        }
+        for point, stage in stages_by_point(plan).items()
+    ]
+    return {
+        "model": plan.model,
+        "input_size": list(plan.input_size),
+        "found_by": plan.found_by,
+        "notes": list(plan.notes),
+        "params": plan.params,
+        "macs": plan.macs,
+        "stages": stages,
+    }

@@ -1,0 +1,274 @@
+"""One forward pass, recorded: which modules returned what, what each tensor is made of, and what it cost so far.
+
+On the meta device it costs neither memory nor arithmetic.
+
+B batch, C channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+def count(module: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+    """Parameters of `module`, and the multiply-adds of one call with `inputs`."""
+    record = record_forward(module, inputs)
+    return sum(parameter.numel() for parameter in module.parameters()), record.macs
+
+
+@dataclass
+class Call:
+    """One call of a module: what it was given and what it returned, as nodes of the dataflow graph."""
+
+    path: str
+    inputs: list[int]
+    outputs: list[tuple[int | None, int]] = field(default_factory=list)
+    """(entry of the returned tuple, node), in order."""
+    params: int = 0
+    macs: int = 0
+
+    @property
+    def depth(self) -> int:
+        return self.path.count(".")
+
+
+@dataclass
+class _Operation:
+    name: str
+    args: tuple[Any, ...]
+    sources: list[int]
+    """Nodes of the tensor arguments, in order."""
+    results: list[int]
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The dataflow graph of a forward pass, and its multiply-adds.
+
+    A node is one value of one tensor: writing in place makes a new node for each tensor that shares the memory, a
+    view is a node that depends on its base. Nodes are numbered as they appear, so the order is topological.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+        self.params = 0
+        self.values: list[Tensor] = []  # by node; also keeps every tensor alive, so that no id is used twice
+        self.sources: list[list[int]] = []
+        self.rewritten: set[int] = set()
+        self.operations: list[_Operation] = []
+        self._node_of: dict[int, int] = {}
+        self._sharing: dict[int, list[Tensor]] = {}
+
+    def node(self, tensor: Tensor) -> int:
+        """The node of a tensor's present value."""
+        if id(tensor) not in self._node_of:
+            self._add(tensor, [])
+            if isinstance(tensor, nn.Parameter):
+                self.params += tensor.numel()
+        return self._node_of[id(tensor)]
+
+    def _add(self, tensor: Tensor, sources: list[int]) -> int:
+        node = len(self.values)
+        self.values.append(tensor)
+        self.sources.append(sources)
+        if id(tensor) in self._node_of:
+            self.rewritten.add(self._node_of[id(tensor)])
+        else:
+            self._sharing.setdefault(_memory(tensor), []).append(tensor)
+        self._node_of[id(tensor)] = node
+        return node
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in flop_registry and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        result = func(*args, **kwargs)
+        if packet in flop_registry:
+            self.macs += int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
+
+        sources = [self.node(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = _written(func, args, kwargs)
+        changed = {id(tensor): tensor for target in written for tensor in self._sharing[_memory(target)]}
+        for tensor in changed.values():
+            self._add(tensor, [self._node_of[id(tensor)], *sources])
+        results = []
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                results.append(self._node_of[id(leaf)] if id(leaf) in self._node_of else self._add(leaf, sources))
+        self.operations.append(_Operation(packet.__name__, args, sources, results))
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes in place."""
+    written: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return written
+
+
+@dataclass
+class Record:
+    calls: list[Call]
+    graph: Recorder
+    inputs: list[int]
+    outputs: list[int]
+    macs: int
+
+
+def record_forward(module: nn.Module, inputs: Sequence[Tensor]) -> Record:
+    """One forward pass in eval mode and without gradients, recorded; leaves `module` as it was."""
+    graph = Recorder()
+    calls: list[Call] = []
+    stack: list[Call] = []
+    hooks: list[Any] = []
+
+    def entered(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [graph.node(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            stack.append(Call(path, given))
+
+        return hook
+
+    def returned(module: nn.Module, args: Any, output: Any) -> None:
+        call = stack.pop()
+        if isinstance(output, Tensor):
+            call.outputs = [(None, graph.node(output))]
+        elif isinstance(output, (tuple, list)):
+            call.outputs = [
+                (index, graph.node(entry)) for index, entry in enumerate(output) if isinstance(entry, Tensor)
+            ]
+        call.params, call.macs = graph.params, graph.macs
+        calls.append(call)
+
+    training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        for path, part in module.named_modules():
+            hooks.append(part.register_forward_pre_hook(entered(path), with_kwargs=True))
+            hooks.append(part.register_forward_hook(returned))
+        # As plain products of matrices, attention is counted alike on all devices and by every version of torch.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), graph:
+            given = [graph.node(tensor) for tensor in inputs]
+            output = module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part, flag in training:
+            part.training = flag
+    outputs = [graph.node(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return Record(calls, graph, given, outputs, graph.macs)
+
+
+def reaching(sources: list[list[int]], targets: Iterable[int]) -> set[int]:
+    """The nodes from which one of `targets` can be reached, themselves included."""
+    found = set(targets)
+    for node in range(len(sources) - 1, -1, -1):
+        if node in found:
+            found.update(sources[node])
+    return found
+
+
+def clean_cuts(record: Record) -> set[int]:
+    """The nodes that every path from the input to the logits runs through.
+
+    Among the nodes that lie on such a path, taken in topological order, a node is one exactly when no edge jumps
+    over it.
+    """
+    sources = record.graph.sources
+    fed = set(record.inputs)
+    for node, before in enumerate(sources):
+        if not fed.isdisjoint(before):
+            fed.add(node)
+    path = sorted(fed & reaching(sources, record.outputs))
+    cuts, reach = set(), -1
+    furthest = {node: node for node in path}
+    for node in path:
+        for source in sources[node]:
+            if source in furthest:
+                furthest[source] = max(furthest[source], node)
+    for node in path:
+        if reach <= node:
+            cuts.add(node)
+        reach = max(reach, furthest[node])
+    return cuts
+
+
+_AXIS_1 = ("convolution", "batch_norm", "native_group_norm", "max_pool2d", "avg_pool2d", "upsample", "grid_sampler")
+
+RESHAPES = ("view", "_unsafe_view", "squeeze", "alias")
+
+_LAST_AXIS = ("native_layer_norm", "_fused_rms_norm", "mm", "addmm")
+
+
+def channel_axes(graph: Recorder) -> dict[int, int]:
+    """The channel axis of every node where the operations that follow tell it: the axis that the next one mixes.
+
+    Convolutions, batch norms and poolings mix axis 1, layer norms and linear layers the last; through permutations,
+    views and elementwise operations the axis is followed back. The earliest operation that tells is believed.
+    """
+    axes: dict[int, int] = {}
+    for operation in reversed(graph.operations):
+        for source in operation.sources:
+            axis = _axis_of(operation, source, graph.values, axes)
+            if axis is not None:
+                axes[source] = axis
+    return axes
+
+
+def _axis_of(operation: _Operation, source: int, values: list[Tensor], axes: dict[int, int]) -> int | None:
+    """Which axis of `source` this operation takes for channels, given what is known of its result."""
+    name, args, before = operation.name, operation.args, values[source].shape
+    if len(before) < 2 or not operation.results:
+        return None
+    if any(part in name for part in _AXIS_1):
+        return 1 if source == operation.sources[0] else None
+    if name in _LAST_AXIS:
+        return len(before) - 1
+    if name == "mean" and len(before) == 4 and len(args) > 1:
+        # Global pooling: what is left beside the batch are the channels.
+        left = {1, 2, 3} - {int(dim) % 4 for dim in args[1] or ()}
+        return left.pop() if len(left) == 1 else None
+    after, axis = values[operation.results[0]].shape, axes.get(operation.results[0])
+    if axis is None:
+        return None
+    if name == "permute":
+        return int(args[1][axis]) % len(before)
+    if name == "transpose":
+        first, second = int(args[1]) % len(before), int(args[2]) % len(before)
+        return {first: second, second: first}.get(axis, axis)
+    if name == "t":
+        return 1 - axis
+    if "view" in name:
+        if axis == len(after) - 1 and before[-1] == after[-1]:
+            return len(before) - 1
+        return axis if before[: axis + 1] == after[: axis + 1] else None
+    if name in ("bmm", "baddbmm", "expand", "unsqueeze", "select"):
+        return None
+    return axis if len(before) == len(after) else None
+
+
+def calls_by_path(calls: Iterable[Call]) -> dict[str, list[Call]]:
+    grouped: dict[str, list[Call]] = {}
+    for call in calls:
+        grouped.setdefault(call.path, []).append(call)
+    return grouped

@@ -1,0 +1,1 @@
+"""The recipe language: its tables, read, refined and checked. No torch."""

@@ -1,0 +1,232 @@
+"""What a recipe is, told from its tables alone: what it needs, adds up, and how two of them differ. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdcli import toml
+from sdcli.recipe.headers import Header, parse_header
+from sdcli.recipe.load import load_recipe, recipe_file
+from sdcli.recipe.schema import STUDENT, Derived, Loss, Recipe, WeightSchedule
+
+ORDINARY = {"title", "paper", "epochs", "losses", "networks", "optimizer", "schedule"}
+"""Tables that every recipe has; whatever else one has is worth a word. `networks` and `batch` are looked into."""
+ORDINARY_BATCH = {"size", "augment", "mixup_prob"}
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One recipe as lists and documents tell it."""
+
+    name: str
+    recipe: Recipe
+    header: Header
+    text: str
+    """The file's own text."""
+
+    @property
+    def body(self) -> str:
+        """The file without its header."""
+        lines = self.text.splitlines()
+        first = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+        return "\n".join(lines[first:]).strip() + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "name": self.name,
+            "title": self.recipe.title,
+            "paper": self.recipe.paper,
+            "idea": self.header.idea,
+            "commands": list(self.header.commands),
+            "loss": formula(self.recipe),
+            "needs": needs(self.recipe),
+            **self.header.sections,
+            "measured": self.header.measured,
+        }
+
+
+def overview(name: str) -> Overview:
+    """Reads the recipe called `name`, or at that path, and its header."""
+    text = recipe_file(name).read_text(encoding="utf-8")
+    return Overview(name, load_recipe([name]), parse_header(text), text)
+
+
+def needs(recipe: Recipe) -> list[str]:
+    """What a recipe asks for beyond one network, labels and ordinary batches, a few words each.
+
+    Reads whatever tables there are, so that a new kind of table shows without a change here.
+    """
+    tables = _given(recipe)
+    found = [f"{recipe.student.branches} branches"] if recipe.student.branches else []
+    for name, network in recipe.others.items():
+        found.append(f"{name}: {network.model}" + ("" if network.learns else ", frozen"))
+    for key, value in tables.get("batch", {}).items():
+        if key not in ORDINARY_BATCH:
+            found.append(f"{key} {_names(value)}")
+    for key, value in tables.items():
+        if key not in ORDINARY and key != "batch":
+            found.append(f"{len(value)} {key}" if isinstance(value, list) else f"{key} {_names(value)}".strip())
+    return found
+
+
+def _names(value: Any) -> str:
+    """A value in a word or two: a table by its tables' names."""
+    if isinstance(value, Mapping):
+        tables = [key for key, inner in value.items() if isinstance(inner, Mapping)]
+        return ", ".join(tables) or str(value.get("kind", ""))
+    return value if isinstance(value, str) else toml.write_value(value)
+
+
+def formula(recipe: Recipe) -> str:
+    """What is minimised, one line per loss: weight, kind, where, against what, its own keys. Below it the signals."""
+    weights = [_plain(loss.weight) for loss in recipe.losses.values()]
+    wide = max(len(weight) for weight in weights)
+    signs = [" ", *("+" * (len(weights) - 1))]
+    losses = recipe.losses.values()
+    lines = [f"{s} {w:>{wide}} {_call(x)}" for s, w, x in zip(signs, weights, losses, strict=True)]
+    return "\n".join([*lines, *(f"{name} = {_made(signal)}" for name, signal in recipe.signals.items())])
+
+
+def _as_set(value: Any) -> str:
+    """A value as `--set` reads it: a word needs no quotes."""
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w+-]*", value) and value not in _NOT_WORDS:
+        return value
+    return toml.write_value(value)
+
+
+_NOT_WORDS = ("true", "false", "inf", "nan")
+"""What TOML takes for something else."""
+
+
+def _call(loss: Loss) -> str:
+    points = loss.on if isinstance(loss.on, str) else ", ".join(loss.on)
+    targets = loss.target if isinstance(loss.target, str) else ", ".join(loss.target)
+    against = "" if targets == "label" else f" <- {targets}"
+    keys = "".join(f", {key} {_plain(value)}" for key, value in loss.options.items())
+    return f"{loss.kind}({points}{against}{keys})"
+
+
+def _made(signal: Derived) -> str:
+    points = signal.of if isinstance(signal.of, str) else ", ".join(signal.of)
+    return (
+        f"{signal.kind}({points}" + "".join(f", {key} {_plain(value)}" for key, value in signal.options.items()) + ")"
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return ", ".join(_plain(entry) for entry in value)
+    if isinstance(value, WeightSchedule):
+        shapes = {name: time for name, time in value.model_dump(exclude_none=True).items() if name != "value"}
+        return _plain(value.value) + "".join(f" {name} {_plain(time)}" for name, time in shapes.items())
+    return toml.write_value(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def show(recipe: Recipe, origins: Mapping[str, str], *, comments: bool = True) -> str:
+    """A recipe as TOML; behind each value who brought it, `origins` as `read_recipe` tells them."""
+    return toml.write(_dump(recipe), (lambda key: origin_of(key, origins)) if comments else None)
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Who brought the value of a dotted key: a recipe by its name, a file by its path, `--set`, or `default`."""
+    while key not in origins:
+        # Below a list of tables only the list itself has an origin.
+        key, dot, _ = key.rpartition(".")
+        if not dot or (key in origins and any(other.startswith(f"{key}.") for other in origins)):
+            return "default"
+    source = origins[key]
+    if source.startswith("--set "):
+        return "--set"
+    return source.removeprefix("recipes/").removesuffix(".toml") if source.startswith("recipes/") else source
+
+
+@dataclass
+class Difference:
+    """What separates two recipes, by dotted key, in the recipe's order; titles and papers aside."""
+
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    removed: dict[str, Any] = field(default_factory=dict)
+    """What only the first has, and is not a default."""
+    added: dict[str, Any] = field(default_factory=dict)
+    """What only the second has."""
+    gone: list[str] = field(default_factory=list)
+    """The tables and keys that the second has nothing of."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "changed": {key: {"from": old, "to": new} for key, (old, new) in self.changed.items()},
+            "removed": self.removed,
+            "added": self.added,
+        }
+
+    def rows(self) -> list[tuple[str, Any, Any]]:
+        """Key, first, second, where None stands for what is not there; those of one table together."""
+        rows = [(key, old, new) for key, (old, new) in self.changed.items()]
+        rows += [(key, value, None) for key, value in self.removed.items()]
+        rows += [(key, None, value) for key, value in self.added.items()]
+        tables = list(dict.fromkeys(key.rpartition(".")[0] for key, _, _ in rows))
+        return sorted(rows, key=lambda row: tables.index(row[0].rpartition(".")[0]))
+
+    def overrides(self) -> tuple[list[str], list[str]]:
+        """`KEY=VALUE` for `--set` that lead from the first to the second, and what none of these takes away.
+
+        A loss is turned off by a weight of 0.
+        """
+        sets = [f"{key}={_as_set(new)}" for key, _, new in self.rows() if new is not None]
+        off = [key for key in self.gone if re.fullmatch(r"losses\.[^.]+", key)]
+        return [*sets, *(f"{key}.weight=0" for key in off)], [key for key in self.gone if key not in off]
+
+
+def difference(one: Recipe, other: Recipe) -> Difference:
+    """What one would change to get from `one` to `other`."""
+    first, second = (dict(_flat(_dump(recipe))) for recipe in (one, other))
+    given_first, given_second = (dict(_flat(_given(recipe))) for recipe in (one, other))
+    found = Difference()
+    for key in dict.fromkeys([*first, *given_first, *second, *given_second]):
+        if key in ("title", "paper"):
+            continue
+        if key in first and key in second:
+            if first[key] != second[key]:
+                found.changed[key] = (first[key], second[key])
+        elif key in given_first and not _has(second, key):
+            found.removed[key] = given_first[key]
+            parts = key.split(".")
+            prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+            found.gone.append(next(prefix for prefix in prefixes if not _has(second, prefix)))
+        elif key in given_second and not _has(first, key):
+            found.added[key] = given_second[key]
+    found.gone = list(dict.fromkeys(found.gone))
+    return found
+
+
+def _has(flat: Mapping[str, Any], key: str) -> bool:
+    """Whether there is the value or the table called `key`."""
+    return key in flat or any(other.startswith(f"{key}.") for other in flat)
+
+
+def _dump(recipe: Recipe) -> dict[str, Any]:
+    """All values; the student's table too, where the recipe says nothing about it."""
+    tables = recipe.model_dump(exclude_none=True)
+    tables["networks"] = {STUDENT: recipe.student.model_dump(exclude_none=True), **tables["networks"]}
+    return tables
+
+
+def _given(recipe: Recipe) -> dict[str, Any]:
+    """The values that are not defaults. A table that is only there where it is asked for stays, even if empty."""
+    return recipe.model_dump(exclude_none=True, exclude_defaults=True)
+
+
+def _flat(tables: Mapping[str, Any], at: str = "") -> list[tuple[str, Any]]:
+    """Every value by its dotted key."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tables.items():
+        place = f"{at}.{key}" if at else key
+        found += _flat(value, place) if isinstance(value, Mapping) and value else [(place, value)]
+    return found

@@ -1,0 +1,341 @@
+"""From settings and a recipe to everything that a run needs, checked and built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from sdcli.data import transforms
+from sdcli.data.augment import Mixing
+from sdcli.data.dataset import ImageData, Split, short_name
+from sdcli.data.loaders import EpochBatches, Loader
+from sdcli.data.measure import measure, natural_size
+from sdcli.data.open import open_dataset
+from sdcli.data.resident import ResidentLoader, suitable_loader
+from sdcli.data.splits import limited, training_splits
+from sdcli.devices import accelerator_for, from_first, short_of_memory
+from sdcli.errors import UserError
+from sdcli.extensions import load_imports
+from sdcli.method.catalogue import completed
+from sdcli.method.check import check_names, check_with_model, remarks
+from sdcli.method.learner import Learner, build_objectives
+from sdcli.method.objective import address
+from sdcli.method.optimizer import create_optimizer, create_schedule
+from sdcli.network.backbones import Architecture, pretrained_transform, resolve
+from sdcli.network.blueprint import build_network, head_kind, plan_network
+from sdcli.network.checkpoint import Description
+from sdcli.network.multi_exit import MultiExit, choose_heads
+from sdcli.network.stages import StagePlan
+from sdcli.recipe.load import to_toml
+from sdcli.recipe.schema import AVERAGE, STUDENT, TEACHER, Network, Recipe
+from sdcli.run.folder import Run, check_output
+from sdcli.run.settings import Settings
+from sdcli.run.training import Training, enter_phase, save
+
+BEFORE = "before the first batch"
+
+
+def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
+    """Checks everything and builds it; the run folder is made last. Raises UserError before any image is read for what
+    is wrong with recipe, model or folder, and before the first batch for the rest.
+    """
+    accelerator = check(settings, recipe, output)
+    recipe = settled(recipe)
+    run = Run(from_first(accelerator, output))
+    if accelerator.is_main_process:
+        check_output(run.folder)
+    with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "a smaller model, another --device"):
+        training = build(settings, recipe, accelerator, run)
+        enter_phase(training, 0)
+    if training.is_first:
+        run.begin()
+        write_choices(training)
+    save(training)
+    start_tracker(training)
+    return training
+
+
+def write_choices(training: Training) -> None:
+    """Writes down what the run is made of, so that it can go on."""
+    training.run.write_settings(asdict(training.settings))
+    training.run.write_recipe(to_toml(training.recipe))
+
+
+def start_tracker(training: Training) -> None:
+    """The one that the settings name, if any."""
+    if training.settings.track is not None:
+        chosen = asdict(training.settings) | {"imports": ", ".join(training.settings.imports)}
+        training.accelerator.init_trackers("sdcli", {k: v for k, v in chosen.items() if v is not None})
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """`recipe` as a run keeps it: with the defaults of its losses and signals, and whole paths of starting weights."""
+    networks = {
+        name: network
+        if network.weights in ("random", "pretrained")
+        else network.model_copy(update={"weights": str(Path(network.weights).expanduser().resolve())})
+        for name, network in recipe.networks.items()
+    }
+    return completed(recipe).model_copy(update={"networks": networks})
+
+
+def check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
+    """What shows without data: the recipe, models, device."""
+    load_imports(settings.imports)
+    check_names(recipe)
+    # On meta: exits, widths and what teaches them show before the data are looked for.
+    check_with_model(recipe, settings.model, image_size=settings.image_size)
+    return accelerator_for(settings.device, settings.precision, settings.track, folder)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data set of a run, shared out."""
+
+    dataset: ImageData
+    train: Split
+    val: Split | None
+
+    @property
+    def scored(self) -> Split:
+        """What is scored: validation after every epoch or, where nothing is held out, test once at the end."""
+        return self.val or self.dataset.splits["test"]
+
+
+def build(
+    settings: Settings, recipe: Recipe, accelerator: Accelerator, run: Run, trained_on: Mapping[str, Any] | None = None
+) -> Training:
+    """The run, before its first phase; `trained_on` tells the training images of one that goes on, which has all its
+    weights in its state. Raises UserError for what only shows with the data."""
+    splits = _open_splits(settings, accelerator)
+    about_data = _identity(splits.train)
+    if trained_on is not None:
+        _check_data(about_data, trained_on)
+    classes = splits.dataset.classes
+    set_seed(settings.seed)
+    networks, description, notes = _build_networks(settings, recipe, splits, begins=trained_on is None)
+    student = networks[STUDENT]
+    ema = _average(student, recipe)
+    if recipe.reads(AVERAGE) and ema is not None:
+        networks[AVERAGE] = ema.module
+    if TEACHER in recipe.taking_part and TEACHER not in networks:
+        networks[TEACHER] = copy.deepcopy(student)
+    frozen = [name for name in networks if not recipe.taking_part[name]]
+    widths = {address(name, p): width for name, network in networks.items() for p, width in network.widths.items()}
+    num_images = int(splits.train.index.max()) + 1
+    objectives, making = build_objectives(recipe, widths, len(classes), num_images)
+    learner = Learner(networks, objectives[0], frozen, making)
+    if settings.grad_checkpointing:
+        _checkpoint_gradients(student, settings.model)
+
+    preprocess = transforms.Preprocess.from_dict(description.preprocess)
+    order, loader, scored_loader, more = _build_loaders(settings, recipe, accelerator, splits, preprocess)
+    notes += more
+    if settings.channels_last:
+        learner.to(memory_format=torch.channels_last)
+    if settings.compile:
+        learner.compile()
+    learner.to(accelerator.device)
+    if ema is not None:
+        ema.to(accelerator.device)
+    for epochs in recipe.phase_epochs:
+        # A schedule that a later phase cannot have is refused now.
+        optimizer = create_optimizer([learner], recipe.optimizer)
+        create_schedule(optimizer, recipe.schedule, epochs, order.updates)
+    coupled = [f"losses.{term.name}" for objective in objectives for term in objective.terms if term.sees_batch]
+    coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
+    notes += _shares(order, dict.fromkeys(coupled))
+    if accelerator.num_processes > 1:
+        # From here on each draws its own dropout; until here all have drawn the same weights.
+        set_seed(settings.seed + accelerator.process_index)
+    return Training(
+        settings=settings,
+        recipe=recipe,
+        accelerator=accelerator,
+        learner=learner,
+        ema=ema,
+        loader=loader,
+        scored_loader=scored_loader,
+        scored_split="validation" if splits.val else "test",
+        description=description,
+        run=run,
+        updates_per_epoch=order.updates,
+        num_train=len(splits.train),
+        num_val=len(splits.val) if splits.val else 0,
+        mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
+        data=about_data,
+        objectives=objectives,
+        notes=[*splits.dataset.notes, *notes, *remarks(recipe)],
+    )
+
+
+def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
+    with accelerator.main_process_first():
+        dataset = open_dataset(settings.dataset, image_key=settings.image_key, label_key=settings.label_key)
+    train, val = training_splits(dataset, settings.val_fraction, settings.seed)
+    train = limited(train, settings.limit_train, settings.seed)
+    return Splits(dataset, train, limited(val, settings.limit_val, settings.seed) if val else None)
+
+
+def _build_networks(
+    settings: Settings, recipe: Recipe, splits: Splits, begins: bool
+) -> tuple[dict[str, MultiExit], Description, list[str]]:
+    """The recipe's networks, all that describes the student, and what is to be said about them."""
+    size, mean, std = measure(splits.dataset)
+    pretrained = recipe.student.weights == "pretrained"
+    image_size = settings.image_size or (None if pretrained else natural_size(size))
+    classes = list(splits.dataset.classes)
+    student, architecture, plan, heads, notes = _network(recipe.student, settings.model, classes, image_size, begins)
+    notes = [*architecture.notes, *plan.notes, *notes]
+    preprocess = transforms.Preprocess(architecture.input_size, mean, std)
+    if pretrained:
+        preprocess = replace(preprocess, **pretrained_transform(student.backbone))
+    networks = {STUDENT: student}
+    for name, table in recipe.others.items():
+        # All see the same images, the student's.
+        networks[name], *_, more = _network(table, str(table.model), classes, architecture.input_size[1], begins)
+        notes += [f"{name}: {note}" for note in more]
+    description = Description(
+        architecture=architecture,
+        plan=plan,
+        heads=heads,
+        classes=classes,
+        preprocess=preprocess.to_dict(),
+        dataset={
+            "name": short_name(splits.dataset),
+            "source": splits.dataset.source,
+            "image_key": splits.dataset.image_key,
+            "label_key": splits.dataset.label_key,
+            "val_fraction": settings.val_fraction,
+            "seed": settings.seed,
+        },
+        recipe=recipe.model_dump(exclude_none=True),
+        epoch=0,
+    )
+    return networks, description, notes
+
+
+def _build_loaders(
+    settings: Settings, recipe: Recipe, accelerator: Accelerator, splits: Splits, preprocess: transforms.Preprocess
+) -> tuple[EpochBatches, Loader | ResidentLoader, Loader | ResidentLoader, list[str]]:
+    """The order of the training images, their batches and those that are scored, and what is to be said about them."""
+    notes: list[str] = []
+    batch_size = min(recipe.batch.size, len(splits.train))
+    if batch_size < recipe.batch.size:
+        notes.append(f"batch size {batch_size}: there are no more training images")
+    augment = recipe.batch.augment
+    if augment.hflip and not splits.dataset.hflip:
+        augment = augment.model_copy(update={"hflip": 0.0})
+        notes.append(f"{splits.dataset.name}: images are not mirrored, since a mirrored one would mean something else")
+    place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    order = EpochBatches(
+        splits.train,
+        batch_size,
+        seed=settings.seed,
+        parts=settings.grad_accum_steps,
+        mates=recipe.batch.mates,
+        **place,
+    )
+    views = {name: table.of for name, table in recipe.batch.views.items()}
+    seed, workers, device = settings.seed, settings.workers, accelerator.device
+    # The first process decodes small images, the others find them decoded.
+    with accelerator.main_process_first():
+        loader, loader_notes = suitable_loader(
+            splits.train, preprocess, augment, order, seed=seed, workers=workers, device=device, views=views
+        )
+        in_order = EpochBatches(splits.scored, batch_size, **place)
+        scored_loader, scored_notes = suitable_loader(
+            splits.scored, preprocess, None, in_order, seed=seed, workers=workers, device=device
+        )
+    # Both splits may have met the same trouble.
+    return order, loader, scored_loader, notes + list(dict.fromkeys([*loader_notes, *scored_notes]))
+
+
+def _shares(order: EpochBatches, coupled: Iterable[str]) -> list[str]:
+    """What is to be said where an update's images are not seen together: `coupled` compare them with each other."""
+    each, seen = order.batch_size // order.world, order.batch_size // (order.world * order.parts)
+    notes = []
+    if order.world > 1:
+        notes.append(f"{order.world} processes: each sees {each} of the {order.batch_size} images of an update")
+    if seen < order.batch_size:
+        notes += [
+            f"{name} compares images with each other: {seen} at a time, not all {order.batch_size} of an update"
+            for name in coupled
+        ]
+    return notes
+
+
+def _network(
+    table: Network, model: str, classes: list[str], image_size: int | None, begins: bool
+) -> tuple[MultiExit, Architecture, StagePlan, dict[str, str], list[str]]:
+    """One network as its table asks for it, all that describes it, and what is to be said about its weights, which are
+    only loaded where the run `begins`."""
+    architecture = resolve(
+        model,
+        num_classes=len(classes),
+        image_size=image_size,
+        stem=table.stem,
+        pretrained=table.weights == "pretrained",
+        model_args=table.model_args,
+    )
+    plan = plan_network(table, architecture)
+    heads = choose_heads(plan, head_kind(table))
+    weights = table if begins else table.model_copy(update={"weights": "random"})
+    network, notes = build_network(weights, architecture, plan, heads, len(classes))
+    return network, architecture, plan, heads, notes
+
+
+def _checkpoint_gradients(network: MultiExit, model: str) -> None:
+    try:
+        network.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError):
+        raise UserError(
+            f"--grad-checkpointing: timm has none for {model}",
+            "a family that can work its activations out again",
+            "--grad-accum-steps 2 saves memory too",
+        ) from None
+
+
+def _average(student: MultiExit, recipe: Recipe) -> Any:
+    if recipe.ema is None:
+        return None
+    from timm.utils import ModelEmaV3
+
+    ema = ModelEmaV3(student, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+    return ema.requires_grad_(False)
+
+
+def _mixing(recipe: Recipe, num_classes: int, seed: int, device: torch.device) -> Mixing | None:
+    batch = recipe.batch
+    if not batch.mixup and not batch.cutmix:
+        return None
+    return Mixing(num_classes, device, seed=seed, mixup=batch.mixup, cutmix=batch.cutmix, probability=batch.mixup_prob)
+
+
+def _identity(split: Split) -> dict[str, Any]:
+    """What tells one training split from another."""
+    labels = torch.from_numpy(split.labels)
+    order = torch.arange(1, len(labels) + 1)
+    return {
+        "num_images": len(labels),
+        "labels": int((labels * order % 1_000_003).sum()),
+        "index": int((torch.from_numpy(split.index) * order % 1_000_003).sum()),
+    }
+
+
+def _check_data(found: Mapping[str, Any], trained_on: Mapping[str, Any]) -> None:
+    if found != trained_on:
+        raise UserError(
+            f"the training data are not those of the run: {found['num_images']:,} images, "
+            f"{trained_on['num_images']:,} when it was started"
+            + (", with other labels or in another order" if found["num_images"] == trained_on["num_images"] else ""),
+            "the very same data",
+            "put them back, or start a new run",
+        )

@@ -1,0 +1,128 @@
+"""A run that was stopped, brought back from its folder; whatever would make it another run is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from sdcli.devices import short_of_memory
+from sdcli.errors import UserError
+from sdcli.extensions import load_imports
+from sdcli.recipe.check import check_recipe
+from sdcli.recipe.load import load_recipe
+from sdcli.recipe.schema import Recipe
+from sdcli.run.folder import Run, read_settings, state_file
+from sdcli.run.prepare import BEFORE, build, check, settled, start_tracker, write_choices
+from sdcli.run.settings import FREE, MAY_CHANGE, Settings, unchanging
+from sdcli.run.state import load_state
+from sdcli.run.training import Training, restore
+
+
+def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
+    """The run in `folder` as it was when its state was saved; `resumed` tells what to pass on.
+
+    On a CPU it ends with the bits of a run that was never stopped. Raises UserError for a state that is damaged or of
+    another version, edited files, fewer epochs than are done, starting weights that a later phase needs and that are
+    gone, and data that are not those that it was trained on.
+    """
+    accelerator = check(settings, recipe, folder)
+    state = load_state(state_file(folder))
+    _check_same(folder, unchanging(settings, recipe), state["made"])
+    done = state["position"]["epoch"] - (0 if state["position"]["update"] else 1)
+    if (epochs := sum(recipe.phase_epochs)) < done:
+        raise UserError(
+            f"epochs = {epochs}, and the run in '{folder}' has begun or done {done}",
+            f"{done} or more",
+            "leave --epochs out, or start a new run",
+        )
+    _check_weights_ahead(recipe, state["phase"])
+    with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "another --device"):
+        training = build(settings, recipe, accelerator, Run(folder), state["data"])
+        restore(training, state)
+    if training.is_first:
+        training.run.go_on(training.position.epoch - 1)
+        write_choices(training)
+    accelerator.wait_for_everyone()
+    start_tracker(training)
+    return training
+
+
+def resumed(
+    folder: Path, given: Mapping[str, Any], recipe: Recipe | None, overrides: list[str]
+) -> tuple[Settings, Recipe]:
+    """Settings and recipe of a run that goes on, with what the command line gives anew.
+
+    `given` are settings by name; `recipe` is a whole one, where one is named, and `overrides` refine the run's own
+    where none is. Raises UserError for a change that would make it another run.
+    """
+    table = read_settings(folder)
+    known = {f.name for f in fields(Settings)}
+    former = Settings(**{name: value for name, value in table.items() if name in known})
+    settings = replace(former, **given)
+    for name in given:
+        was, value = getattr(former, name), getattr(settings, name)
+        if value != was and name not in MAY_CHANGE:
+            raise UserError(
+                f"the run in '{folder}' was started with {name} = {was!r}, not {value!r}",
+                f"the same; what may change is --epochs, {', '.join(map(_flag, MAY_CHANGE))}",
+                f"leave {_flag(name)} out, or start a new run",
+            )
+    load_imports(settings.imports)
+    own = settled(load_recipe([str(folder / "recipe.toml")]))
+    wanted = settled(recipe or load_recipe([str(folder / "recipe.toml")], overrides))
+    if own.phases and own.epochs != wanted.epochs:
+        raise UserError(
+            f"the recipe of the run in '{folder}' has phases, and epochs = {own.epochs}, not {wanted.epochs}",
+            "as many epochs as it was started with",
+            "leave it out, or start a new run",
+        )
+    changed = _first_difference(own.model_dump(exclude=FREE), wanted.model_dump(exclude=FREE))
+    if changed:
+        key, was, now = changed
+        raise UserError(
+            f"the recipe of the run in '{folder}' has {key} = {was!r}, not {now!r}",
+            "the recipe that it was started with; only epochs may change",
+            "leave it out, or start a new run",
+        )
+    return settings, check_recipe({**own.model_dump(exclude_none=True), "epochs": wanted.epochs})
+
+
+def _flag(setting: str) -> str:
+    """A setting as the command line has it."""
+    return {"model": "MODEL", "imports": "--import"}.get(setting, f"--{setting.replace('_', '-')}")
+
+
+def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raises UserError where somebody has edited the files of a run."""
+    for name, file in (("settings", "run.json"), ("recipe", "recipe.toml")):
+        if changed := _first_difference(made[name], now[name]):
+            key, was, value = changed
+            raise UserError(
+                f"'{folder / file}' has {key} = {value!r}, and the run was started with {was!r}",
+                "the file as the run wrote it",
+                "put it back, or start a new run",
+            )
+
+
+def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
+    """Raises UserError where a fresh phase that is still ahead begins from a file that is gone."""
+    weights = recipe.student.weights
+    ahead = any(later.fresh for later in recipe.all_phases[phase + 1 :])
+    if ahead and weights not in ("random", "pretrained") and not Path(weights).is_file():
+        raise UserError(
+            f"networks.student.weights = '{weights}': there is no such file, and a fresh phase is to begin from it",
+            "the file that the run was started from",
+            "put it back",
+        )
+
+
+def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(key for key in other if key not in one)]:
+            found = _first_difference(one.get(key), other.get(key), f"{at}.{key}" if at else str(key))
+            if found:
+                return found
+        return None
+    return None if one == other else (at, one, other)

@@ -1,0 +1,296 @@
+"""A run: through epochs and updates, the same for every recipe, to a trained network in its run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from sdcli.data.batch import Batch
+from sdcli.devices import interleaved
+from sdcli.errors import UserError
+from sdcli.evaluation.evaluate import Report, evaluate
+from sdcli.network.multi_exit import all_costs
+from sdcli.run.events import Epoch, Finished, Step, Stopped
+from sdcli.run.folder import read_log
+from sdcli.run.training import Position, Training, enter_phase, save, share_buffers
+from sdcli.run.watch import MOST_SKIPS, Watch, check_weights, explained, finite, gradient_shares, is_measured
+
+LOG_EVERY_S = 0.25
+"""How often the device is asked for the losses: asking waits for it."""
+
+AGREE_EVERY = 10
+"""Updates after which several processes ask each other whether one was told to stop: asking waits for all."""
+
+
+class _Stop(Exception):
+    """Told to stop in the middle of scoring."""
+
+
+def fit(
+    training: Training, told_to_stop: Callable[[], int | None] = lambda: None
+) -> Iterator[Step | Epoch | Finished | Stopped]:
+    """Trains to the end, writing the run folder on the way; tells where it is now and then.
+
+    `best` is the epoch with the highest top-1 of the ensemble (of the final exit where there are no others) on the
+    validation split, as BYOT's authors choose, only that they do so on the test split. Without a validation split
+    nothing is chosen: the last epoch is scored on the test split, once.
+
+    The state is saved after every epoch, every `save_every` updates, and when `told_to_stop` gives a signal's number.
+    """
+    try:
+        yield from _fit(training, told_to_stop)
+    except UserError:
+        raise
+    except Exception as error:
+        if (told := explained(error, training)) is None:
+            raise
+        raise told from error
+
+
+def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator[Step | Epoch | Finished | Stopped]:
+    best = _best_so_far(training)
+    position = training.position
+    while position.epoch <= training.epochs:
+        if training.phase_of != training.phase:
+            enter_phase(training, training.phase_of)
+            best = None
+        epoch: Epoch | None = None
+        for event in train_epoch(training, told_to_stop):
+            if isinstance(event, Epoch):
+                epoch = event
+            else:
+                yield event
+                if isinstance(event, Stopped):
+                    return
+        assert epoch is not None
+        if training.num_val:
+            if training.accelerator.num_processes > 1:
+                # Told to stop, they cannot leave in the middle of it, and a launcher may not wait for its end.
+                save(training)
+            try:
+                epoch = replace(epoch, validation=finite(score(training, told_to_stop), training))
+            except _Stop as stop:
+                save(training)
+                yield Stopped(position.epoch, position.update, stop.args[0])
+                return
+        if training.is_first:
+            training.run.log_epoch(epoch.to_log())
+            _save_checkpoint(training, "last", epoch)
+        if epoch.validation and (best is None or _beats(epoch.validation, best[1])):
+            best = epoch.epoch, epoch.validation
+            if training.is_first:
+                _save_checkpoint(training, "best", epoch)
+        position = training.position = Position(epoch.epoch + 1)
+        save(training)
+        _track(training, epoch)
+        yield epoch
+    if best is not None:
+        name, number, report = "best", *best
+    else:
+        name, number, report = "last", training.epochs, finite(score(training), training)
+    if training.is_first:
+        training.run.write_report(report, f"{name}.safetensors")
+    if training.settings.track is not None:
+        training.accelerator.end_training()
+    yield Finished(training.run.folder / f"{name}.safetensors", number, report)
+
+
+def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: None) -> Report:
+    """All points of the network as it is now, on the split that is scored."""
+    about = training.description
+    share_buffers(training)
+
+    def progress(images: int) -> None:
+        signal = told_to_stop()
+        # Several processes would wait for each other for ever if only one left.
+        if signal is not None and training.accelerator.num_processes == 1:
+            raise _Stop(signal)
+
+    return evaluate(
+        training.network,
+        training.scored_loader,
+        points=training.network.classifiers,
+        costs=all_costs(about.plan, about.heads, len(about.classes)),
+        device=training.accelerator.device,
+        model=about.architecture.model,
+        dataset=about.dataset["name"],
+        split=training.scored_split,
+        progress=progress,
+        autocast=training.accelerator.autocast,
+        collect=lambda own: interleaved(training.accelerator, [tensor.cpu() for tensor in own]),
+    )
+
+
+def train_step(training: Training, batches: list[Batch]) -> Tensor:
+    """One update: the networks see the batches, every loss compares what they say, and they take a step.
+
+    The batches are the parts of one update that this process sees. Returns what each loss added to the sum, on average
+    over them [losses].
+    """
+    accelerator, module = training.accelerator, training.module
+    table = training.recipe.optimizer
+    # An update that is left out leaves no trace in the statistics either.
+    kept = [buffer.clone() for buffer in training.learner.buffers()] if table.nonfinite == "skip" else []
+    parts = []
+    for number, batch in enumerate(batches, start=1):
+        # Processes exchange gradients once, after the last part.
+        with nullcontext() if number == len(batches) else accelerator.no_sync(module):
+            total, named = module(batch)
+            accelerator.backward(total / len(batches))
+        parts.append(torch.stack(list(named.values())).detach())
+    losses = torch.stack(parts).mean(dim=0)
+    # Asking waits for the device: only where the recipe wants each update judged.
+    if table.nonfinite == "stop" or bool(accelerator.reduce(losses.clone()).isfinite().all()):
+        if table.clip_grad is not None:
+            accelerator.clip_grad_norm_(training.learner.parameters(), table.clip_grad)
+        training.optimizer.step()
+        if training.ema is not None:
+            training.ema.update(training.learner.student, step=training.updates_averaged + 1)
+        training.position.in_a_row = 0
+    else:
+        training.position.skipped += 1
+        training.position.skipped_images += batches[0].whole
+        training.position.in_a_row += 1
+        for buffer, value in zip(training.learner.buffers(), kept, strict=True):
+            buffer.copy_(value)
+    training.optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def train_epoch(
+    training: Training, told_to_stop: Callable[[], int | None] = lambda: None
+) -> Iterator[Step | Epoch | Stopped]:
+    """The rest of the epoch at which the run stands: a `Step` now and then, and the `Epoch` at its end.
+
+    Raises UserError where a loss is not finite, naming it.
+    """
+    position, settings = training.position, training.settings
+    training.module.train()
+    training.loader.set_epoch(position.epoch, position.update)
+    watch = Watch(training)
+    start = told = time.monotonic()
+    before = position.num_images
+    loaded = iter(training.loader)
+    while position.update < training.updates_per_epoch:
+        batches = next_update(training, loaded)
+        shares = gradient_shares(training, batches[0]) if is_measured(training) else None
+        position.shares = shares or position.shares
+        epochs = training.recipe.phase_epochs[training.phase]
+        training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
+        position.lr = training.optimizer.param_groups[0]["lr"]
+        losses = train_step(training, batches)
+        # What was left out counts for nothing.
+        own = 0 if position.in_a_row else sum(len(batch.labels) for batch in batches)
+        counted = losses * own if own else torch.zeros_like(losses)
+        position.sums = counted if position.sums is None else position.sums + counted
+        position.num_images += batches[0].whole
+        position.update += 1
+        if training.accelerator.num_processes > 1:
+            # All see the same, so that all name the same loss and update where one is not finite.
+            losses = training.accelerator.reduce(losses, "mean")
+        watch.see(losses, position)
+        if position.in_a_row >= MOST_SKIPS or position.skipped == training.updates_per_epoch:
+            raise watch.gave_up(position.in_a_row)
+        training.schedule.step(training.updates_done)
+        now = time.monotonic()
+        if now - told >= LOG_EVERY_S or position.update == 1 or shares:
+            told = now
+            speed = (position.num_images - before) / (now - start)
+            named = watch.check(losses)
+            _track_step(training, named)
+            yield Step(position.epoch, position.update, training.updates_per_epoch, speed, position.lr, named, shares)
+        signal = _agreed(training, told_to_stop())
+        # The last update is followed by a state anyway, that of the epoch.
+        is_due = settings.save_every and position.update % settings.save_every == 0
+        if signal is not None or (is_due and position.update < training.updates_per_epoch):
+            watch.check(losses)
+            check_weights(training)
+            save(training)
+        if signal is not None:
+            yield Stopped(position.epoch, position.update, signal)
+            return
+    seconds = time.monotonic() - start
+    speed = (position.num_images - before) / max(seconds, 1e-9)
+    assert position.sums is not None
+    sums = training.accelerator.reduce(position.sums.clone())
+    named = watch.check(sums / (position.num_images - position.skipped_images))
+    check_weights(training)
+    phase = training.recipe.all_phases[training.phase].name
+    shares, skipped = position.shares, position.skipped
+    yield Epoch(position.epoch, phase, position.lr, named, position.num_images, seconds, speed, shares, skipped=skipped)
+
+
+def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
+    """The batches of one update that this process sees, on its device."""
+    batches = [batch.to(training.accelerator.device) for batch in islice(loaded, training.settings.grad_accum_steps)]
+    own = sum(len(batch.labels) for batch in batches)
+    for batch in batches:
+        if training.mixing is not None:
+            # Views of the same images are mixed as these are: the labels are theirs too.
+            shown = [batch.images, *batch.views.values()]
+            shown, batch.labels = training.mixing(shown, batch.labels, batch.index, training.position.epoch)
+            batch.images, batch.views = shown[0], dict(zip(batch.views, shown[1:], strict=True))
+        batch.whole = own * training.accelerator.num_processes
+        if training.settings.channels_last:
+            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+            batch.views = {n: t.contiguous(memory_format=torch.channels_last) for n, t in batch.views.items()}
+    return batches
+
+
+def _agreed(training: Training, signal: int | None) -> int | None:
+    """The signal that one of the processes got, at an update at which all of them ask."""
+    if training.accelerator.num_processes == 1:
+        return signal
+    if training.position.update % AGREE_EVERY and training.position.update < training.updates_per_epoch:
+        return None
+    signals = interleaved(training.accelerator, [signal])
+    return next((signal for signal in signals if signal is not None), None)
+
+
+def _track(training: Training, epoch: Epoch) -> None:
+    if training.settings.track is None:
+        return
+    values = {f"train/{name}": value for name, value in epoch.losses.items()}
+    values |= {f"gradient_share/{name}": value for name, value in epoch.shares.items()}
+    if epoch.validation:
+        results = [*epoch.validation.exits, *([epoch.validation.ensemble] if epoch.validation.ensemble else [])]
+        values |= {f"validation/top1_{result.point}": result.top1 for result in results}
+        values |= {f"validation/nll_{result.point}": result.nll for result in results}
+    training.accelerator.log(values, step=epoch.epoch * training.updates_per_epoch)
+
+
+def _track_step(training: Training, losses: dict[str, float]) -> None:
+    if training.settings.track is not None:
+        position = training.position
+        values = {f"step/{name}": value for name, value in losses.items()} | {"step/lr": position.lr}
+        done = (position.epoch - 1) * training.updates_per_epoch + position.update
+        training.accelerator.log(values, step=done)
+
+
+def _best_so_far(training: Training) -> tuple[int, Report] | None:
+    """The epoch of this phase to beat, from the log of a run that goes on."""
+    best: tuple[int, Report] | None = None
+    before = sum(training.recipe.phase_epochs[: training.phase])
+    for line in read_log(training.run.folder)[before : training.position.epoch - 1]:
+        if line["validation"]:
+            report = Report.from_dict(line["validation"])
+            if best is None or _beats(report, best[1]):
+                best = line["epoch"], report
+    return best
+
+
+def _beats(report: Report, other: Report) -> bool:
+    """More accurate, or as accurate and surer of the right class."""
+    return (report.best.top1, -report.best.nll) > (other.best.top1, -other.best.nll)
+
+
+def _save_checkpoint(training: Training, name: str, epoch: Epoch) -> None:
+    scores = epoch.validation.to_dict() if epoch.validation else {}
+    description = replace(training.description, epoch=epoch.epoch, scores=scores)
+    training.run.save(name, training.network.state_dict(), description)

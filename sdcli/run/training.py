@@ -1,0 +1,223 @@
+"""A run in memory: its settings, how far it is and all that it trains; entering its phases, saving and restoring it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
+from torch import Tensor, nn
+
+from sdcli.data.augment import Mixing
+from sdcli.data.loaders import Loader
+from sdcli.data.resident import ResidentLoader
+from sdcli.devices import interleaved
+from sdcli.method.learner import Learner
+from sdcli.method.objective import Objective
+from sdcli.method.optimizer import create_optimizer, create_schedule
+from sdcli.network.blueprint import build_network
+from sdcli.network.checkpoint import Description
+from sdcli.network.multi_exit import MultiExit
+from sdcli.recipe.schema import TEACHER, Recipe
+from sdcli.run.folder import Run
+from sdcli.run.settings import Settings, unchanging
+from sdcli.run.state import random_states, restore_random_states, save_state
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    epoch: int = 1
+    """The epoch that is being trained, counted from 1."""
+    update: int = 0
+    """Updates done in it; all of them where only the scoring is left."""
+    num_images: int = 0
+    """Seen in it so far, by all processes."""
+    lr: float = 0.0
+    """Of the last update."""
+    skipped: int = 0
+    """Updates of it that were left out, since a loss was not finite (`optimizer.nonfinite`)."""
+    skipped_images: int = 0
+    """The images of those updates, of all processes."""
+    in_a_row: int = 0
+    """Updates left out up to here without one between."""
+    sums: Tensor | None = None
+    """What each loss added, times the images that this process saw and that counted [losses]."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Each loss's share of the gradient's norm, when it was last measured in this epoch."""
+
+
+@dataclass
+class Training:
+    """Everything that a run needs; ready to go once it has entered a phase."""
+
+    settings: Settings
+    recipe: Recipe
+    accelerator: Accelerator
+    learner: Learner
+    """The networks and their objective themselves: what is measured and saved."""
+    ema: Any
+    """timm's average of the student's weights, or None."""
+    loader: Loader | ResidentLoader
+    """This process's training batches; `set_epoch` gives the next epoch its own order and augmentation."""
+    scored_loader: Loader | ResidentLoader
+    """Batches of the split that is scored: validation, or test where nothing is held out."""
+    scored_split: str
+    description: Description
+    run: Run
+    updates_per_epoch: int
+    num_train: int
+    num_val: int
+    mixing: Mixing | None
+    data: dict[str, Any]
+    """What tells the training split from another."""
+    objectives: list[Objective]
+    """One for each phase."""
+    phase: int = -1
+    """The phase that the run is in; none yet. Each has a module, an optimizer and a schedule of its own."""
+    module: nn.Module = field(default_factory=nn.Module)
+    """The learner as accelerate wraps it for training."""
+    optimizer: Any = None
+    schedule: Any = None
+    position: Position = field(default_factory=Position)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def network(self) -> MultiExit:
+        """What is scored and saved: the student, or the average of its weights."""
+        network = self.learner.student if self.ema is None else self.ema.module
+        assert isinstance(network, MultiExit)
+        return network
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole run."""
+        return sum(self.recipe.phase_epochs)
+
+    @property
+    def phase_of(self) -> int:
+        """The phase that the epoch at which the run stands belongs to."""
+        ends = accumulate(self.recipe.phase_epochs)
+        return next(number for number, end in enumerate(ends) if self.position.epoch <= end)
+
+    @property
+    def epoch_in_phase(self) -> int:
+        """The epoch at which the run stands, counted from 1 within its phase."""
+        return self.position.epoch - sum(self.recipe.phase_epochs[: self.phase])
+
+    @property
+    def updates_done(self) -> int:
+        """Within the phase."""
+        return (self.epoch_in_phase - 1) * self.updates_per_epoch + self.position.update
+
+    @property
+    def updates_averaged(self) -> int:
+        """Since the student last began: what the average of its weights is made of."""
+        phases = self.recipe.all_phases
+        began = max((number for number in range(self.phase + 1) if phases[number].fresh), default=0)
+        before = sum(self.recipe.phase_epochs[began : self.phase])
+        return before * self.updates_per_epoch + self.updates_done
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+
+def enter_phase(training: Training, number: int, begins: bool = True) -> None:
+    """Sets the run up for a phase: its losses, a new optimizer and schedule, and, where it `begins`, its networks."""
+    phase = training.recipe.all_phases[number]
+    learner, accelerator = training.learner, training.accelerator
+    if begins and phase.teacher:
+        learner.networks[TEACHER].load_state_dict(training.network.state_dict())
+    if begins and phase.fresh:
+        set_seed(training.settings.seed + number)
+        about = training.description
+        table = training.recipe.student
+        new, _ = build_network(table, about.architecture, about.plan, about.heads, len(about.classes))
+        learner.student.load_state_dict(new.state_dict())
+        learner.renew_signals()
+        if training.ema is not None:
+            training.ema.module.load_state_dict(new.state_dict())
+        set_seed(training.settings.seed + number + accelerator.process_index)
+    objective = training.objectives[number].to(accelerator.device)
+    if begins and number and not phase.fresh:
+        objective.go_on_from(training.objectives[number - 1])
+    learner.teach(objective)
+    optimizer = create_optimizer([learner], training.recipe.optimizer)
+    epochs = training.recipe.phase_epochs[number]
+    training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)
+    accelerator.free_memory()
+    with warnings.catch_warnings():
+        # accelerate knows no other word for it yet, and says it in every process.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        training.module, training.optimizer = accelerator.prepare(learner, optimizer)
+    training.phase = number
+
+
+def save(training: Training) -> None:
+    """Saves where the run stands. All processes call it, the first one writes: its buffers are then everyone's, as they
+    will be when the run goes on."""
+    share_buffers(training)
+    everyones = interleaved(training.accelerator, [random_states()])
+    sums = training.position.sums
+    if sums is not None:
+        sums = training.accelerator.reduce(sums.clone())
+    if not training.is_first:
+        return
+    scaler = training.accelerator.scaler
+    save_state(
+        training.run.state,
+        {
+            "position": {**asdict(training.position), "sums": sums},
+            "learner": training.learner.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "ema": training.ema.module.state_dict() if training.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "random": everyones,
+            "data": training.data,
+            "phase": training.phase,
+            "made": unchanging(training.settings, training.recipe),
+        },
+    )
+
+
+def share_buffers(training: Training) -> None:
+    """Gives all processes the first one's buffers: their batch norms see other images."""
+    if training.accelerator.num_processes > 1:
+        parts = [*training.learner.networks.children(), *([training.ema.module] if training.ema else [])]
+        for part in parts:
+            for buffer in part.buffers():
+                broadcast(buffer)
+
+
+def restore(training: Training, state: Mapping[str, Any]) -> None:
+    """Puts everything back to where the state found it."""
+    enter_phase(training, state["phase"], begins=False)
+    training.learner.load_state_dict(state["learner"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    if training.ema:
+        training.ema.module.load_state_dict(state["ema"])
+    if state["scaler"] and training.accelerator.scaler:
+        training.accelerator.scaler.load_state_dict(state["scaler"])
+    training.position = Position(**state["position"])
+    sums = training.position.sums
+    if sums is not None:
+        # Those of all processes: one of them goes on from them.
+        sums = sums.to(training.accelerator.device)
+        training.position.sums = sums if training.is_first else torch.zeros_like(sums)
+    training.schedule.step(training.updates_done)
+    everyones = state["random"]
+    if len(everyones) == training.accelerator.num_processes:
+        restore_random_states(everyones[training.accelerator.process_index])
+    else:
+        training.notes.append(
+            f"{len(everyones)} processes before, {training.accelerator.num_processes} now: "
+            "the run goes on with other random numbers"
+        )

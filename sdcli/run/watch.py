@@ -1,0 +1,155 @@
+"""What looks after a run: numbers that must be finite, each loss's share of the gradient, errors explained."""
+
+from __future__ import annotations
+
+import errno
+import math
+
+import torch
+from torch import Tensor
+
+from sdcli.data.batch import Batch
+from sdcli.devices import memory_wanted
+from sdcli.errors import UserError
+from sdcli.evaluation.evaluate import Report
+from sdcli.run.training import Position, Training
+
+MOST_SKIPS = 100
+"""Updates in a row that may be left out before a run gives up."""
+
+
+class Watch:
+    """Looks out for losses that are not finite, without waiting for the device at every update."""
+
+    def __init__(self, training: Training) -> None:
+        self.names = training.learner.objective.names
+        self.rates: list[tuple[int, float]] = []
+        self.first_bad: Tensor | None = None
+        self.epoch = training.position.epoch
+        self.skips = training.recipe.optimizer.nonfinite == "skip"
+
+    def see(self, losses: Tensor, position: Position) -> None:
+        """Remembers the first update at which a loss [losses] was not finite, and that of each."""
+        if self.first_bad is None:
+            self.first_bad = torch.zeros_like(losses)
+        self.rates.append((position.update, position.lr))
+        bad = ~losses.isfinite() & (self.first_bad == 0)
+        self.first_bad = torch.where(bad, float(position.update), self.first_bad)
+
+    def check(self, losses: Tensor) -> dict[str, float]:
+        """The losses by name, which waits for the device; raises UserError where one has not been finite."""
+        values = losses.tolist()
+        if self.first_bad is not None and not self.skips:
+            first = [(update, name) for update, name in zip(self.first_bad.tolist(), self.names, strict=True) if update]
+            if first:
+                update, name = min(first, key=lambda pair: pair[0])
+                lr = dict(self.rates)[int(update)]
+                raise UserError(
+                    f"losses.{name} was not finite in epoch {self.epoch}, update {update:.0f}, at learning rate {lr:g}",
+                    "a finite number",
+                    f"a lower --lr, a smaller losses.{name}.weight, or --set optimizer.clip_grad=1.0; "
+                    'optimizer.nonfinite = "skip" leaves such updates out',
+                )
+        self.rates = self.rates[-1:]
+        return dict(zip(self.names, values, strict=True))
+
+    def gave_up(self, updates: int) -> UserError:
+        """The error for losses that stay what they are."""
+        assert self.first_bad is not None
+        bad = [f"losses.{name}" for update, name in zip(self.first_bad.tolist(), self.names, strict=True) if update]
+        return UserError(
+            f"the last {updates} updates were left out, since {', '.join(bad)} was not finite",
+            f"finite losses, less than {MOST_SKIPS} times in a row and not for a whole epoch",
+            "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run",
+        )
+
+
+def check_weights(training: Training) -> None:
+    """Raises UserError where the last update has left weights that are not finite: the state before them is kept."""
+    weights = [parameter.detach().isfinite().all() for parameter in training.learner.parameters()]
+    if not bool(torch.stack(weights).all()):
+        position = training.position
+        raise UserError(
+            f"weights were not finite after epoch {position.epoch}, update {position.update}, at learning rate "
+            f"{position.lr:g}",
+            "finite numbers",
+            "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; what was saved before is as it was",
+        )
+
+
+def finite(report: Report, training: Training) -> Report:
+    """The report; raises UserError where what is scored says nothing that is finite."""
+    for result in report.exits:
+        if not math.isfinite(result.nll):
+            position = training.position
+            raise UserError(
+                f"{result.point} has an NLL of {result.nll} on the {report.split} split after epoch {position.epoch}, "
+                f"at learning rate {position.lr:g}",
+                "a finite number",
+                "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; what was saved before is as it was",
+            )
+    return report
+
+
+def is_measured(training: Training) -> bool:
+    """Whether the gradient's shares are measured at the next update: the first, tenth and hundredth, and the first of
+    epochs 2, 4, 8, …, of each phase."""
+    epoch, update = training.epoch_in_phase, training.position.update
+    return update + 1 in (1, 10, 100) if epoch == 1 else update == 0 and epoch & (epoch - 1) == 0
+
+
+def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
+    """How much each loss pulls: the norm of its own gradient on the student's weights over the sum of all these norms.
+
+    Nothing where one of them is not finite. Costs a forward pass and a backward pass for each loss. Leaves weights,
+    gradients, statistics and random numbers as they were.
+    """
+    learner = training.learner
+    weights = [p for p in learner.student.parameters() if p.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    devices = [training.accelerator.device] if training.accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        with training.accelerator.autocast():
+            _, parts = learner.forward(batch)
+        norms = {}
+        for name, part in parts.items():
+            gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
+            own = [gradient for gradient in gradients if gradient is not None]
+            norms[name] = torch.nn.utils.get_total_norm(own) if own else part.new_zeros(())
+    for name, buffer in learner.named_buffers():
+        buffer.copy_(buffers[name])
+    values = torch.stack(list(norms.values())).tolist()
+    total = sum(values)
+    if not math.isfinite(total):
+        return {}
+    return {name: value / total if total else 0.0 for name, value in zip(norms, values, strict=True)}
+
+
+def explained(error: Exception, training: Training) -> UserError | None:
+    """What a user can do about an error in the middle of a run; None where it is none of theirs."""
+    text = str(error)
+    if (wanted := memory_wanted(error)) is not None:
+        settings, shared = training.settings, training.accelerator.num_processes
+        batch, parts = min(training.recipe.batch.size, training.num_train) // shared, settings.grad_accum_steps
+        more = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
+        fix = f"--grad-accum-steps {more} (smaller parts of the same updates); " if more else ""
+        fix += "in a new run " + ("--precision bf16, " if settings.precision == "fp32" else "")
+        fix += "--grad-checkpointing or a smaller --batch-size"
+        return UserError(
+            f"out of memory on {training.accelerator.device} with {batch // parts} images at a time{wanted}",
+            "a network and a batch that fit",
+            fix,
+        )
+    if "Expected more than 1 value per channel" in text:
+        return UserError(
+            "a batch norm was given a single image",
+            "two images or more at a time, in each process and part",
+            f"--batch-size {2 * training.settings.grad_accum_steps * training.accelerator.num_processes}",
+        )
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
+        return UserError(
+            f"no space is left on the disk of '{training.run.folder}'; the state before is whole",
+            "room for the run's files",
+            f"free some and go on: sdcli train --resume {training.run.folder}",
+        )
+    return None
