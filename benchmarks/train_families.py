@@ -57,7 +57,7 @@ def train_one_step(model: str) -> dict[str, Any]:
         architecture = resolve(model, num_classes=CLASSES, image_size=None)
         plan = plan_network(Network(), architecture)
         network = attach(create(architecture, device="cpu"), plan, choose_heads(plan), CLASSES).train()
-        objective = Objective(recipe.losses, network.widths).train()
+        objective = Objective(recipe.losses, network.specs).train()
         optimizer = create_optimizer([network, objective], recipe.optimizer)
         batch = Batch(torch.randn(2, *plan.input_size), torch.tensor([1, 2]), torch.arange(2))
         total, lost = backward(network, objective, batch)

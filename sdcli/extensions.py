@@ -55,8 +55,7 @@ def _load(path: Path) -> None:
         spec.loader.exec_module(module)
     except UserError as error:
         del sys.modules[name]
-        error.wrong = f"--import {path}: {error.wrong}"
-        raise
+        raise error.within(f"--import {path}") from None
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(

@@ -10,9 +10,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, get_type_hints
+from typing import Any, NotRequired, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from sdcli.errors import UserError, invalid, unknown
 
@@ -55,21 +56,25 @@ class Entry:
         return get_type_hints(self.call.__init__ if inspect.isclass(self.call) else self.call, include_extras=True)
 
     @cached_property
-    def _model(self) -> type[BaseModel]:
-        fields: dict[str, Any] = {
-            name: (self.hints.get(name, Any), ... if default is inspect.Parameter.empty else default)
+    def _adapter(self) -> TypeAdapter[Any]:
+        required = inspect.Parameter.empty
+        hints = {
+            name: self.hints.get(name, Any) if default is required else NotRequired[self.hints.get(name, Any)]
             for name, default in self.options.items()
         }
-        config = ConfigDict(extra="forbid", strict=True)
-        return create_model(self.name, __config__=config, **fields)
+        # A typed dictionary, not a model: a key may be called whatever a function's argument may be.
+        make: Any = TypedDict
+        table = make("Options", hints)
+        table.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+        return TypeAdapter(table)
 
     def check(self, options: Mapping[str, Any], where: str) -> dict[str, Any]:
         """`options` with the defaults filled in; raises UserError for an unknown key, a wrong type or range."""
         try:
-            checked = self._model.model_validate(dict(options))
+            checked = self._adapter.validate_python(dict(options))
         except ValidationError as error:
             raise invalid(error.errors(include_url=False), where, self.options) from None
-        return {name: getattr(checked, name) for name in self.options}
+        return {name: checked.get(name, default) for name, default in self.options.items()}
 
 
 @dataclass
@@ -108,9 +113,7 @@ class Registry:
         if name not in self.entries:
             plural = self.what + ("es" if self.what.endswith("s") else "s")
             error = unknown(self.what, name, self.entries, f"sdcli recipes {plural} tells what each is")
-            if where:
-                error.wrong = f"{where}: {error.wrong}"
-            raise error
+            raise error.within(where, key=where) if where else error
         return self.entries[name]
 
     def __iter__(self) -> Iterator[Entry]:

@@ -288,6 +288,11 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
          "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
         (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
          "run has, or a share of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
+        (["--lr", -1], "--lr -1.0: optimizer.lr = -1.0\n  expected: greater than 0\n  fix:      the default is 0.1"),
+        (["--stem", "cifr"], "--stem cifr: networks.student.stem = 'cifr'\n  expected: 'auto', 'imagenet' or 'cifar'\n"
+         "  fix:      did you mean 'cifar'?"),
+        (["--unset", "losses.hnt"], "--unset losses.hnt: the recipe does not set losses.hnt\n  expected: one of losses.task, "
+         "losses.exits, losses.soft, losses.hint\n  fix:      did you mean 'losses.hint'?"),
         (["--pretrained", "--weights", "x.safetensors"], "--pretrained and --weights exclude each other\n  expected: one of them"),
         (["--weights", "no.safetensors"], "checkpoint 'FOLDER/no.safetensors' does not exist\n  expected: a .safetensors file, such as "
          "RUN/best.safetensors"),

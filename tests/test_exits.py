@@ -13,11 +13,12 @@ from torch import nn
 from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.learner import Learner, build_objectives
-from sdcli.method.objective import Objective, address
+from sdcli.method.objective import Objective
 from sdcli.network.backbones import create, resolve
 from sdcli.network.blueprint import plan_network
 from sdcli.network.heads import HEADS, PatchConv
 from sdcli.network.multi_exit import MultiExit, all_costs, attach, choose_heads
+from sdcli.recipe.address import Address
 from sdcli.recipe.load import load_recipe, recipe_names
 from sdcli.recipe.schema import Network
 
@@ -54,7 +55,7 @@ def test_every_point_answers_with_the_announced_shapes(name):
     assert list(signals) == network.points == [*(f"exit{i}" for i in range(1, len(signals))), "final"]
     assert len(signals) >= 3
     for point, signal in signals.items():
-        stage, width = network.stages[point], network.widths[point]
+        stage, width = network.stages[point], network.specs[point]
         assert signal.features.shape == (2, stage.num_chs, *stage.size)
         assert width.num_chs == stage.num_chs
         assert signal.embedding.shape == (2, width.embedding_dim)
@@ -77,7 +78,7 @@ def test_every_trained_parameter_gets_a_gradient(name, recipe):
     loaded = load_recipe([recipe])
     head = loaded.student.head
     networks = {who: build(name, head, exits=loaded.student.exits) for who in loaded.taking_part}
-    widths = {address(who, p): width for who, network in networks.items() for p, width in network.widths.items()}
+    widths = {str(Address(who, p)): spec for who, network in networks.items() for p, spec in network.specs.items()}
     objectives, making = build_objectives(loaded, widths, 7, 2)
     frozen = [who for who, learns in loaded.taking_part.items() if not learns]
     images = images_for(networks["student"])
@@ -178,7 +179,7 @@ def test_journal_heads_have_the_authors_number_of_parameters(name, millions):
 
 def gradients(network: MultiExit, images: torch.Tensor) -> dict[str, torch.Tensor]:
     network.zero_grad()
-    objective = Objective(load_recipe(["default"]).losses, network.widths)
+    objective = Objective(load_recipe(["default"]).losses, network.specs)
     total, _ = objective(network(images), Batch(images, torch.tensor([0, 1]), torch.arange(2)))
     total.backward()
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
@@ -211,7 +212,7 @@ def test_an_encoder_gets_a_final_head_of_ours():
 
 
 def loss_of(network: MultiExit, images: torch.Tensor) -> torch.Tensor:
-    objective = Objective(load_recipe(["default"]).losses, network.widths)
+    objective = Objective(load_recipe(["default"]).losses, network.specs)
     return objective(network(images), Batch(images, torch.tensor([0, 1]), torch.arange(2)))[0]
 
 
@@ -270,7 +271,7 @@ def test_ddp_finds_no_parameter_unused(name, one_process):
     network = build(name).train()
     images = images_for(network)
     wrapped = nn.parallel.DistributedDataParallel(network, find_unused_parameters=False)
-    objective = Objective(load_recipe(["default"]).losses, network.widths)
+    objective = Objective(load_recipe(["default"]).losses, network.specs)
     batch = Batch(images, torch.tensor([0, 1]), torch.arange(2))
     # A parameter without a gradient is complained about in the step after.
     for _ in range(2):

@@ -163,15 +163,15 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
         ),
         (
             ["losses.task.target=exit1"],
-            "losses.task.target = 'exit1': kind = 'cross_entropy' compares with the labels alone\n  expected: no target\n  fix:      take target out of [losses.task], or choose a kind that has one, such as kl",
+            "losses.task.target = 'exit1': kind = 'cross_entropy' compares with the labels alone\n  expected: no target\n  fix:      remove target from [losses.task], or choose a kind that has one, such as kl",
         ),
         (
             ["losses.soft.on=all"],
-            "losses.soft: final is compared with itself\n  expected: a target other than the point it teaches",
+            "losses.soft.target: final is compared with itself\n  expected: a target other than the point it teaches",
         ),
         (
             ["losses.soft.on=all", "losses.soft.target=next"],
-            'losses.soft: \'final\' has no next deeper point\n  expected: on = "exits" with target = "next"',
+            'losses.soft.target: \'final\' has no next deeper point\n  expected: on = "exits" with target = "next"',
         ),
         (
             ["losses.hint.on=exit1"],

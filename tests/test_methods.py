@@ -202,7 +202,7 @@ def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None
         ("bake", ["signals.neighbours.of=exit9"],
          "signals.neighbours.of = 'exit9', a point that this network does not have\n  expected: one of final"),
         ("bake", ["networks.student.exits=3", "losses.task.on=all", "signals.neighbours.of=all"],
-         "signals.neighbours: kind = 'propagated' is made of one point\n  expected: one point\n  fix:      of = \"final\""),
+         "signals.neighbours: kind = 'propagated' reads one point\n  expected: one point\n  fix:      of = \"final\""),
         ("ps-kd", ["batch.mixup=1.0"],
          "signals.past: kind = 'memory' needs one class per image, and batch.mixup and batch.cutmix mix them\n"
          "  expected: a recipe that mixes nothing, or another kind\n  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
@@ -415,19 +415,19 @@ def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
          "  fix:      did you mean 'final'?"),
         ('batch = { mixup = 1.0, views = { mate = { of = "class" } } }\n',
          "batch.views.mate shows another image of the class, and batch.mixup and batch.cutmix mix classes\n"
-         "  expected: a recipe that mixes nothing, or further images of = 'itself'\n"
+         "  expected: a recipe that mixes nothing, or views with of = 'itself'\n"
          "  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
         ('[[phases]]\nname = "a"\nteacher = true\n',
          "phases.0.teacher = true: there is no student before the first phase\n  expected: a later phase"),
         ('[losses.x]\nkind = "kl"\non = "final"\ntarget = "teacher.final"\n[[phases]]\nname = "a"\n'
          '[[phases]]\nname = "b"\nteacher = true\n',
          "phases.0 has losses.x, which reads teacher.…, and there is no teacher yet\n"
-         "  expected: losses without one, until a phase has teacher = true\n"
+         "  expected: losses without a teacher, until a phase has teacher = true\n"
          '  fix:      losses = ["task"] in this phase'),
         ('[[phases]]\nname = "a"\n[[phases]]\nname = "b"\nteacher = true\n[networks.teacher]\nmodel = "test_vit"\n',
-         "[networks.teacher]: this is what a phase with teacher = true makes\n  expected: another name"),
+         "[networks.teacher]: a phase with teacher = true makes this network\n  expected: another name"),
         ('[ema]\n[networks.ema]\nmodel = "test_vit"\n',
-         "[networks.ema]: this is what [ema] makes\n  expected: another name"),
+         "[networks.ema]: [ema] makes this network\n  expected: another name"),
         ('batch = { mates = 2 }\n',
          "batch.size = 32: batch.mates = 2 makes groups of 3 images\n  expected: a multiple of 3\n"
          "  fix:      --batch-size 30"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -12,8 +13,9 @@ import pytest
 from sdcli.errors import UserError
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.headers import parse_header
-from sdcli.recipe.load import load_recipe, recipe_folder, recipe_names, to_toml
-from sdcli.recipe.schema import Recipe
+from sdcli.recipe.load import load_recipe, read_recipe, recipe_folder, recipe_names, to_toml
+from sdcli.recipe.merge import Override
+from sdcli.recipe.schema import RENAMED, BatchTable, Optimizer, Recipe
 
 TASK = '[losses.task]\nkind = "cross_entropy"\non = "final"\n'
 
@@ -115,7 +117,7 @@ def test_a_mistake_in_a_parent_names_the_parent(tmp_path):
 
 def test_another_network_needs_a_model():
     assert message(["byot"], ["networks.teacher.head=linear"]) == (
-        "networks.teacher.model is missing\n"
+        "--set networks.teacher.head=linear: networks.teacher.model is missing\n"
         "  expected: the name of a timm model; only the student's comes from the command line\n"
         '  fix:      add model = "resnet18" to [networks.teacher]'
     )
@@ -123,7 +125,7 @@ def test_another_network_needs_a_model():
 
 def test_the_students_model_is_the_command_lines():
     assert message(["byot"], ["networks.student.model=resnet50"]) == (
-        "networks.student.model = 'resnet50'\n"
+        "--set networks.student.model=resnet50: networks.student.model = 'resnet50'\n"
         "  expected: nothing: the command line names the student's model\n"
         "  fix:      sdcli train resnet50 …"
     )
@@ -142,7 +144,7 @@ def test_a_missing_recipe_file_is_named(tmp_path):
 def test_a_circle_of_extends_is_refused(tmp_path):
     write(tmp_path, 'extends = "./b.toml"\n', "a.toml")
     write(tmp_path, 'extends = "./a.toml"\n', "b.toml")
-    assert "goes round in a circle: a.toml -> b.toml -> a.toml" in message([str(tmp_path / "a.toml")])
+    assert "forms a circle: a.toml -> b.toml -> a.toml" in message([str(tmp_path / "a.toml")])
 
 
 def test_a_file_that_is_not_toml_says_where(tmp_path):
@@ -153,11 +155,155 @@ def test_a_repeated_key_is_an_error(tmp_path):
     assert "is not TOML" in message([write(tmp_path, "epochs = 1\nepochs = 2\n" + TASK)])
 
 
-@pytest.mark.parametrize("text", ["x", "=3", "a b=3"])
-def test_a_malformed_override_is_refused(text):
+@pytest.mark.parametrize("text", ["epochs", "", "losses.soft"])
+def test_an_override_without_a_value_is_refused(text):
     assert (
         message(["byot"], [text])
         == f"--set '{text}'\n  expected: KEY=VALUE\n  fix:      for example --set losses.soft.weight=0.5"
+    )
+
+
+@pytest.mark.parametrize("key", ["", "a b", "losses..weight", "[/]"])
+def test_an_override_of_what_is_no_key_is_refused(key):
+    assert message(["byot"], [f"{key}=3"]).startswith(
+        f"--set {key}=3: {key!r} is not a key\n  expected: names with dots"
+    )
+
+
+# Taking away what another recipe has set
+
+
+def test_false_takes_a_loss_away(tmp_path):
+    recipe = load_recipe([write(tmp_path, 'extends = "byot"\n[losses]\nhint = false\n')])
+    assert list(recipe.losses) == [name for name in load_recipe(["byot"]).losses if name != "hint"]
+    assert load_recipe(["byot"], ["losses.hint=false"]) == recipe
+
+
+def test_false_takes_a_value_away_that_may_be_absent():
+    assert load_recipe(["default"]).optimizer.clip_grad is not None
+    assert load_recipe(["default"], ["optimizer.clip_grad=false"]).optimizer.clip_grad is None
+    assert load_recipe(["born-again"], ["phases=false"]).phases == []
+    assert load_recipe(["ema-teacher"], ["ema=false", "losses.soft=false"]).ema is None
+
+
+def test_false_stays_false_where_a_truth_is_asked_for():
+    assert load_recipe(["baseline"], ["optimizer.decay_norm_and_bias=false"]).optimizer.decay_norm_and_bias is False
+
+
+def test_unset_brings_the_default_back_and_takes_tables_away():
+    unset = [Override.unset("losses.hint"), Override.unset("optimizer.weight_decay"), Override.unset("batch")]
+    recipe = load_recipe(["byot"], unset)
+    assert "hint" not in recipe.losses
+    assert (recipe.optimizer.weight_decay, recipe.batch) == (Optimizer().weight_decay, BatchTable())
+    again = read_recipe(["byot"], unset)[1]
+    assert not any(key.startswith(("losses.hint", "batch")) for key in again), "what is gone has no source"
+
+
+def test_unsetting_a_value_of_one_phase_leaves_the_others():
+    before, after = (load_recipe(["born-again"], given).phases for given in ([], [Override.unset("phases.1.fresh")]))
+    assert (before[1].fresh, after[1].fresh) == (True, False) and before[0] == after[0]
+
+
+def test_taking_away_what_is_not_there_is_refused():
+    assert message(["byot"], [Override.unset("losses.hnt")]) == (
+        "--unset losses.hnt: the recipe does not set losses.hnt\n"
+        "  expected: one of losses.task, losses.exits, losses.soft, losses.hint\n"
+        "  fix:      did you mean 'losses.hint'?"
+    )
+    assert message(["byot"], ["losses.hnt=false"]) == (
+        "--set losses.hnt=false: losses.hnt = false, and there is no losses.hnt\n"
+        "  expected: one of losses.task, losses.exits, losses.soft, losses.hint\n"
+        "  fix:      did you mean 'losses.hint'?"
+    )
+
+
+# Keys that had another name
+
+
+def test_an_old_key_is_answered_with_the_new_one():
+    samples = {"batch.views": "batch.also.view.of=itself"}
+    for (table, old), new in RENAMED.items():
+        place = table.replace("NAME", "soft")
+        text = samples.get(
+            f"{table}.{new}", f"{place}.{old}=0.5" if table != "losses.NAME.weight" else f"{place}={{ {old} = 1 }}"
+        )
+        said = message(["byot"], [text])
+        assert f": {place}: unknown key '{old}'\n" in said and said.endswith(
+            f"\n  fix:      {old} is called {new} now"
+        ), text
+    assert len(RENAMED) == 10
+
+
+# Files and values that are no recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("epochs = " + "9" * 5000, "an integer is too large"),
+        (f"epochs = {2**63}", "an integer is too large"),
+        ("title = " + "[" * 3000, "nested too deeply"),
+        (f"[{'.'.join('a' * 40)}]\nb = 1", "tables are nested more than 16 deep"),
+        ('"" = 1', "recipe: unknown key ''"),
+        ('"a b" = 1', "recipe: unknown key 'a b'"),
+        ('[losses."[/]"]\nkind = "kl"\non = "final"', "losses: '[/]' is not a name"),
+        ('[losses.""]\nkind = "kl"\non = "final"', "losses: '' is not a name"),
+        ('[networks."peer.x"]\nmodel = "resnet18"', "networks: 'peer.x' is not a name"),
+        ('[batch.views."a-b"]\nof = "itself"', "batch.views: 'a-b' is not a name"),
+        ('[signals.exit1]\nkind = "mean"\nof = "all"', "signals.exit1: this is the name of a point"),
+        ("[networks.student]\nbranches = 100000000", "networks.student.branches = 100000000"),
+        ("epochs = 10000000000", "epochs = 10000000000"),
+        ("phases = 1", "phases = 1"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_message(tmp_path, text, wrong):
+    file = write(tmp_path, f'extends = "byot"\n{text}\n')
+    said = message([file])
+    assert said.startswith(f"{file}") and wrong in said.split("\n")[0]
+    assert len(said) < 600
+
+
+def test_phases_that_are_no_tables_say_how_to_write_them():
+    assert message(["byot"], ["phases=1"]).endswith('\n  fix:      [[phases]] tables, each with losses = ["NAME"]')
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + b'extends = "byot"\nepochs = 3\n')
+    assert load_recipe([str(file)]).epochs == 3
+
+
+def test_a_recipe_whose_path_has_an_emoji_is_read(tmp_path):
+    folder = tmp_path / "\N{SNOWMAN} and \N{DOG FACE}"
+    folder.mkdir()
+    assert load_recipe([write(folder, 'extends = "byot"\nepochs = 3\n')]).epochs == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "x" * 5000 + ".toml", "./" + "y/" * 3000 + "x.toml", "a\0b.toml", "~nobody-at-all/x.toml"]
+)
+def test_a_name_that_can_be_no_path_is_one_message(name):
+    assert len(message([name])) < 1000
+
+
+def test_extends_never_quotes_a_file_that_is_no_recipe(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("password hunter2\n")
+    said = message([write(tmp_path, f'extends = "{secret}"\n')])
+    assert "hunter2" not in said and said.endswith(
+        "is not a .toml file\n  expected: a recipe: a TOML file whose name ends in .toml"
+    )
+
+
+def test_a_pipe_that_is_called_like_a_recipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    assert message([str(tmp_path / "pipe.toml")]).startswith(f"{tmp_path / 'pipe.toml'} is not a regular file\n")
+
+
+@pytest.mark.parametrize("name", ["x.yaml", "conf/x.json"])
+def test_a_recipe_in_another_format_is_answered_with_toml(name):
+    assert message([name]).endswith(
+        "fix:      recipes are TOML files: sdcli recipes copy default mine.toml makes one to change"
     )
 
 

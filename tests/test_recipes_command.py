@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,7 @@ def test_a_copy_is_the_file_as_it_is_and_is_never_written_over(sdcli: Command, t
     assert load_recipe([str(mine)]) == load_recipe(["byot"])
     refused(
         sdcli("recipes", "copy", "quick", mine),
-        f"'{mine}' exists already\n  expected: a file that is not there yet: nothing is overwritten\n"
+        f"'{mine}' exists already\n  expected: a file that does not exist: nothing is overwritten\n"
         "  fix:      another name",
     )
 
@@ -123,7 +125,7 @@ MISTAKES = {
         BYOT + "[optimizer]\nwarmup_epochs = 5\n",
         "FILE: optimizer: unknown key 'warmup_epochs'\n"
         "  expected: one of clip_grad, decay_norm_and_bias, lr, momentum, nonfinite, opt, weight_decay\n"
-        "  fix:      warmup_epochs belongs into [schedule]",
+        "  fix:      warmup_epochs belongs in [schedule]",
     ),
     "a table in the wrong place": (
         BYOT + '[augment]\npolicy = "trivial"\n',
@@ -499,3 +501,15 @@ def test_a_checkpoint_with_an_imported_head_needs_its_file(
         "  expected: the file that registers it, which it was trained with\n"
         f"  fix:      sdcli eval {run / 'last.safetensors'} --import FILE.py",
     )
+
+
+def test_the_options_of_a_difference_lead_from_one_recipe_to_the_other(sdcli: Command) -> None:
+    for one, other in [("byot", "default"), ("ps-kd", "baseline"), ("born-again", "baseline"), ("default", "one")]:
+        options = shlex.split(sdcli("recipes", "diff", one, other, "--as-set").out)
+        there = sdcli("recipes", "show", one, *options, "--plain")
+        wanted = sdcli("recipes", "show", other, "--plain")
+        assert there.code == 0, there.err
+        alike = [tomllib.loads(text.out) for text in (there, wanted)]
+        for tables in alike:
+            tables.pop("title"), tables.pop("paper", None)
+        assert alike[0] == alike[1], (one, other)

@@ -11,7 +11,8 @@ from sdcli.errors import UserError
 from sdcli.method.check import check_names, check_with_model
 from sdcli.network.backbones import create, resolve
 from sdcli.network.blueprint import build_network, plan_network
-from sdcli.network.multi_exit import BRANCH, FINAL, MultiExit, all_costs, attach, choose_heads
+from sdcli.network.multi_exit import BRANCH, MultiExit, all_costs, attach, choose_heads
+from sdcli.recipe.address import FINAL
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Network
 

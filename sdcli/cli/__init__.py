@@ -90,7 +90,7 @@ def _print_error(error: UserError) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    text = Text.assemble(("error: ", "bold red"), (error.wrong, "bold"))
+    text = Text.assemble(("error: ", "bold red"), (error.headline, "bold"))
     for title, line in (("expected:", error.expected), ("fix:     ", error.fix)):
         if line:
             text.append(f"\n  {title} ", style="dim").append(line)

@@ -7,11 +7,14 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdcli.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from sdcli.recipe.merge import Override
 from sdcli.method.catalogue import SHELVES, Shelf, completed
 
 COPY = "Example:  sdcli recipes copy byot mine.toml"
@@ -26,6 +29,7 @@ Example:  sdcli recipes show byot
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any value: losses.soft.weight=0.5")
 ]
+Unset = Annotated[list[str] | None, typer.Option("--unset", metavar="KEY", help="Remove a table or value: losses.hint")]
 Import = Annotated[
     list[Path] | None, typer.Option("--import", metavar="FILE.py", help="Your own losses and heads; repeatable.")
 ]
@@ -68,6 +72,7 @@ def show(
         list[str], typer.Argument(help="Recipes' names or files; they refine each other.", metavar="NAME")
     ],
     set_: Set = None,
+    unset: Unset = None,
     import_: Import = None,
     plain: Annotated[bool, typer.Option("--plain", help="Leave out who brought each value.")] = False,
 ) -> None:
@@ -81,7 +86,7 @@ def show(
     from sdcli.recipe.explain import blaming
     from sdcli.recipe.load import read_recipe
 
-    recipe, origins = read_recipe(names, set_ or [])
+    recipe, origins = read_recipe(names, overrides(set_, unset))
     load_imports(import_ or [])
     with blaming(origins):
         text = about.show(completed(recipe), origins, comments=not plain)
@@ -115,6 +120,7 @@ def check(
         int | None, typer.Option(min=1, help="Input height and width. [default: the model's own]")
     ] = None,
     set_: Set = None,
+    unset: Unset = None,
     import_: Import = None,
 ) -> None:
     """Check recipes without data: names, keys, types, ranges; with --model its exits and widths too.
@@ -129,7 +135,7 @@ def check(
     found = []
     for file in files:
         with _in_file(file):
-            found.append((file, *read_recipe([file], set_ or [])))
+            found.append((file, *read_recipe([file], overrides(set_, unset))))
 
     from sdcli.cli.talk import note
     from sdcli.extensions import load_imports
@@ -153,16 +159,16 @@ def check(
 
 @contextmanager
 def _in_file(file: str, origins: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Says of a mistake in which file it is, and where that one has it from."""
+    """Adds to an error the file that is checked, and the source of the value where that is another."""
     from sdcli.recipe.explain import blaming
 
     try:
         with blaming(origins or {}):
             yield
     except UserError as error:
-        if file not in error.wrong:
-            error.wrong = f"{file}: {error.wrong}"
-        raise
+        if file in error.headline:
+            raise
+        raise error.but(source=f"{file}: {error.source}" if error.source else file) from None
 
 
 def diff(
@@ -193,11 +199,10 @@ def diff(
     if not as_set:
         output().print(difference_table(one, other, found))
         return
-    sets, left = found.overrides()
-    for text in sets:
-        typer.echo(f"--set {shlex.quote(text)}")
-    for key in left:
-        note(f"{key} is in {one} alone, and no --set takes it away")
+    sets, unsets = found.overrides()
+    for flag, values in (("--set", sets), ("--unset", unsets)):
+        for text in values:
+            typer.echo(f"{flag} {shlex.quote(text)}")
 
 
 def _printing(title: str, shelf: Shelf) -> Any:
@@ -228,11 +233,19 @@ def _printing(title: str, shelf: Shelf) -> Any:
     return command
 
 
+def overrides(set_: list[str] | None, unset: list[str] | None) -> list[Override]:
+    """What `--set` and `--unset` change, in this order."""
+    from sdcli.recipe.merge import Override
+
+    return [*map(Override.parse, set_ or []), *map(Override.unset, unset or [])]
+
+
 def _summary(recipe: Any) -> str:
     """A recipe in one line."""
     losses = ", ".join(dict.fromkeys(loss.kind for loss in recipe.losses.values()))
+    epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     return (
-        f"{len(recipe.losses)} loss{'es' * (len(recipe.losses) > 1)} ({losses}), {recipe.epochs} epochs of batches of "
+        f"{len(recipe.losses)} loss{'es' * (len(recipe.losses) > 1)} ({losses}), {epochs} of batches of "
         f"{recipe.batch.size}, {recipe.optimizer.opt} {recipe.optimizer.lr:g}, {recipe.schedule.sched}"
     )
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdcli.cli.inspect import parse_exits
+from sdcli.cli.recipes import overrides as changes
 from sdcli.errors import UserError
 from sdcli.extensions import find_imports
 
@@ -53,6 +54,10 @@ def train(
         typer.Option(
             "--set", metavar="KEY=VALUE", help="Change any value: losses.soft.weight=0.5", rich_help_panel=RECIPE
         ),
+    ] = None,
+    unset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Remove a table or value: losses.hint", rich_help_panel=RECIPE),
     ] = None,
     import_: Annotated[
         list[Path] | None,
@@ -173,11 +178,14 @@ def train(
     """
     if pretrained and weights:
         raise UserError("--pretrained and --weights exclude each other", "one of them")
-    short = {"epochs": epochs, "batch.size": batch_size, "optimizer.lr": lr, "networks.student.stem": stem}
-    short |= {"networks.student.weights": "pretrained" if pretrained else (str(weights) if weights else None)}
-    overrides = [*(set_ or []), *(f"{key}={_toml(value)}" for key, value in short.items() if value is not None)]
-    if exits is not None:
-        overrides.append(f"networks.student.exits={_toml(parse_exits(exits))}")
+    short: dict[str, tuple[str, Any]] = {
+        "--epochs": ("epochs", epochs),
+        "--batch-size": ("batch.size", batch_size),
+        "--lr": ("optimizer.lr", lr),
+        "--stem": ("networks.student.stem", stem),
+        "--weights": ("networks.student.weights", weights and str(weights)),
+        "--exits": ("networks.student.exits", exits and parse_exits(exits)),
+    }
     chosen: dict[str, Any] = {
         "model": model,
         "dataset": dataset,
@@ -205,7 +213,14 @@ def train(
 
     from sdcli.recipe.explain import blaming
     from sdcli.recipe.load import read_recipe
+    from sdcli.recipe.merge import Override
 
+    overrides = changes(set_, unset)
+    overrides += [
+        Override(key, value, f"{flag} {_shown(value)}") for flag, (key, value) in short.items() if value is not None
+    ]
+    if pretrained:
+        overrides.append(Override("networks.student.weights", "pretrained", "--pretrained"))
     whole, origins = read_recipe(recipe or ["default"], overrides) if recipe or not going_on else (None, {})
     if not going_on:
         if model is None or dataset is None:
@@ -278,8 +293,6 @@ def _signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
-def _toml(value: Any) -> str:
-    """A flag's value as `--set` reads it."""
-    import json
-
-    return json.dumps(value)
+def _shown(value: Any) -> str:
+    """An option's value as it is typed."""
+    return ",".join(value) if isinstance(value, list) else str(value)

@@ -7,13 +7,14 @@ import torch
 from sdcli.data.transforms import check_policy
 from sdcli.errors import UserError, did_you_mean
 from sdcli.method.learner import build_objectives, check_signals, read_densely
-from sdcli.method.objective import address, check_losses, check_mixing, check_networks
 from sdcli.method.optimizer import check_optimizer, check_schedule
+from sdcli.method.terms import check_losses, check_mixing, check_networks
 from sdcli.network.backbones import Architecture, create, resolve
 from sdcli.network.blueprint import head_kind, plan_network
 from sdcli.network.heads import HEADS
 from sdcli.network.multi_exit import MultiExit, attach, choose_heads
-from sdcli.recipe.schema import STUDENT, TEACHER, Network, Recipe
+from sdcli.recipe.address import STUDENT, TEACHER, Address
+from sdcli.recipe.schema import Network, Recipe
 
 CLASSES = 2
 """Of the heads before the data are known: their number changes nothing that is checked."""
@@ -25,7 +26,7 @@ def check_names(recipe: Recipe) -> None:
     """
     check_losses(recipe.losses)
     check_signals(recipe.signals, recipe.batch.mixes)
-    check_networks(recipe.losses, recipe.taking_part, recipe.signals)
+    check_networks(recipe)
     check_mixing(recipe.losses, recipe.batch.mixes)
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
         if network.head not in ("auto", "none"):
@@ -42,13 +43,11 @@ def check_names(recipe: Recipe) -> None:
         try:
             resolve(str(network.model), num_classes=None, image_size=None)
         except UserError as error:
-            error.wrong = f"networks.{name}.model: {error.wrong}"
-            raise
+            raise error.within(f"networks.{name}.model", key=f"networks.{name}.model") from None
     try:
         check_policy(recipe.batch.augment.aa)
     except UserError as error:
-        error.wrong = f"batch.augment.aa: {error.wrong}"
-        raise
+        raise error.within("batch.augment.aa", key="batch.augment.aa") from None
     check_optimizer(recipe.optimizer)
     for epochs in recipe.phase_epochs:
         check_schedule(recipe.schedule, epochs)
@@ -74,9 +73,9 @@ def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = Non
         student = networks[STUDENT].plan.input_size[1]
         networks[name] = _on_meta(table, str(table.model), student)
     own = {name: networks.get(name, networks[STUDENT]) for name in recipe.taking_part}
-    widths = {address(name, p): width for name, network in own.items() for p, width in network.widths.items()}
+    specs = {str(Address(name, p)): spec for name, network in own.items() for p, spec in network.specs.items()}
     with torch.device("meta"):
-        _, derived = build_objectives(recipe, widths, CLASSES, 1)
+        _, derived = build_objectives(recipe, specs, CLASSES, 1)
     read_densely(own, derived)
     return networks[STUDENT]
 
@@ -112,12 +111,12 @@ def remarks(recipe: Recipe) -> list[str]:
         for name, loss in recipe.losses.items()
         if all(not weight.varies and weight.value == 0 for weight in loss.weights)
     ]
-    read = recipe.places(recipe.losses)
+    read = recipe.named(recipe.losses)
     found += [f"signals.{name} has no effect: no loss reads it" for name in recipe.signals if name not in read]
     found += [
         f"batch.views.{name} has no effect, but costs its images: no loss reads final@{name}"
         for name in recipe.batch.views
-        if not any(place.endswith(f"@{name}") for place in read)
+        if all(address.images != name for address in recipe.addresses(recipe.losses))
     ]
     found += [
         f"networks.{name} has no effect, but costs its memory: nothing reads {name}.…"

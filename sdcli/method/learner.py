@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from sdcli.data.batch import Batch
 from sdcli.errors import UserError
-from sdcli.method.objective import Addresses, Objective, address, parsed
+from sdcli.method.addresses import Addresses
+from sdcli.method.objective import Objective
 from sdcli.method.signals import SIGNALS, SignalContext, reads_one
-from sdcli.network.multi_exit import FINAL, MultiExit, PointSpec
+from sdcli.network.multi_exit import MultiExit, PointSpec
 from sdcli.network.signals import Signal
-from sdcli.recipe.schema import STUDENT, Derived, Recipe
+from sdcli.recipe.address import FINAL, STUDENT, Address
+from sdcli.recipe.schema import Derived, Recipe
 from sdcli.registry import Entry
 
 
@@ -30,7 +32,7 @@ class DerivedSignal(nn.Module):
         super().__init__()
         self.of = list(of)
         self.reads_one = reads_one(entry)
-        self.reads_places = entry.reads == "dense"
+        self.reads_densely = entry.reads == "dense"
         self.sees_batch = bool(entry.sees_batch)
         built = isinstance(entry.call, type)
         self._build = partial(entry.call, *([setting] if built else []), **options)
@@ -43,7 +45,7 @@ class DerivedSignal(nn.Module):
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> Signal:
         """Made in float32 or better; map and embedding are those of the first that it is made of."""
-        sources = [signals[place].at_least_float() for place in self.of]
+        sources = [signals[point].at_least_float() for point in self.of]
         with torch.autocast(batch.images.device.type, enabled=False):
             logits = self.make(sources[0] if self.reads_one else sources, batch)
         return Signal(sources[0].features, sources[0].embedding, logits)
@@ -66,52 +68,58 @@ def check_signals(tables: Mapping[str, Derived], mixes: bool) -> None:
 
 def build_signals(
     tables: Mapping[str, Derived],
-    widths: Mapping[str, PointSpec],
+    specs: Mapping[str, PointSpec],
     num_classes: int,
     num_images: int,
     frozen: Collection[str] = (),
 ) -> tuple[dict[str, DerivedSignal], dict[str, PointSpec]]:
-    """The predictions that `[signals]` asks for, and how wide each is; `widths` are those of the networks' points, and
+    """The predictions that `[signals]` asks for, and how wide each is; `specs` are those of the networks' points, and
     `frozen` names the networks that do not learn.
 
     Raises UserError for a point that is not there or has no classifier.
     """
     made: dict[str, DerivedSignal] = {}
     known: dict[str, PointSpec] = {}
-    places = Addresses(widths, {}, ())
+    addresses = Addresses(specs, {}, ())
     for name, table in tables.items():
         where = f"signals.{name}"
         entry = SIGNALS.find(table.kind, f"{where}.kind")
         options = entry.check(table.options, where)
-        of = places.on(table.of, where, "of")
-        places.check_classifies(of, where)
+        of = addresses.resolve(table.of, f"{where}.of")
+        addresses.check_classifies(of, where)
+        points = [Address.parse(point) for point in of]
         if reads_one(entry) and len(of) != 1:
-            raise UserError(f"{where}: kind = '{table.kind}' is made of one point", "one point", 'of = "final"')
-        if entry.reads == "dense" and parsed(of[0])[1] != FINAL:
-            raise UserError(f"{where}: kind = '{table.kind}' reads the last map, and {of[0]} does not", 'of = "final"')
-        own = [places.width(place) for place in of]
-        made[name] = DerivedSignal(
-            of, entry, SignalContext([width.num_chs for width in own], num_classes, num_images), options
-        )
-        learns = not entry.constant and any(parsed(place)[0] not in frozen for place in of)
+            raise UserError(
+                f"{where}: kind = '{table.kind}' reads one point", "one point", 'of = "final"', key=f"{where}.of"
+            )
+        if entry.reads == "dense" and points[0].point != FINAL:
+            raise UserError(
+                f"{where}: kind = '{table.kind}' reads the last map, and {of[0]} does not",
+                'of = "final"',
+                key=f"{where}.of",
+            )
+        own = [addresses.spec(point) for point in of]
+        context = SignalContext([spec.num_chs for spec in own], num_classes, num_images)
+        made[name] = DerivedSignal(of, entry, context, options)
+        learns = not entry.constant and any(point.network not in frozen for point in points)
         known[name] = replace(own[0], learns=learns)
     return made, known
 
 
 def build_objectives(
-    recipe: Recipe, widths: Mapping[str, PointSpec], num_classes: int, num_images: int
+    recipe: Recipe, specs: Mapping[str, PointSpec], num_classes: int, num_images: int
 ) -> tuple[list[Objective], dict[str, DerivedSignal]]:
-    """What teaches in each phase, and the predictions made from others; `widths` are those of the points by address.
+    """What teaches in each phase, and the predictions made from others; `specs` are those of the points by address.
 
     Raises UserError for what only shows with the networks: points that are not there, widths that do not match, exits
     that nothing teaches.
     """
     frozen = [name for name, learns in recipe.taking_part.items() if not learns]
-    making, made = build_signals(recipe.signals, widths, num_classes, num_images, frozen)
+    making, made = build_signals(recipe.signals, specs, num_classes, num_images, frozen)
     objectives = [
         Objective(
             {name: recipe.losses[name] for name in phase.losses or ()},
-            widths,
+            specs,
             frozen=frozen,
             derived=made,
             mixes=recipe.batch.mixes,
@@ -131,12 +139,11 @@ def build_objectives(
 def read_densely(networks: Mapping[str, MultiExit], derived: Mapping[str, DerivedSignal]) -> None:
     """Has every network whose places a signal reads say what they are; raises UserError where one cannot."""
     for name, made in derived.items():
-        for place in made.of if made.reads_places else ():
+        for point in made.of if made.reads_densely else ():
             try:
-                networks[parsed(place)[0]].read_densely()
+                networks[Address.parse(point).network].read_densely()
             except UserError as error:
-                error.wrong = f"signals.{name}: {error.wrong}"
-                raise
+                raise error.within(f"signals.{name}", key=f"signals.{name}") from None
 
 
 class Learner(nn.Module):
@@ -172,13 +179,14 @@ class Learner(nn.Module):
             learns = reads.pop(name)
             made = self.derived[name]
             assert isinstance(made, DerivedSignal)
-            for place in made.of:
-                reads[place] = reads.get(place, False) or learns
+            for point in made.of:
+                reads[point] = reads.get(point, False) or learns
         self.passes: dict[tuple[str, str], bool] = {}
-        for place, learns in reads.items():
-            network, _, images = parsed(place)
-            learns = learns and network not in self.frozen
-            self.passes[network, images] = self.passes.get((network, images), False) or learns
+        for name, learns in reads.items():
+            address = Address.parse(name)
+            learns = learns and address.network not in self.frozen
+            shown = (address.network, address.images)
+            self.passes[shown] = self.passes.get(shown, False) or learns
         # What this phase teaches nothing must not wait for a gradient: DistributedDataParallel would, for ever.
         taught = {name for (name, _), learns in self.passes.items() if learns}
         taught |= {name for name in self.makes if objective.reads[name]}
@@ -215,7 +223,7 @@ class Learner(nn.Module):
         for (name, images), learns in self.passes.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 said = self.networks[name](batch.views[images] if images else batch.images)
-            signals |= {address(name, point, images): signal for point, signal in said.items()}
+            signals |= {str(Address(name, point, images)): signal for point, signal in said.items()}
         for name in self.makes:
             signals[name] = self.derived[name](signals, batch)
         total, parts = self.objective(signals, batch)

@@ -21,7 +21,7 @@ def check_optimizer(table: Optimizer) -> None:
     import timm.optim
 
     if table.opt not in timm.optim.list_optimizers():
-        raise _at("optimizer.opt", unknown("optimizer", table.opt, timm.optim.list_optimizers()))
+        raise unknown("optimizer", table.opt, timm.optim.list_optimizers()).within("optimizer.opt", key="optimizer.opt")
 
 
 def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
@@ -58,6 +58,7 @@ def _too_long(table: Schedule, epochs: int) -> UserError:
         f"schedule.warmup_epochs = {table.warmup_epochs:g} lasts as long as the run of {epochs} epochs",
         "fewer epochs than the run has, or a share of it below 1",
         "--set schedule.warmup_epochs=0.05",
+        key="schedule.warmup_epochs",
     )
 
 
@@ -89,8 +90,3 @@ def create_schedule(optimizer: torch.optim.Optimizer, table: Schedule, epochs: i
     )
     schedule.step(0)
     return schedule
-
-
-def _at(place: str, error: UserError) -> UserError:
-    error.wrong = f"{place}: {error.wrong}"
-    return error

@@ -19,8 +19,7 @@ from sdcli.network.signals import Signal
 from sdcli.network.stages import Stage, StagePlan, prefix_tokens, tap_modules, to_map
 from sdcli.network.tail import Branch, DenseClassifier
 from sdcli.network.taps import InputTap, Store, Tap
-
-FINAL = "final"
+from sdcli.recipe.address import FINAL
 
 BRANCH = "branch"
 """An exit's head that is the network's own end once more. Not in the registry: `branches` asks for it."""
@@ -100,9 +99,9 @@ class MultiExit(nn.Module):
         return [point for point in self.points if point in self.heads or point == FINAL]
 
     @property
-    def widths(self) -> dict[str, PointSpec]:
+    def specs(self) -> dict[str, PointSpec]:
         """How wide each point's signal is."""
-        widths = {}
+        specs = {}
         for point in self.points:
             stage = self.stages[point]
             dim = self.plan.embedding_dim
@@ -112,8 +111,8 @@ class MultiExit(nn.Module):
                 dim = classifier.in_features
             elif point not in self.classifiers:
                 dim = stage.num_chs
-            widths[point] = PointSpec(stage.num_chs, dim, point in self.classifiers)
-        return widths
+            specs[point] = PointSpec(stage.num_chs, dim, point in self.classifiers)
+        return specs
 
     def forward(self, images: Tensor) -> dict[str, Signal]:
         """One pass: images [B, 3, H, W] to the signal of every point."""
@@ -217,8 +216,7 @@ def attach(
             try:
                 built[point] = Branch(another() if another else copy.deepcopy(backbone), plan, stages[point])
             except UserError as error:
-                error.wrong = f"branches: {error.wrong}"
-                raise
+                raise error.within("branches", key="networks.student.branches") from None
         else:
             built[point] = build_head(kind, plan, stages[point], num_classes)
     return MultiExit(backbone, plan, built)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sdcli import toml
+from sdcli.recipe.address import STUDENT
 from sdcli.recipe.headers import Header, parse_header
 from sdcli.recipe.load import load_recipe, recipe_file
-from sdcli.recipe.schema import STUDENT, Derived, Loss, Recipe, WeightSchedule
+from sdcli.recipe.schema import Derived, Loss, Recipe, WeightSchedule
 
 ORDINARY = {"title", "paper", "epochs", "losses", "networks", "optimizer", "schedule"}
 """Tables that every recipe has; whatever else one has is worth a word. `networks` and `batch` are looked into."""
@@ -175,19 +176,17 @@ class Difference:
         return sorted(rows, key=lambda row: tables.index(row[0].rpartition(".")[0]))
 
     def overrides(self) -> tuple[list[str], list[str]]:
-        """`KEY=VALUE` for `--set` that lead from the first to the second, and what none of these takes away.
-
-        A loss is turned off by a weight of 0.
-        """
-        sets = [f"{key}={_as_set(new)}" for key, _, new in self.rows() if new is not None]
-        off = [key for key in self.gone if re.fullmatch(r"losses\.[^.]+", key)]
-        return [*sets, *(f"{key}.weight=0" for key in off)], [key for key in self.gone if key not in off]
+        """The values for `--set` and the keys for `--unset` that lead from the first to the second."""
+        return [f"{key}={_as_set(new)}" for key, _, new in self.rows() if new is not None], self.gone
 
 
 def difference(one: Recipe, other: Recipe) -> Difference:
     """What one would change to get from `one` to `other`."""
-    first, second = (dict(_flat(_dump(recipe))) for recipe in (one, other))
-    given_first, given_second = (dict(_flat(_given(recipe))) for recipe in (one, other))
+    # A weight may be a number in one and a table in the other: then it is compared as a whole.
+    values = [pair for recipe in (one, other) for pair in _flat(_dump(recipe))]
+    plain = {key for key, value in values if not isinstance(value, Mapping)}
+    first, second = (dict(_flat(_dump(recipe), plain)) for recipe in (one, other))
+    given_first, given_second = (dict(_flat(_given(recipe), plain)) for recipe in (one, other))
     found = Difference()
     for key in dict.fromkeys([*first, *given_first, *second, *given_second]):
         if key in ("title", "paper"):
@@ -223,10 +222,11 @@ def _given(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude_none=True, exclude_defaults=True)
 
 
-def _flat(tables: Mapping[str, Any], at: str = "") -> list[tuple[str, Any]]:
-    """Every value by its dotted key."""
+def _flat(tables: Mapping[str, Any], plain: Collection[str] = (), at: str = "") -> list[tuple[str, Any]]:
+    """Every value by its dotted key; the tables at the keys `plain` are values too."""
     found: list[tuple[str, Any]] = []
     for key, value in tables.items():
         place = f"{at}.{key}" if at else key
-        found += _flat(value, place) if isinstance(value, Mapping) and value else [(place, value)]
+        inside = isinstance(value, Mapping) and value and place not in plain
+        found += _flat(value, plain, place) if inside else [(place, value)]
     return found

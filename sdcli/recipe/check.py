@@ -10,12 +10,19 @@ from pydantic import ValidationError
 
 from sdcli import toml
 from sdcli.errors import UserError, did_you_mean, unknown
+from sdcli.recipe.address import AVERAGE, OTHER_TARGETS, TEACHER, Address
 from sdcli.recipe.explain import blaming, explained
-from sdcli.recipe.schema import AVERAGE, POINT, POINTS, TEACHER, Recipe, as_list
+from sdcli.recipe.schema import Recipe, as_list
+
+POINTS = "'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"
+POINT = "'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'"
 
 
 def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Recipe:
-    """The checked recipe of plain tables. `origins` tells which file or flag brought a dotted key."""
+    """The recipe that plain tables make, checked. `origins` maps a dotted key to the file or option that set it.
+
+    Raises UserError for an unknown key, a wrong type or range, and tables that contradict each other.
+    """
     try:
         recipe = Recipe.model_validate(dict(tables))
     except ValidationError as error:
@@ -23,106 +30,124 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
     if not recipe.losses:
         raise UserError("the recipe has no losses", "at least one [losses.NAME] table", 'add extends = "baseline"')
     with blaming(origins or {}):
+        _check_networks(recipe)
+        _check_names(recipe)
         _check_phases(recipe)
         _check_batch(recipe)
+        for name, signal in recipe.signals.items():
+            _check_addresses(f"signals.{name}.of", signal.of, recipe, POINTS, groups=True)
+        words = (*OTHER_TARGETS, *recipe.signals)
+        for name, loss in recipe.losses.items():
+            _check_addresses(f"losses.{name}.on", loss.on, recipe, POINTS, tuple(recipe.signals), groups=True)
+            _check_addresses(f"losses.{name}.target", loss.target, recipe, POINT, words, groups=False)
+    return recipe
+
+
+def _check_networks(recipe: Recipe) -> None:
+    """Raises UserError for a student with a model of its own or that does not learn, and another without a model."""
     if recipe.student.model is not None:
         raise UserError(
             f"networks.student.model = {recipe.student.model!r}",
             "nothing: the command line names the student's model",
             f"sdcli train {recipe.student.model} …",
+            key="networks.student.model",
         )
     if not recipe.student.learns:
-        raise UserError("networks.student.learns = false", "a student that learns")
-    for name, images in recipe.batch.views.items():
-        if images.of == "class" and recipe.batch.mixes:
-            raise UserError(
-                f"batch.views.{name} shows another image of the class, and batch.mixup and batch.cutmix mix classes",
-                "a recipe that mixes nothing, or further images of = 'itself'",
-                "--set batch.mixup=0 --set batch.cutmix=0",
-            )
-    _check_addresses(recipe, origins or {})
+        raise UserError("networks.student.learns = false", "a student that learns", key="networks.student.learns")
     for name, network in recipe.others.items():
         if network.model is None:
             raise UserError(
                 f"networks.{name}.model is missing",
                 "the name of a timm model; only the student's comes from the command line",
                 f'add model = "resnet18" to [networks.{name}]',
+                key=f"networks.{name}.model",
             )
-    return recipe
+    if recipe.ema is not None and AVERAGE in recipe.networks:
+        raise UserError(f"[networks.{AVERAGE}]: [ema] makes this network", "another name", key=f"networks.{AVERAGE}")
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Raises UserError for a signal that is called like a point."""
+    for name in recipe.signals:
+        if Address.find(name) is not None or name in OTHER_TARGETS:
+            raise UserError(f"signals.{name}: this is the name of a point", "another name", key=f"signals.{name}")
 
 
 def _check_phases(recipe: Recipe) -> None:
-    """Raises UserError for a phase that names a loss that there is not, or reads a teacher that there is not yet, and
-    for a network that is called as one that phases or `[ema]` make."""
+    """Raises UserError for a phase with an unknown loss, one that reads a teacher before there is one, and a network
+    that is called like the one that a phase makes."""
     taught = False
     for number, phase in enumerate(recipe.phases):
+        key = f"phases.{number}"
         for name in phase.losses or ():
             if name not in recipe.losses:
-                refusal = unknown("loss", name, recipe.losses)
-                raise UserError(f"phases.{number}.losses: {refusal.wrong}", refusal.expected, refusal.fix)
+                raise unknown("loss", name, recipe.losses).within(f"{key}.losses", key=f"{key}.losses")
         if number == 0 and phase.teacher:
-            raise UserError("phases.0.teacher = true: there is no student before the first phase", "a later phase")
+            raise UserError(
+                "phases.0.teacher = true: there is no student before the first phase",
+                "a later phase",
+                key="phases.0.teacher",
+            )
         taught = taught or phase.teacher
         losses = phase.losses or list(recipe.losses)
-        reading = [name for name in losses if any(p.startswith(f"{TEACHER}.") for p in recipe.places([name]))]
+        reading = [name for name in losses if recipe.reads(TEACHER, [name])]
         if reading and not taught and TEACHER not in recipe.networks:
             others = [name for name in losses if name not in reading]
             raise UserError(
-                f"phases.{number} has losses.{reading[0]}, which reads {TEACHER}.…, and there is no teacher yet",
-                "losses without one, until a phase has teacher = true",
+                f"{key} has losses.{reading[0]}, which reads {TEACHER}.…, and there is no teacher yet",
+                "losses without a teacher, until a phase has teacher = true",
                 f"losses = {toml.write_value(others)} in this phase" if others else "",
+                key=f"{key}.losses",
             )
     if taught and TEACHER in recipe.networks:
-        raise UserError(f"[networks.{TEACHER}]: this is what a phase with teacher = true makes", "another name")
-    if recipe.ema is not None and AVERAGE in recipe.networks:
-        raise UserError(f"[networks.{AVERAGE}]: this is what [ema] makes", "another name")
+        raise UserError(
+            f"[networks.{TEACHER}]: a phase with teacher = true makes this network",
+            "another name",
+            key=f"networks.{TEACHER}",
+        )
 
 
 def _check_batch(recipe: Recipe) -> None:
-    """Raises UserError for a batch that its groups do not fill."""
+    """Raises UserError for a batch that its groups do not fill, and for views of other images where classes mix."""
     group = recipe.batch.mates + 1
     if recipe.batch.size % group:
         raise UserError(
             f"batch.size = {recipe.batch.size}: batch.mates = {recipe.batch.mates} makes groups of {group} images",
             f"a multiple of {group}",
             f"--batch-size {max(1, recipe.batch.size // group) * group}",
+            key="batch.size",
         )
-
-
-def _check_addresses(recipe: Recipe, origins: Mapping[str, str]) -> None:
-    """Raises UserError for an `on`, a `target` or an `of` that cannot be a point, whatever the model."""
-    points = "'final', 'exits', 'all', 'exit1', 'exit2', … or a list of these"
-    point = "'label', 'next' (the next deeper point), 'final', or one exit such as 'exit1'"
-    for name, signal in recipe.signals.items():
-        _check_places(f"signals.{name}.of", signal.of, POINTS, (), points, recipe, origins)
-    for name, loss in recipe.losses.items():
-        known = tuple(recipe.signals)
-        _check_places(f"losses.{name}.on", loss.on, POINTS, known, points, recipe, origins)
-        _check_places(f"losses.{name}.target", loss.target, POINT, ("label", "next", *known), point, recipe, origins)
-
-
-def _check_places(
-    where: str,
-    given: str | list[str],
-    pattern: re.Pattern[str],
-    words: Sequence[str],
-    expected: str,
-    recipe: Recipe,
-    origins: Mapping[str, str],
-) -> None:
-    source = next((f"{origins[o]}: " for o in (where, where.rpartition(".")[0]) if o in origins), "")
-    signals = [word for word in words if word in recipe.signals]
-    for place in as_list(given):
-        if place in words:
-            continue
-        if not pattern.fullmatch(place):
-            known = f", or a signal: {', '.join(signals)}" if signals else ""
-            near = did_you_mean(place, [*signals, *re.findall(r"'([^']+)'", expected)])
-            raise UserError(f"{source}{where} = {given!r}", expected + known, near)
-        images = place.partition("@")[2]
-        if images and images not in recipe.batch.views:
+    for name, view in recipe.batch.views.items():
+        if view.of == "class" and recipe.batch.mixes:
             raise UserError(
-                f"{source}{where} = {given!r}: there are no images '{images}'",
-                f"one of {', '.join(recipe.batch.views)}" if recipe.batch.views else "a [batch.views.NAME] table",
-                did_you_mean(images, recipe.batch.views) or f"add a [batch.views.{images}] table",
+                f"batch.views.{name} shows another image of the class, and batch.mixup and batch.cutmix mix classes",
+                "a recipe that mixes nothing, or views with of = 'itself'",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+                key=f"batch.views.{name}",
+            )
+
+
+def _check_addresses(
+    key: str, given: str | list[str], recipe: Recipe, expected: str, words: Sequence[str] = (), *, groups: bool
+) -> None:
+    """Raises UserError for an `on`, a `target` or an `of` that can be no point, whatever the model.
+
+    `words` are what it may be besides a point; `groups` says whether `exits` and `all` are allowed.
+    """
+    signals = [word for word in words if word in recipe.signals]
+    for name in as_list(given):
+        if name in words:
+            continue
+        address = Address.find(name)
+        if address is None or (address.is_group and not groups):
+            known = f", or a signal: {', '.join(signals)}" if signals else ""
+            near = did_you_mean(name, [*signals, *re.findall(r"'([^']+)'", expected)])
+            raise UserError(f"{key} = {given!r}", expected + known, near, key=key)
+        views, images = recipe.batch.views, address.images
+        if images and images not in views:
+            raise UserError(
+                f"{key} = {given!r}: there are no images '{images}'",
+                f"one of {', '.join(views)}" if views else "a [batch.views.NAME] table",
+                did_you_mean(images, views) or f"add a [batch.views.{images}] table",
+                key=key,
             )

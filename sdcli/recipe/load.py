@@ -8,45 +8,44 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdcli import toml
 from sdcli.errors import UserError, unknown
 from sdcli.recipe.check import check_recipe
+from sdcli.recipe.merge import Override, check_values, sources, too_large
 from sdcli.recipe.schema import Recipe
+
+LARGEST_FILE = 1_000_000
+"""Bytes."""
 
 
 def recipe_folder() -> Path:
-    """Where the recipes lie that come with sdcli: inside an installed package, or beside it in a checkout."""
+    """The folder of the recipes that come with sdcli: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parents[1] / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names that `--recipe` takes, schedules and other parts aside."""
+    """The names that `--recipe` takes, schedules and other parts aside."""
     return sorted(path.stem for path in recipe_folder().glob("*.toml"))
 
 
-def load_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that `names` (of recipes or files) and `KEY=VALUE` overrides make together.
+def load_recipe(names: Sequence[str], overrides: Sequence[str | Override] = ()) -> Recipe:
+    """The recipe that `names` (of recipes or files) and overrides make together; a string override is `KEY=VALUE`.
 
-    Raises UserError for a file that is not there or not TOML, and for any key, type or range that is wrong, saying
-    which file brought the value.
+    Raises UserError for a file that does not exist or is not TOML, and for any key, type or range that is wrong, with
+    the file or option that set the value.
     """
     return read_recipe(names, overrides)[0]
 
 
-def read_recipe(names: Sequence[str], overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, str]]:
-    """`load_recipe`, and which file or flag brought each dotted key; what is not among these is a default."""
-    tables: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for name in names:
-        for source, part in _chain(name, Path()):
-            _merge(tables, part, origins, source)
-    for override in overrides:
-        _merge(tables, _parse_override(override), origins, f"--set {override}")
+def read_recipe(names: Sequence[str], overrides: Sequence[str | Override] = ()) -> tuple[Recipe, dict[str, str]]:
+    """`load_recipe`, and the file or option that set each dotted key; a key that is missing has its default."""
+    typed = [Override.parse(given) if isinstance(given, str) else given for given in overrides]
+    tables, origins = sources([part for name in names for part in _chain(name)], typed)
     return check_recipe(tables, origins), origins
 
 
@@ -61,66 +60,106 @@ def recipe_file(name: str) -> Path:
 
 
 def copy_recipe(name: str, to: Path) -> None:
-    """Copies a recipe's file as it is, header included. What it extends by path stays found from the new place.
+    """Copies a recipe's file as it is, header included. What it extends by path is still found from the new place.
 
-    Raises UserError for a place that is taken or cannot be written.
+    Raises UserError for a file that exists already or cannot be written.
     """
     source = recipe_file(name)
     parent = _read(source).get("extends")
-    text = source.read_bytes().decode("utf-8")
+    text = source.read_bytes().decode("utf-8-sig")
     # A path is relative to the file that has it; a name is the same from anywhere.
     if isinstance(parent, str) and _is_path(parent) and not Path(parent).expanduser().is_absolute():
-        whole = str((source.parent / parent).resolve())
-        text = re.sub(r"(?m)^extends\s*=[^\r\n]*", lambda _: f"extends = {toml.write_value(whole)}", text, count=1)
+        found = (source.parent / parent).resolve()
+        shipped = _shipped_name(found)
+        moved = shipped or _from_folder(found, to.resolve().parent)
+        text = re.sub(r"(?m)^extends\s*=[^\r\n]*", lambda _: f"extends = {toml.write_value(moved)}", text, count=1)
     try:
         with to.open("xb") as file:
             file.write(text.encode("utf-8"))
     except FileExistsError:
         raise UserError(
-            f"'{to}' exists already", "a file that is not there yet: nothing is overwritten", "another name"
+            f"'{to}' exists already", "a file that does not exist: nothing is overwritten", "another name"
         ) from None
     except OSError as error:
-        raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in a folder that is there") from None
+        raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in an existing folder") from None
 
 
-def _chain(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _from_folder(file: Path, folder: Path) -> str:
+    """A file's path as a recipe in `folder` writes it."""
+    import os
+
+    return Path(os.path.relpath(file, folder)).as_posix() if file.is_relative_to(folder.parent) else str(file)
+
+
+def _shipped_name(path: Path) -> str:
+    """The name of a recipe that comes with sdcli ("byot", "schedules/cifar"); "" for any other file."""
+    folder = recipe_folder().resolve()
+    inside = path.resolve().is_relative_to(folder)
+    return path.resolve().relative_to(folder).with_suffix("").as_posix() if inside else ""
+
+
+def _chain(name: str) -> list[tuple[str, dict[str, Any]]]:
     """The recipe called `name` and all that it extends, the farthest ancestor first."""
     links: list[tuple[str, dict[str, Any]]] = []
     seen: list[Path] = []
+    folder = Path()
     while True:
         try:
             path = _find(name, folder)
         except UserError as error:
-            if links:
-                error.wrong = f"{links[-1][0]}: extends = {name!r}: {error.wrong}"
-            raise
+            raise error.within(f"{links[-1][0]}: extends = {name!r}") if links else error from None
         if path in seen:
             loop = " -> ".join(p.name for p in [*seen, path])
-            raise UserError(f"{path}: 'extends' goes round in a circle: {loop}", "a chain that ends")
+            raise UserError(f"{_short(path)}: 'extends' forms a circle: {loop}", "a chain that ends")
         seen.append(path)
         tables = _read(path)
         parent = tables.pop("extends", None)
         links.append((_short(path), tables))
         if parent is None:
-            return iter(reversed(links))
+            return links[::-1]
         if not isinstance(parent, str):
             raise UserError(f"{_short(path)}: extends = {parent!r}", "the name of one recipe, or its path")
         name, folder = parent, path.parent
 
 
 def _find(name: str, folder: Path) -> Path:
-    """The file of a recipe: a path (relative to the file that extends it), else one of our own."""
-    if _is_path(name):
-        path = folder / Path(name).expanduser()
-        if path.is_dir():
-            raise UserError(f"recipe '{name}' is a folder", "a .toml file")
-        if not path.is_file():
-            raise UserError(f"recipe file '{path}' does not exist", "a path, or one of " + ", ".join(recipe_names()))
-        return path.resolve()
-    path = recipe_folder() / f"{name}.toml"
-    if not path.is_file():
-        raise unknown("recipe", name, recipe_names(), f"for a file of your own write its path: ./{name}.toml")
+    """The file of a recipe: a path (relative to the file that extends it), or one that comes with sdcli."""
+    try:
+        if _is_path(name):
+            path = folder / Path(name).expanduser()
+            if path.is_dir():
+                raise UserError(f"recipe '{name}' is a folder", "a .toml file")
+            if path.suffix != ".toml":
+                raise UserError(
+                    f"recipe '{name}' is not a .toml file", "a recipe: a TOML file whose name ends in .toml"
+                )
+            if not path.exists():
+                raise unknown_file(path)
+            return path.resolve()
+        path = recipe_folder() / f"{name}.toml"
+        known = path.is_file() and path.resolve().is_relative_to(recipe_folder().resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        # Names that are too long, hold a null character, or name the home of nobody.
+        raise UserError(
+            f"recipe {name[:60]!r} is not a name or a path: {_reason(error)}", "a recipe's name, or a .toml file"
+        ) from None
+    if not known:
+        raise unknown("recipe", name, recipe_names(), _fix_for(name))
     return path
+
+
+def unknown_file(path: Path) -> UserError:
+    """The error for a recipe file that does not exist, with files that do."""
+    beside = sorted(other.name for other in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+    near = f"files in '{path.parent}': {', '.join(beside[:5])}" if beside else ""
+    return UserError(f"recipe file '{path}' does not exist", "a .toml file, or a name of sdcli recipes list", near)
+
+
+def _fix_for(name: str) -> str:
+    """How a name that no recipe has could have been meant."""
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
+        return "recipes are TOML files: sdcli recipes copy default mine.toml makes one to change"
+    return f"for your own file write its path: ./{name}.toml" if re.fullmatch(r"[\w-]+", name) else ""
 
 
 def _is_path(name: str) -> bool:
@@ -128,71 +167,43 @@ def _is_path(name: str) -> bool:
 
 
 def _short(path: Path) -> str:
-    """How messages call a recipe file: our own by name, others by path."""
-    folder = recipe_folder().resolve()
-    inside = path.resolve().is_relative_to(folder)
-    return f"recipes/{path.resolve().relative_to(folder)}" if inside else str(path)
+    """How messages call a recipe file: those that come with sdcli by name, others by path."""
+    shipped = _shipped_name(path)
+    return f"recipes/{shipped}.toml" if shipped else str(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    source = _short(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(
-            f"{_short(path)} is not TOML: {error}", "[TABLE] and KEY = VALUE", _faulty(path, error)
-        ) from None
+        if not path.is_file():
+            raise UserError(f"{source} is not a regular file", "a recipe file")
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{source} has {path.stat().st_size:,} bytes", f"a recipe file of at most {LARGEST_FILE:,}")
+        # Some editors begin a file with a byte-order mark.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{_short(path)} cannot be read: {error}", "a recipe file") from None
+        raise UserError(f"{source} cannot be read: {_reason(error)}", "a recipe file in UTF-8") from None
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not TOML: {error}", "[TABLE] and KEY = VALUE", _faulty(text, error)) from None
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply", "the tables of a recipe") from None
+    except ValueError:
+        raise too_large(source) from None
+    check_values(tables, source)
+    return tables
 
 
-def _faulty(path: Path, error: tomllib.TOMLDecodeError) -> str:
-    """The line that is not TOML, and what is wrong with it where that is plain."""
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _faulty(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """The line that is not TOML, and the line that was meant where that is plain."""
     found = re.search(r"at line (\d+)", str(error))
-    line = path.read_text(encoding="utf-8").split("\n")[int(found[1]) - 1].strip() if found else ""
+    line = text.split("\n")[int(found[1]) - 1].strip() if found else ""
     word = re.fullmatch(r"([\w.-]+)\s*=\s*([A-Za-z][\w/.+-]*)", line)
     if word:
         return f'text stands in quotes: {word[1]} = "{word[2]}"'
-    return f"look at line {found[1]}: {line}" if found and line else ""
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    """`losses.soft.weight=0.5` as nested tables; a value that is not TOML is taken as a string."""
-    key, equals, value = text.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
-        raise UserError(f"--set {text!r}", "KEY=VALUE", "for example --set losses.soft.weight=0.5")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    for part in reversed(parts):
-        parsed = {part: parsed}
-    return dict(parsed)
-
-
-def _merge(into: dict[str, Any], part: Mapping[str, Any], origins: dict[str, str], source: str, at: str = "") -> None:
-    """Refines `into` by `part`, table by table; notes where each value comes from. Entries of a list of tables are
-    refined by their numbers: `phases.1.rounds=3` is the second phase's."""
-    for key, value in part.items():
-        place = f"{at}.{key}" if at else key
-        origins[place] = source
-        if isinstance(value, Mapping):
-            former = into.get(key)
-            if place == "phases" and not former:
-                raise UserError(f"{source}: the recipe has no phases", "a recipe with [[phases]], like born-again")
-            if isinstance(former, list) and all(number.isdigit() for number in value):
-                # Others may hold the same list.
-                into[key] = [dict(entry) if isinstance(entry, dict) else entry for entry in former]
-                for number, table in value.items():
-                    if int(number) >= len(former) or not isinstance(table, Mapping):
-                        raise UserError(
-                            f"{source}: there is no {place}.{number} with keys",
-                            f"{place}.0 to {place}.{len(former) - 1}",
-                        )
-                    _merge(into[key][int(number)], table, origins, source, f"{place}.{number}")
-                continue
-            if not isinstance(former, dict):
-                into[key] = {}
-            _merge(into[key], value, origins, source, place)
-        else:
-            into[key] = value
+    return f"look at line {found[1]}: {line[:80]}" if found and line else ""

@@ -5,22 +5,23 @@ What a table's own keys mean is told where they are used; here they are named an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcli.recipe import ramps
+from sdcli.recipe.address import AVERAGE, STUDENT, TEACHER, Address
 
-STUDENT = "student"
-"""The network that the command line names; an address without a network means one of its points."""
-
-_NETWORK, _IMAGES = r"(?:[A-Za-z]\w*\.)?", r"(?:@[A-Za-z]\w*)?"
-
-POINTS = re.compile(_NETWORK + r"(?:final|exits|all|exit[1-9]\d*)" + _IMAGES)
-
-POINT = re.compile(_NETWORK + r"(?:final|exit[1-9]\d*)" + _IMAGES)
+Word = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
+"""The name of a network or a view, which addresses are made of."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
+"""The name of a loss or a signal."""
+MOST_EPOCHS = 1_000_000
+MOST_IMAGES = 1_000_000
+"""Of an update."""
+MOST_ENDS = 64
+"""Exits or branches of a network."""
 
 
 class Table(BaseModel):
@@ -43,7 +44,7 @@ class Network(Table):
     head: str = "auto"
     """The exits' heads: `auto` (what suits the stage), `none` (taps without classifiers), or a name of
     `sdcli recipes heads`."""
-    branches: Annotated[int, Field(ge=2)] | None = None
+    branches: Annotated[int, Field(ge=2, le=MOST_ENDS)] | None = None
     """Instead of exits: how many ends the network has, all grown on its last stage but one (ONE's branches). The last
     is its own, `final`; the others are copies with weights of their own, `exit1`, `exit2`, …"""
     stem: Literal["auto", "imagenet", "cifar"] = "auto"
@@ -61,7 +62,7 @@ class Augment(Table):
     """How often left and right are swapped; never where a data set says that it would change the class."""
     aa: str = "none"
     """`cifar10` (AutoAugment's), `trivial`, or one of timm's, such as `rand-m9-mstd0.5-inc1`."""
-    cutout: Annotated[int, Field(ge=0)] = 0
+    cutout: Annotated[int, Field(ge=0, le=10_000)] = 0
     """The side in pixels of a square that is taken out; 0: none."""
     reprob: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How often a rectangle is replaced by noise (random erasing)."""
@@ -72,7 +73,7 @@ class Augment(Table):
 class BatchTable(Table):
     """`[batch]`: what the networks are shown."""
 
-    size: Annotated[int, Field(ge=1)] = 128
+    size: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 128
     """Images of an update, over all processes."""
     augment: Augment = Augment()
     """The table `[batch.augment]`."""
@@ -80,9 +81,9 @@ class BatchTable(Table):
     """Images blended with others: alpha of the Beta distribution that says how much of one stays; 0: none are."""
     cutmix: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Images with a rectangle of another; alpha as above. Where both are used, each takes half of the images."""
-    mates: Annotated[int, Field(ge=0)] = 0
+    mates: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 0
     """Images of the same class that follow each drawn one in a batch: BAKE's sampler."""
-    views: dict[str, View] = {}
+    views: dict[Word, View] = {}
     """The tables `[batch.views.NAME]`."""
     mixup_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How often an image is mixed at all."""
@@ -257,12 +258,8 @@ class Phase(Table):
     fresh: bool = False
     """Whether the student begins anew, from its `weights`, and with it whatever the losses and signals have learnt or
     remembered. Otherwise the losses go on from what those of the phase before have learnt."""
-    rounds: Annotated[int, Field(ge=1)] = 1
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many times in a row."""
-
-
-TEACHER, AVERAGE = "teacher", "ema"
-"""Networks that a recipe gets without a table: the student of the phase before, and its average over time."""
 
 
 class Recipe(Table):
@@ -272,15 +269,15 @@ class Recipe(Table):
     """What lists call it."""
     paper: str = ""
     """A link."""
-    epochs: Annotated[int, Field(ge=1)] = 200
+    epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
     """Of each phase, where there are several."""
-    networks: dict[str, Network] = {}
+    networks: dict[Word, Network] = {}
     """The tables `[networks.NAME]`."""
     batch: BatchTable = BatchTable()
     """The table `[batch]`."""
-    signals: dict[str, Derived] = {}
+    signals: dict[Name, Derived] = {}
     """The tables `[signals.NAME]`."""
-    losses: dict[str, Loss]
+    losses: dict[Name, Loss]
     """The tables `[losses.NAME]`, one at least."""
     optimizer: Optimizer = Optimizer()
     """The table `[optimizer]`."""
@@ -328,21 +325,27 @@ class Recipe(Table):
             networks[TEACHER] = False
         return networks
 
-    def places(self, losses: Iterable[str] | None = None) -> list[str]:
-        """What these losses name, and what the signals among it are made of; what all losses and signals do, where none
-        are given. Each as it is written."""
+    def named(self, losses: Iterable[str] | None = None) -> list[str]:
+        """All points, signals and words that these losses name, and what the signals among them are made of; without
+        `losses`, what all losses and all signals name. Each as it is written."""
         named: list[str] = []
         for name in self.losses if losses is None else losses:
             named += [*as_list(self.losses[name].on), *as_list(self.losses[name].target)]
         signals = [signal for name, signal in self.signals.items() if losses is None or name in named]
-        return [*named, *(place for signal in signals for place in as_list(signal.of))]
+        return [*named, *(name for signal in signals for name in as_list(signal.of))]
 
-    def reads(self, network: str) -> bool:
-        """Whether a loss or a signal names a point of this network."""
-        return any(place.startswith(f"{network}.") for place in self.places())
+    def addresses(self, losses: Iterable[str] | None = None) -> list[Address]:
+        """The points among what `named` returns."""
+        found = [Address.find(name) for name in self.named(losses) if name not in self.signals]
+        return [address for address in found if address is not None]
+
+    def reads(self, network: str, losses: Iterable[str] | None = None) -> bool:
+        """Whether one of these losses, or a signal that it reads, names a point of this network."""
+        return any(address.network == network for address in self.addresses(losses))
 
 
 def as_list(value: str | list[str]) -> list[str]:
+    """What is written alone or as a list, as a list."""
     return [value] if isinstance(value, str) else value
 
 
@@ -351,3 +354,17 @@ TABLES: dict[str, type[BaseModel]] = {
     "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
     "networks.NAME": Network, "ema": Ema, "signals.NAME": Derived, "batch.views.NAME": View, "phases": Phase,
 }  # fmt: skip
+
+RENAMED = {
+    ("batch", "also"): "views",
+    ("batch", "mix_prob"): "mixup_prob",
+    ("batch.augment", "mirror"): "hflip",
+    ("batch.augment", "erase"): "reprob",
+    ("batch.augment", "policy"): "aa",
+    ("schedule", "warmup"): "warmup_epochs",
+    ("schedule", "milestones"): "decay_milestones",
+    ("schedule", "decay_time"): "decay_epochs",
+    ("losses.NAME.weight", "on"): "start",
+    ("losses.NAME.weight", "off"): "stop",
+}
+"""Keys that had another name, by their table: what they are called now."""

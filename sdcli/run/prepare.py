@@ -26,15 +26,15 @@ from sdcli.extensions import load_imports
 from sdcli.method.catalogue import completed
 from sdcli.method.check import check_names, check_with_model, remarks
 from sdcli.method.learner import Learner, build_objectives
-from sdcli.method.objective import address
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.backbones import Architecture, pretrained_transform, resolve
 from sdcli.network.blueprint import build_network, head_kind, plan_network
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit, choose_heads
 from sdcli.network.stages import StagePlan
+from sdcli.recipe.address import AVERAGE, STUDENT, TEACHER, Address
 from sdcli.recipe.load import to_toml
-from sdcli.recipe.schema import AVERAGE, STUDENT, TEACHER, Network, Recipe
+from sdcli.recipe.schema import Network, Recipe
 from sdcli.run.folder import Run, check_output
 from sdcli.run.settings import Settings
 from sdcli.run.training import Training, enter_phase, save
@@ -128,9 +128,9 @@ def build(
     if TEACHER in recipe.taking_part and TEACHER not in networks:
         networks[TEACHER] = copy.deepcopy(student)
     frozen = [name for name in networks if not recipe.taking_part[name]]
-    widths = {address(name, p): width for name, network in networks.items() for p, width in network.widths.items()}
+    specs = {str(Address(name, p)): spec for name, network in networks.items() for p, spec in network.specs.items()}
     num_images = int(splits.train.index.max()) + 1
-    objectives, making = build_objectives(recipe, widths, len(classes), num_images)
+    objectives, making = build_objectives(recipe, specs, len(classes), num_images)
     learner = Learner(networks, objectives[0], frozen, making)
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)

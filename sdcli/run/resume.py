@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from sdcli.errors import UserError
 from sdcli.extensions import load_imports
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.load import load_recipe
+from sdcli.recipe.merge import Override
 from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run, read_settings, state_file
 from sdcli.run.prepare import BEFORE, build, check, settled, start_tracker, write_choices
@@ -50,7 +51,7 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
 
 
 def resumed(
-    folder: Path, given: Mapping[str, Any], recipe: Recipe | None, overrides: list[str]
+    folder: Path, given: Mapping[str, Any], recipe: Recipe | None, overrides: Sequence[str | Override]
 ) -> tuple[Settings, Recipe]:
     """Settings and recipe of a run that goes on, with what the command line gives anew.
 

@@ -23,7 +23,8 @@ from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import build_network
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
-from sdcli.recipe.schema import TEACHER, Recipe
+from sdcli.recipe.address import TEACHER
+from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run
 from sdcli.run.settings import Settings, unchanging
 from sdcli.run.state import random_states, restore_random_states, save_state

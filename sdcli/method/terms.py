@@ -1,0 +1,127 @@
+"""What a `[losses]` table asks for, checked as far as it can be without a network.
+
+B batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from sdcli.errors import UserError
+from sdcli.method.addresses import Addresses
+from sdcli.method.losses import LOSSES
+from sdcli.network.multi_exit import PointSpec
+from sdcli.network.signals import Signal
+from sdcli.recipe.address import FINAL, OTHER_TARGETS, Address
+from sdcli.recipe.schema import Loss, Recipe, WeightSchedule, as_list
+from sdcli.registry import Entry
+
+
+@dataclass(frozen=True)
+class Term:
+    """One comparison at one point: what the loss `name` of the recipe computes at `on`."""
+
+    name: str
+    on: str
+    target: str | None
+    """The point or signal that is compared with; None for the labels."""
+    reads: str
+    """`logits`, `embedding` or `features`."""
+    weight: WeightSchedule
+    compare: Callable[..., Tensor]
+    """The loss with its recipe keys filled in; a module where it has weights of its own."""
+    sees_batch: bool = False
+    """Whether its value couples the images of a batch."""
+
+
+def check_losses(losses: Mapping[str, Loss]) -> None:
+    """Raises UserError for an unknown loss, key, type or range, and a target that is missing or has no effect."""
+    for name, loss in losses.items():
+        entry = LOSSES.find(loss.kind, f"losses.{name}.kind")
+        _check_form(entry)
+        try:
+            entry.check(loss.options, f"losses.{name}")
+        except UserError as error:
+            stray = next((key for key in loss.options if key not in entry.options), "")
+            having = [other.name for other in LOSSES if stray in other.options]
+            fix = error.fix or (f"kinds that have {stray}: {', '.join(having)}" if having else "")
+            raise error.but(fix=fix) from None
+        needs_target(loss, f"losses.{name}")
+
+
+def _check_form(entry: Entry) -> None:
+    """Raises UserError for a loss, mostly a user's own, that cannot be called as losses are."""
+    # Not `dense`, which has no gradient.
+    readable = [field.name for field in fields(Signal) if field.name != "dense"]
+    if entry.reads not in readable:
+        raise UserError(
+            f"loss '{entry.name}' reads {entry.reads!r}",
+            ", ".join(readable),
+            f'@LOSSES.register("{entry.name}", reads="logits")',
+        )
+    takes = [p.name for p in entry.parameters if p.kind is not p.KEYWORD_ONLY]
+    if not isinstance(entry.call, type) and takes not in (["student", "batch"], ["student", "teacher", "batch"]):
+        raise UserError(
+            f"loss '{entry.name}' takes ({', '.join(takes)})",
+            "(student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *",
+            f"def {entry.call.__name__}(student, teacher, batch, *, …)",
+        )
+
+
+def check_mixing(losses: Mapping[str, Loss], mixes: bool) -> None:
+    """Raises UserError for a loss that needs one class per image where classes are mixed."""
+    for name, loss in losses.items():
+        if mixes and LOSSES.find(loss.kind, f"losses.{name}.kind").hard_labels:
+            raise UserError(
+                f"losses.{name}: kind = '{loss.kind}' needs one class per image, and batch.mixup and batch.cutmix "
+                "mix them",
+                "a recipe that mixes nothing, or another loss",
+                "--set batch.mixup=0 --set batch.cutmix=0",
+                key=f"losses.{name}.kind",
+            )
+
+
+def check_networks(recipe: Recipe) -> None:
+    """Raises UserError for a point of an unknown network, and for a loss that would teach a network that does not
+    learn."""
+    networks = recipe.taking_part
+    addresses = Addresses(
+        {str(Address(network, FINAL)): PointSpec(0, 0) for network in networks},
+        {},
+        [name for name, learns in networks.items() if not learns],
+    )
+    named = [(f"signals.{name}.of", signal.of) for name, signal in recipe.signals.items()]
+    for name, loss in recipe.losses.items():
+        named += [(f"losses.{name}.on", loss.on), (f"losses.{name}.target", loss.target)]
+    for key, given in named:
+        for name in as_list(given):
+            if name in recipe.signals or name in OTHER_TARGETS:
+                continue
+            if Address.parse(name).network not in networks:
+                raise addresses.missing(name, key)
+            if key.endswith(".on"):
+                addresses.check_learns(name, key)
+
+
+def needs_target(loss: Loss, table: str) -> bool:
+    """Whether the loss compares with another point; raises UserError where its table disagrees."""
+    entry = LOSSES.find(loss.kind, f"{table}.kind")
+    needs = isinstance(entry.call, type) or "teacher" in entry.takes
+    if needs and loss.target == "label":
+        raise UserError(
+            f"{table}: kind = '{loss.kind}' compares with another point, and no target is named",
+            "target = 'final', 'next' or an exit",
+            f'add target = "final" to [{table}]',
+            key=f"{table}.kind",
+        )
+    if not needs and loss.target != "label":
+        raise UserError(
+            f"{table}.target = {loss.target!r}: kind = '{loss.kind}' compares with the labels alone",
+            "no target",
+            f"remove target from [{table}], or choose a kind that has one, such as kl",
+            key=f"{table}.target",
+        )
+    return needs
