@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from sdcli.devices import keep_freed_memory
-from sdcli.network.multi_exit import all_costs
 from sdcli.recipe.load import load_recipe
 from sdcli.run.events import Epoch
 from sdcli.run.prepare import prepare
@@ -70,7 +69,7 @@ def main() -> None:
         *_, epoch = train_epoch(training)
         assert isinstance(epoch, Epoch)
         about = training.description
-        macs = all_costs(about.plan, about.heads, len(about.classes))["ensemble"].macs
+        macs = about.blueprint.costs()["ensemble"].macs
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
     result = {

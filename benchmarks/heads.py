@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from sdcli.devices import keep_freed_memory
-from sdcli.network.backbones import resolve
-from sdcli.network.blueprint import plan_network
+from sdcli.network.blueprint import Blueprint, stages_by_point
 from sdcli.network.heads import PatchConv, build_head
-from sdcli.network.multi_exit import stages_by_point
 from sdcli.recipe.schema import Network
 
 
@@ -65,7 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     keep_freed_memory(torch.device("cpu"))
-    plan = plan_network(Network(), resolve(options.model, num_classes=100, image_size=options.image_size))
+    plan = Blueprint.draft(Network(), options.model, image_size=options.image_size).plan
     print(f"{'exit':8} {'map':>14} {'as it is, ms':>13} {'channels outermost':>19} {'torch patches':>14}")
     rows = []
     for point, stage in list(stages_by_point(plan).items())[:-1]:

@@ -28,11 +28,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
-from sdcli.network.backbones import create, resolve
+from sdcli.network.backbones import Architecture, create, resolve
+from sdcli.network.blueprint import Blueprint, choose_heads
 from sdcli.network.cuts import find_stages
-from sdcli.network.multi_exit import attach, choose_heads
+from sdcli.network.multi_exit import attach
 from sdcli.network.stages import StagePlan
+from sdcli.recipe.schema import Network
 
 COLUMNS = (
     *("model", "family", "input_size", "found_by", "num_stages", "clean", "stages", "reductions", "num_chs", "shares"),
@@ -56,12 +59,12 @@ def inspect(name: str, real_gmacs: float) -> dict[str, Any]:
         plan = find_stages(model, architecture.input_size, name=name)
         row |= describe(plan)
         row["seconds"] = f"{time.perf_counter() - start:.2f}"
-        row["forward"], row["logits"] = run_with_exits(model, plan)
+        row["forward"], row["logits"] = run_with_exits(model, architecture, plan)
         affordable = plan.macs <= 1e9 * real_gmacs and plan.params <= LARGEST_REAL_PARAMS
         if row["logits"] == SAME_OPERATIONS and affordable:
             with QuickWeights():
                 real = create(architecture, device="cpu")
-            row["logits"] = compare_logits(real, plan)
+            row["logits"] = compare_logits(real, architecture, plan)
     except (UserError, TimeoutError) as error:
         row["error"] = " ".join(str(error).split())
     return row
@@ -91,14 +94,20 @@ def describe(plan: StagePlan) -> dict[str, Any]:
 SAME_OPERATIONS = "same operations"
 
 
-def run_with_exits(model: nn.Module, plan: StagePlan) -> tuple[str, str]:
+def blueprint_of(architecture: Architecture, plan: StagePlan) -> Blueprint:
+    preprocess = Preprocess(architecture.input_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    classes = tuple(str(number) for number in range(CLASSES))
+    return Blueprint(architecture, plan, choose_heads(plan, Network()), classes, preprocess)
+
+
+def run_with_exits(model: nn.Module, architecture: Architecture, plan: StagePlan) -> tuple[str, str]:
     """On the meta device: whether every exit answers, and whether the backbone does what it does without exits."""
     images = torch.empty(2, *plan.input_size, device="meta")
     model.eval()
     with torch.no_grad():
         with Operations(model) as plain:
             logits = model(images)
-        network = attach(model, plan, choose_heads(plan), CLASSES).to("meta").eval()
+        network = attach(model, blueprint_of(architecture, plan)).to("meta").eval()
         with Operations(network.backbone) as attached:
             signals = network(images)
     wrong = [p for p, signal in signals.items() if p != "final" and tuple(signal.logits.shape) != (2, CLASSES)]
@@ -112,13 +121,13 @@ def run_with_exits(model: nn.Module, plan: StagePlan) -> tuple[str, str]:
     return f"wrong shapes at {', '.join(wrong)}" if wrong else "ok", SAME_OPERATIONS if same else "other operations"
 
 
-def compare_logits(model: nn.Module, plan: StagePlan) -> str:
+def compare_logits(model: nn.Module, architecture: Architecture, plan: StagePlan) -> str:
     """On real numbers: whether the plain model's output is unchanged, bit for bit, once it has exits."""
     images = torch.randn(1, *plan.input_size)
     model.eval()
     with torch.no_grad():
         plain = model(images)
-        network = attach(model, plan, choose_heads(plan), CLASSES).eval()
+        network = attach(model, blueprint_of(architecture, plan)).eval()
         kept: list[Any] = []
         network.backbone.register_forward_hook(lambda module, args, output: kept.append(output))
         signals = network(images)

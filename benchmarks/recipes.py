@@ -26,7 +26,7 @@ import torch
 
 from sdcli.data.batch import Batch
 from sdcli.devices import keep_freed_memory
-from sdcli.network.multi_exit import MultiExit, all_costs
+from sdcli.network.multi_exit import MultiExit
 from sdcli.recipe.load import load_recipe, recipe_names
 from sdcli.run.prepare import prepare
 from sdcli.run.settings import Settings
@@ -54,12 +54,11 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
 
 def units(training: Training) -> float:
     """MACs of all passes for one image, three times where there is a way back."""
-    about, total = training.description, 0.0
+    total = 0.0
     for (name, _), learns in training.learner.passes.items():
         network = training.learner.networks[name]
         assert isinstance(network, MultiExit)
-        heads = about.heads if len(network.heads) else {}
-        macs = all_costs(network.plan, heads, len(about.classes))["ensemble"].macs
+        macs = network.blueprint.costs()["ensemble"].macs
         total += macs * (3 if learns else 1)
     return total
 

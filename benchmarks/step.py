@@ -25,7 +25,6 @@ from sdcli.data.batch import Batch
 from sdcli.devices import keep_freed_memory
 from sdcli.method.optimizer import create_optimizer
 from sdcli.network.backbones import create
-from sdcli.network.multi_exit import all_costs
 from sdcli.recipe.load import load_recipe
 from sdcli.run.prepare import prepare
 from sdcli.run.settings import Settings
@@ -64,7 +63,7 @@ def prepared(case: Case, options: argparse.Namespace, folder: str) -> Training:
 def plain_step(training: Training, batch: Batch, options: argparse.Namespace) -> Callable[[], Any]:
     """The same network without exits, as a short loop over timm's model would train it."""
     device = training.accelerator.device
-    model = create(training.description.architecture, device="cpu").to(device).train()
+    model = create(training.description.blueprint.architecture, device="cpu").to(device).train()
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     if options.compile:
@@ -111,7 +110,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             for name, step in steps.items():
                 times[name].append(timed(step, device))
         about = training.description
-        costs = all_costs(about.plan, about.heads, len(about.classes))
+        costs = about.blueprint.costs()
     median = {name: statistics.median(values) for name, values in times.items()}
     # Each step against its neighbour: what else the machine does comes and goes more slowly than that.
     ratio = statistics.median(one / other for one, other in zip(times["exits"], times["plain"], strict=True))

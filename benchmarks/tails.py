@@ -13,29 +13,28 @@ from pathlib import Path
 import torch
 
 from sdcli.errors import UserError
-from sdcli.network.backbones import Architecture, create, resolve
-from sdcli.network.blueprint import plan_network
-from sdcli.network.multi_exit import BRANCH, attach, choose_heads
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.multi_exit import build
 from sdcli.recipe.schema import Network
 
 FAMILIES = Path(__file__).parents[1] / "docs" / "families.csv"
 
 
-def branches(architecture: Architecture) -> None:
-    plan = plan_network(Network(branches=3), architecture)
-    network = attach(create(architecture), plan, choose_heads(plan, BRANCH), 10)
-    network.eval()(torch.zeros(1, *architecture.input_size))
+CLASSES = [str(number) for number in range(10)]
 
 
-def places(architecture: Architecture) -> None:
-    network = attach(create(architecture), plan_network(Network(exits="none"), architecture), {}, 10)
-    network.read_densely()
+def branches(model: str) -> None:
+    network = build(Blueprint.draft(Network(branches=3), model, CLASSES), device="meta")
+    network.eval()(torch.zeros(1, *network.plan.input_size, device="meta"))
 
 
-def refused(build: Callable[[Architecture], None], model: str) -> str:
+def places(model: str) -> None:
+    build(Blueprint.draft(Network(exits="none"), model, CLASSES), device="meta").read_densely()
+
+
+def refused(grow: Callable[[str], None], model: str) -> str:
     try:
-        with torch.device("meta"):
-            build(resolve(model, num_classes=10, image_size=None))
+        grow(model)
     except UserError as error:
         return error.wrong
     return ""

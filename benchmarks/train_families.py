@@ -24,9 +24,8 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.objective import Objective
 from sdcli.method.optimizer import create_optimizer
-from sdcli.network.backbones import create, resolve
-from sdcli.network.blueprint import plan_network
-from sdcli.network.multi_exit import MultiExit, attach, choose_heads
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Network
 
@@ -54,9 +53,8 @@ def train_one_step(model: str) -> dict[str, Any]:
     row: dict[str, Any] = {"model": model}
     try:
         recipe = load_recipe(["default"], ["optimizer.lr=0.001"])
-        architecture = resolve(model, num_classes=CLASSES, image_size=None)
-        plan = plan_network(Network(), architecture)
-        network = attach(create(architecture, device="cpu"), plan, choose_heads(plan), CLASSES).train()
+        network = build(Blueprint.draft(Network(), model, [str(number) for number in range(CLASSES)])).train()
+        plan = network.plan
         objective = Objective(recipe.losses, network.specs).train()
         optimizer = create_optimizer([network, objective], recipe.optimizer)
         batch = Batch(torch.randn(2, *plan.input_size), torch.tensor([1, 2]), torch.arange(2))

@@ -9,11 +9,17 @@ if TYPE_CHECKING:
     from sdcli.method.losses import LOSSES
     from sdcli.network.cuts import find_stages
     from sdcli.network.heads import HEADS
+    from sdcli.network.weights import load
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"find_stages": "network.cuts", "HEADS": "network.heads", "LOSSES": "method.losses"}
-__all__ = ["HEADS", "LOSSES", "__version__", "find_stages"]
+_PUBLIC = {
+    "find_stages": "network.cuts",
+    "HEADS": "network.heads",
+    "load": "network.weights",
+    "LOSSES": "method.losses",
+}
+__all__ = ["HEADS", "LOSSES", "__version__", "find_stages", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,7 @@ from torch import Tensor
 from sdcli import devices
 from sdcli.cli import main
 from sdcli.data.batch import Batch
-from sdcli.method import check as checks
-from sdcli.run import prepare
+from sdcli.network import blueprint
 
 torch.set_num_threads(1)
 
@@ -60,9 +59,7 @@ def _models_are_settled_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("resolve", "plan_network"):
-            function = remembered(getattr(prepare, name))
-            for module in (prepare, checks):
-                patch.setattr(module, name, function)
+            patch.setattr(blueprint, name, remembered(getattr(blueprint, name)))
         yield
 
 

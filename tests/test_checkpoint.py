@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+import sdcli
 from sdcli import __version__
 from sdcli.errors import UserError
-from sdcli.network.backbones import resolve
-from sdcli.network.blueprint import build_network, load_weights, plan_network, rebuild
-from sdcli.network.checkpoint import VERSION, Description, load_checkpoint, save_checkpoint
-from sdcli.network.multi_exit import MultiExit, choose_heads
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.checkpoint import VERSION, Description, TrainedOn, load_checkpoint, read_tensors, save_checkpoint
+from sdcli.network.multi_exit import MultiExit, build
+from sdcli.network.weights import load_weights, rebuild
 from sdcli.recipe.schema import Network
 
 
 def make(name: str = "test_resnet", num_classes: int = 5) -> tuple[MultiExit, Description]:
     torch.manual_seed(0)
-    architecture = resolve(name, num_classes=num_classes, image_size=None)
-    plan = plan_network(Network(), architecture)
-    heads = choose_heads(plan, "auto")
-    network, _ = build_network(Network(), architecture, plan, heads, num_classes)
-    about = Description(
-        architecture=architecture,
-        plan=plan,
-        heads=heads,
-        classes=[f"class {i}" for i in range(num_classes)],
-        preprocess={"mean": [0.5, 0.5, 0.5]},
-        dataset={"name": "digits"},
-        recipe={"epochs": 1},
-        epoch=3,
-        scores={},
-    )
-    return network, about
+    blueprint = Blueprint.draft(Network(), name, [f"class {i}" for i in range(num_classes)])
+    about = Description(blueprint, TrainedOn("digits", "digits", 0.1, 42), recipe={"epochs": 1}, epoch=3)
+    return build(blueprint), about
 
 
 @pytest.fixture
@@ -56,8 +45,6 @@ def message(path: Path) -> str:
 def rewrite(path: Path, change) -> None:
     """The same tensors with the JSON changed."""
     tensors, _ = load_checkpoint(path)
-    from sdcli.network.checkpoint import read_tensors
-
     about = json.loads(read_tensors(path)[1]["sdcli"])
     change(about, tensors)
     save_file(tensors, path, {"format": "pt", "sdcli": json.dumps(about)})
@@ -67,7 +54,7 @@ def test_a_checkpoint_gives_back_network_and_description(saved):
     path, network, about = saved
     again, description = rebuild(path)
     assert description == about
-    images = torch.randn(2, *about.plan.input_size)
+    images = torch.randn(2, *about.blueprint.plan.input_size)
     with torch.no_grad():
         before, after = network.eval()(images), again.eval()(images)
     assert all(torch.equal(before[point].logits, after[point].logits) for point in before)
@@ -78,7 +65,7 @@ def test_the_backbones_tensors_are_a_plain_timm_model(saved):
     plain = timm.create_model("test_resnet", num_classes=5).eval()
     tensors = load_file(path)
     plain.load_state_dict({n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")})
-    images = torch.randn(2, *about.plan.input_size)
+    images = torch.randn(2, *about.blueprint.plan.input_size)
     with torch.no_grad():
         assert torch.equal(plain(images), network.eval()(images)["final"].logits)
 
@@ -118,13 +105,14 @@ def test_a_truncated_checkpoint_is_explained(saved, share):
     path.write_bytes(data[: int(len(data) * share)])
     said = message(path)
     assert said.startswith(f"'{path}' cannot be read as safetensors: ")
-    assert said.endswith("copy it again if it was cut short; a .pth or .pt file has to be converted first")
+    assert said.endswith("copy it again if it was cut short")
 
 
 def test_a_pickle_is_never_read(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"state_dict": {}}, path)
     assert message(path).startswith(f"'{path}' cannot be read as safetensors: ")
+    assert "weights_only=True" in message(path), "how to convert it"
 
 
 def test_a_foreign_file_is_explained(tmp_path):
@@ -151,7 +139,7 @@ def test_a_newer_format_is_refused(saved):
 def test_metadata_that_lacks_a_part_is_explained(saved, key):
     path, *_ = saved
     rewrite(path, lambda about, tensors: about.pop(key))
-    assert message(path).startswith(f"'{path}' has metadata that cannot be read: ")
+    assert message(path).startswith(f"'{path}' has metadata that cannot be used: ")
 
 
 def test_a_missing_tensor_is_named(saved):
@@ -163,7 +151,7 @@ def test_a_missing_tensor_is_named(saved):
 def test_weights_of_another_number_of_classes_leave_the_classifiers_fresh(saved):
     path, network, _ = saved
     other, _ = make(num_classes=9)
-    notes = load_weights(other, path)
+    notes = load_weights(other, path).notes
     assert notes[0].startswith(f"weights from {path}; ") and "fc" in notes[0] and "heads.exit1" in notes[0]
     assert torch.equal(other.backbone.conv1[0].weight, network.backbone.conv1[0].weight)
 
@@ -181,3 +169,116 @@ def test_weights_of_another_model_are_refused(tmp_path):
     network, _ = make()
     with pytest.raises(UserError, match=r"does not fit test_resnet: tensor 'conv1\.0\.weight' is missing"):
         load_weights(network, tmp_path / "vit.safetensors")
+
+
+def test_the_same_network_gives_the_same_bytes_with_a_new_files_permissions(saved):
+    path, network, about = saved
+    path.with_name("plain").touch()
+    for number in range(5):
+        again = path.with_name(f"again{number}.safetensors")
+        save_checkpoint(again, network.state_dict(), about)
+        assert again.read_bytes() == path.read_bytes()
+    assert path.stat().st_mode == path.with_name("plain").stat().st_mode
+
+
+def test_a_loaded_network_knows_its_classes_and_preprocessing(saved):
+    path, _, about = saved
+    network = sdcli.load(str(path))
+    assert not network.training and network.blueprint == about.blueprint
+    assert network.blueprint.classes == ("class 0", "class 1", "class 2", "class 3", "class 4")
+
+
+# Metadata are not believed
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda about, _: about["architecture"]["model_args"].update(checkpoint_path="/etc/passwd"), "model_args.checkpoint_path"),
+        (lambda about, _: about["architecture"]["model_args"].update(pretrained_cfg={}), "model_args.pretrained_cfg"),
+        (lambda about, _: about["architecture"]["model_args"].update(features_only=True), "model_args.features_only"),
+        (lambda about, _: about["architecture"].update(model="hf-hub:someone/something"), "would have to be fetched"),
+        (lambda about, _: about["architecture"].update(model="local-dir:/tmp"), "would have to be fetched"),
+        (lambda about, _: about["architecture"].update(num_classes=7), "5 classes of a network of 7"),
+        (lambda about, _: about["architecture"].update(stem="other"), "stem = 'other'"),
+        (lambda about, _: about["architecture"].update(input_size=[3, 10**9, 10**9]), "input sizes"),
+        (lambda about, _: about["preprocess"].update(std=[0.0, 1.0, 1.0]), "preprocess has numbers"),
+        (lambda about, _: about["preprocess"].update(mean=["a", 0, 0]), "preprocess.mean.0: Input should be a valid number"),
+        (lambda about, _: about["plan"]["stages"][0].update(module="nowhere"), "cannot be built"),
+        (lambda about, _: about["plan"]["stages"][0].update(output_fmt="NLC"), "cannot be built"),
+        (lambda about, _: about["plan"]["stages"][0].update(tensor=3), "cannot be built"),
+        (lambda about, _: about["plan"].update(stages=[]), "0 stages"),
+        (lambda about, _: about["heads"].update(exit9="linear"), "a head at 'exit9'"),
+        (lambda about, _: about["heads"].update(exit1="linear"), "tensor 'heads.exit1."),
+        (lambda about, _: about.update(epoch="3"), "epoch: Input should be a valid integer"),
+        (lambda about, _: about.update(version=True), "version = True"),
+    ],
+)  # fmt: skip
+def test_metadata_that_cannot_be_true_are_refused(saved, change, reason):
+    path, *_ = saved
+    rewrite(path, change)
+    assert reason in message(path).split("\n")[0]
+
+
+def mutated(value, random: Random):
+    """The value with one of its parts replaced by something else."""
+    others = [
+        None,
+        True,
+        -1,
+        0,
+        10**7,
+        2**70,
+        1e400,
+        -0.5,
+        "",
+        "x" * 5000,
+        "\N{DOG FACE}",
+        [],
+        [[]],
+        {},
+        {"a": {}},
+        "nan",
+    ]
+    if isinstance(value, dict) and value and random.random() < 0.93:
+        key = random.choice(sorted(value))
+        if random.random() < 0.08:
+            return {name: part for name, part in value.items() if name != key}
+        return {**value, key: mutated(value[key], random)}
+    if isinstance(value, list) and value and random.random() < 0.93:
+        place = random.randrange(len(value))
+        return [*value[:place], mutated(value[place], random), *value[place + 1 :]]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and random.random() < 0.4:
+        return random.choice([value + 1, value - 1, value * 2, -value, value * 1000])
+    return random.choice(others)
+
+
+def test_mutated_metadata_are_one_message_or_harmless(saved):
+    path, *_ = saved
+    tensors, metadata = read_tensors(path)
+    about, random, refused = json.loads(metadata["sdcli"]), Random(0), 0
+    for _ in range(150):
+        save_file(tensors, path, {"format": "pt", "sdcli": json.dumps(mutated(about, random))})
+        try:
+            rebuild(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in error.wrong and len(str(error)) < 3000
+    assert refused > 75
+
+
+def test_mutated_bytes_are_one_message_or_harmless(saved):
+    path, *_ = saved
+    whole, random, refused = path.read_bytes(), Random(1), 0
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(random.choice([1, 1, 3, 50])):
+            # Most of what can go wrong is in the header.
+            data[random.randrange(header if random.random() < 0.9 else len(data))] = random.randrange(256)
+        path.write_bytes(data[: random.randrange(len(data))] if random.random() < 0.2 else data)
+        try:
+            rebuild(path)
+        except UserError:
+            refused += 1
+    assert refused > 75

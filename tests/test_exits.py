@@ -14,24 +14,23 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.learner import Learner, build_objectives
 from sdcli.method.objective import Objective
-from sdcli.network.backbones import create, resolve
-from sdcli.network.blueprint import plan_network
+from sdcli.network.blueprint import Blueprint
 from sdcli.network.heads import HEADS, PatchConv
-from sdcli.network.multi_exit import MultiExit, all_costs, attach, choose_heads
+from sdcli.network.multi_exit import MultiExit
+from sdcli.network.multi_exit import build as built
 from sdcli.recipe.address import Address
 from sdcli.recipe.load import load_recipe, recipe_names
 from sdcli.recipe.schema import Network
 
 MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout", "test_vit4"]
+CLASSES = [str(number) for number in range(100)]
 
 
 def build(
     name: str, head: str = "auto", *, exits: object = "auto", num_classes: int = 7, image_size: int | None = None
 ) -> MultiExit:
     torch.manual_seed(0)
-    architecture = resolve(name, num_classes=num_classes, image_size=image_size)
-    plan = plan_network(Network(exits=exits), architecture)
-    return attach(create(architecture, device="cpu"), plan, choose_heads(plan, head), num_classes)
+    return built(Blueprint.draft(Network(exits=exits, head=head), name, CLASSES[:num_classes], image_size=image_size))
 
 
 def images_for(network: MultiExit, number: int = 2) -> torch.Tensor:
@@ -148,9 +147,8 @@ def test_an_unknown_head_is_explained():
 
 
 def speedups(name: str, head: str) -> list[float]:
-    architecture = resolve(name, num_classes=100, image_size=32)
-    plan = plan_network(Network(), architecture)
-    costs = all_costs(plan, choose_heads(plan, head), 100)
+    table = Network(head=head)
+    costs = Blueprint.draft(table, name, CLASSES[:100], image_size=32).costs()
     return [costs["final"].macs / costs[point].macs for point in ("exit1", "exit2", "exit3", "ensemble")]
 
 
@@ -171,9 +169,8 @@ def test_speedups_are_the_papers(name, head, expected):
 
 @pytest.mark.parametrize(("name", "millions"), [("resnet18", 12.28), ("resnet50", 38.43)])
 def test_journal_heads_have_the_authors_number_of_parameters(name, millions):
-    architecture = resolve(name, num_classes=100, image_size=32)
-    plan = plan_network(Network(), architecture)
-    costs = all_costs(plan, choose_heads(plan, "sepconv+attention"), 100)
+    table = Network(head="sepconv+attention")
+    costs = Blueprint.draft(table, name, CLASSES[:100], image_size=32).costs()
     assert costs["ensemble"].params / 1e6 == pytest.approx(millions, abs=0.005)
 
 
@@ -199,15 +196,13 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_nothing(name):
 
 
 def test_an_encoder_gets_a_final_head_of_ours():
-    architecture = resolve("mobilenetv5_300m_enc", num_classes=7, image_size=None)
-    plan = plan_network(Network(), architecture)
-    heads = choose_heads(plan)
-    with torch.device("meta"):
-        network = attach(create(architecture), plan, heads, 7)
+    blueprint = Blueprint.draft(Network(), "mobilenetv5_300m_enc", CLASSES[:7])
+    plan, heads = blueprint.plan, blueprint.heads
+    network = built(blueprint, device="meta")
     signals = network.eval()(torch.empty(1, *plan.input_size, device="meta"))
     assert heads["final"] == "pooled"
     assert {point: signal.logits.shape for point, signal in signals.items()} == dict.fromkeys(network.points, (1, 7))
-    costs = all_costs(plan, heads, 7)
+    costs = blueprint.costs()
     assert costs["final"].params == plan.params + plan.embedding_dim * 7 + 7
 
 

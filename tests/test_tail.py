@@ -9,9 +9,9 @@ import torch
 
 from sdcli.errors import UserError
 from sdcli.method.check import check_names, check_with_model
-from sdcli.network.backbones import create, resolve
-from sdcli.network.blueprint import build_network, plan_network
-from sdcli.network.multi_exit import BRANCH, MultiExit, all_costs, attach, choose_heads
+from sdcli.network.backbones import create
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.multi_exit import MultiExit, attach, build
 from sdcli.recipe.address import FINAL
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Network
@@ -26,16 +26,17 @@ MODELS = [
 ]
 
 
+CLASSES = [str(number) for number in range(7)]
+
+
 def grown(name: str, branches: int = 3, *, copies: bool = False) -> MultiExit:
     """A network with branches, with weights of their own or with copies of the last stage's."""
     torch.manual_seed(0)
     table = Network(branches=branches)
-    architecture = resolve(name, num_classes=7, image_size=None)
-    plan = plan_network(table, architecture)
-    heads = choose_heads(plan, BRANCH)
+    blueprint = Blueprint.draft(table, name, CLASSES)
     if copies:
-        return attach(create(architecture, device="cpu"), plan, heads, 7)
-    return build_network(table, architecture, plan, heads, 7)[0]
+        return attach(create(blueprint.architecture, device="cpu"), blueprint)
+    return build(blueprint)
 
 
 def images_for(network: MultiExit) -> torch.Tensor:
@@ -73,7 +74,7 @@ def test_branches_begin_with_weights_of_their_own_and_all_learn(name):
 def test_a_branch_costs_what_follows_its_stage(name):
     network = grown(name)
     plan, stage = network.plan, network.plan.stages[0]
-    costs = all_costs(plan, choose_heads(plan, BRANCH), 7)
+    costs = network.blueprint.costs()
     assert costs["exit1"] == costs["exit2"]
     assert costs["exit1"].macs == plan.macs
     assert sum(p.numel() for p in network.heads["exit1"].parameters()) == plan.params - stage.params
@@ -117,8 +118,7 @@ def test_branches_and_exits_exclude_each_other(override, key):
 
 def watched(name: str) -> MultiExit:
     torch.manual_seed(0)
-    architecture = resolve(name, num_classes=7, image_size=None)
-    network = attach(create(architecture, device="cpu"), plan_network(Network(exits="none"), architecture), {}, 7)
+    network = build(Blueprint.draft(Network(exits="none"), name, CLASSES))
     network.read_densely()
     return network
 
@@ -182,4 +182,4 @@ def test_votes_are_refused_where_they_cannot_be_had():
     assert message(*exits, "signals.votes.of=exit1") == (
         "signals.votes: kind = 'votes' reads the last map, and exit1 does not"
     )
-    assert message(*exits, "signals.votes.of=all") == "signals.votes: kind = 'votes' is made of one point"
+    assert message(*exits, "signals.votes.of=all") == "signals.votes: kind = 'votes' reads one point"

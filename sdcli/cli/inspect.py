@@ -28,9 +28,6 @@ SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "stages": lambda row: len(row["stages"]),
 }
 
-DEFAULT_CLASSES = 1000
-"""Of the heads on a model that has no classifier of its own."""
-
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
@@ -66,17 +63,19 @@ def inspect(
     """
     from sdcli.cli.tables import inspect_table, models_table
     from sdcli.cli.talk import note, output
-    from sdcli.network.backbones import resolve
-    from sdcli.network.blueprint import plan_network
-    from sdcli.network.multi_exit import choose_heads, plan_json
+    from sdcli.network.blueprint import Blueprint
+    from sdcli.network.heads import HEADS
     from sdcli.recipe.schema import Network
 
+    if head not in ("auto", "none"):
+        HEADS.find(head, "--head")
+    # Not validated as a recipe's table is: what builds the network says what is wrong with an option.
+    table = Network.model_construct(exits=parse_exits(exits), head=head, stem=stem)
+    classes = [str(number) for number in range(num_classes)] if num_classes else None
+
     def describe(name: str) -> dict[str, Any]:
-        architecture = resolve(name, num_classes=num_classes, image_size=image_size, stem=stem)
-        plan = plan_network(Network(exits=parse_exits(exits)), architecture)
-        classes = num_classes or architecture.num_classes or DEFAULT_CLASSES
-        shown = plan_json(plan, choose_heads(plan, head, "--head"), classes)
-        return {**shown, "family": architecture.family, "notes": [*architecture.notes, *plan.notes]}
+        blueprint = Blueprint.draft(table, name, classes, image_size=image_size)
+        return {**blueprint.summary(), "family": blueprint.architecture.family}
 
     console = output()
     if not set(model) & set("*?["):

@@ -60,8 +60,8 @@ def _heading(training: Training) -> Text:
         if position.epoch > training.epochs:
             where = ", all of them done: --epochs N goes on"
     return Text.assemble(
-        (about.architecture.model, "bold"),
-        f" on {about.dataset['name']}: {training.num_train:,} training images, "
+        (about.blueprint.architecture.model, "bold"),
+        f" on {about.dataset.name}: {training.num_train:,} training images, "
         + (f"{training.num_val:,} held out to choose by" if training.num_val else "none held out, so no best is chosen")
         + f"; {training.epochs} epochs of {training.updates_per_epoch} updates{where} on {training.accelerator.device}"
         f" -> {training.run.folder}",

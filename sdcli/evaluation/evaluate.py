@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from sdcli.data.batch import Batch
 from sdcli.evaluation.metrics import confidence_and_correct, ece, nll, topk_correct
 from sdcli.method.signals import ensemble
-from sdcli.network.multi_exit import Cost
-
-ENSEMBLE = "ensemble"
+from sdcli.network.blueprint import ENSEMBLE, Cost
 
 
 @dataclass(frozen=True)

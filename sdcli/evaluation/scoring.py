@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-from sdcli.data import transforms
 from sdcli.data.dataset import short_name
 from sdcli.data.loaders import EpochBatches
 from sdcli.data.open import open_dataset
@@ -14,8 +15,7 @@ from sdcli.data.splits import limited, training_splits
 from sdcli.devices import accelerator_for, short_of_memory
 from sdcli.errors import UserError, unknown
 from sdcli.evaluation.evaluate import Report, evaluate
-from sdcli.network.blueprint import rebuild
-from sdcli.network.multi_exit import all_costs
+from sdcli.network.weights import rebuild
 
 
 def score_checkpoint(
@@ -43,28 +43,29 @@ def score_checkpoint(
             if point not in network.classifiers:
                 raise unknown("exit", point, network.classifiers)
         points = [point for point in network.classifiers if point in points]
-    trained_on = about.dataset
-    own = dataset is None
+    trained_on, blueprint = about.dataset, about.blueprint
+    source = dataset or trained_on.source or _recorded_source(path)
     opened = open_dataset(
-        trained_on["source"] if dataset is None else dataset,
-        image_key=image_key or (trained_on["image_key"] if own else None),
-        label_key=label_key or (trained_on["label_key"] if own else None),
+        source,
+        image_key=image_key or (None if dataset else trained_on.image_key),
+        label_key=label_key or (None if dataset else trained_on.label_key),
     )
-    notes = [*opened.notes, *_compare_classes(about.classes, list(opened.classes), path)]
+    # The same data in another place are divided as they were for training.
+    own = dataset is None or short_name(opened) == trained_on.name
+    notes = [*opened.notes, *_compare_classes(list(blueprint.classes), list(opened.classes), path)]
     splits = dict(opened.splits)
     if own:
         # What was held out of training is the validation split here too.
-        train_split, val_split = training_splits(opened, trained_on["val_fraction"], trained_on["seed"])
+        train_split, val_split = training_splits(opened, trained_on.val_fraction, trained_on.seed)
         splits |= {"train": train_split} | ({"validation": val_split} if val_split else {})
     if split not in splits:
         raise UserError(f"{opened.name} has no split '{split}'", "one of " + ", ".join(splits))
     chosen = splits[split]
-    chosen = limited(chosen, limit, trained_on["seed"])
-    preprocess = transforms.Preprocess.from_dict(about.preprocess)
+    chosen = limited(chosen, limit, trained_on.seed)
     accelerator = accelerator_for(device)
     loader, loader_notes = suitable_loader(
         chosen,
-        preprocess,
+        blueprint.preprocess,
         None,
         EpochBatches(chosen, batch_size),
         seed=0,
@@ -81,14 +82,39 @@ def score_checkpoint(
             network.to(accelerator.device),
             loader,
             points=points,
-            costs=all_costs(about.plan, about.heads, len(about.classes), points),
+            costs=blueprint.costs(points),
             device=accelerator.device,
-            model=about.architecture.model,
-            dataset=trained_on["name"] if own else short_name(opened),
+            model=blueprint.architecture.model,
+            dataset=trained_on.name if own else short_name(opened),
             split=split,
             progress=lambda done: progress(done, total),
         )
+    for result in report.exits:
+        if not math.isfinite(result.nll):
+            raise UserError(
+                f"'{path}': {result.point} has an NLL of {result.nll} on {report.num_images} images",
+                "a network whose outputs are finite",
+                "train it again with a lower learning rate",
+            )
     return report, notes
+
+
+def _recorded_source(path: Path) -> str:
+    """The local data set that the run in the checkpoint's folder was trained on.
+
+    Raises UserError where the checkpoint lies elsewhere: it does not contain the path of a local folder.
+    """
+    try:
+        source = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["dataset"]
+    except (OSError, ValueError, KeyError, TypeError):
+        source = None
+    if not isinstance(source, str):
+        raise UserError(
+            f"'{path}' was trained on a local folder, and does not contain its path",
+            "the data set",
+            f"sdcli eval {path} --dataset FOLDER",
+        )
+    return source
 
 
 def _compare_classes(ours: list[str], theirs: list[str], path: Path) -> list[str]:

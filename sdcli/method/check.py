@@ -9,10 +9,10 @@ from sdcli.errors import UserError, did_you_mean
 from sdcli.method.learner import build_objectives, check_signals, read_densely
 from sdcli.method.optimizer import check_optimizer, check_schedule
 from sdcli.method.terms import check_losses, check_mixing, check_networks
-from sdcli.network.backbones import Architecture, create, resolve
-from sdcli.network.blueprint import head_kind, plan_network
+from sdcli.network.backbones import resolve
+from sdcli.network.blueprint import Blueprint
 from sdcli.network.heads import HEADS
-from sdcli.network.multi_exit import MultiExit, attach, choose_heads
+from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.address import STUDENT, TEACHER, Address
 from sdcli.recipe.schema import Network, Recipe
 
@@ -40,6 +40,13 @@ def check_names(recipe: Recipe) -> None:
             )
         _check_weights(f"networks.{name}.weights", network.weights)
     for name, network in recipe.others.items():
+        if not network.learns and network.weights == "random" and recipe.reads(name):
+            raise UserError(
+                f"networks.{name} does not learn and has random weights: it would teach noise",
+                "weights: pretrained, or a .safetensors file",
+                f"--set networks.{name}.weights=pretrained",
+                key=f"networks.{name}.weights",
+            )
         try:
             resolve(str(network.model), num_classes=None, image_size=None)
         except UserError as error:
@@ -81,17 +88,7 @@ def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = Non
 
 
 def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
-    architecture: Architecture = resolve(
-        model,
-        num_classes=None,
-        image_size=image_size,
-        stem=table.stem,
-        pretrained=table.weights == "pretrained",
-        model_args=table.model_args,
-    )
-    plan = plan_network(table, architecture)
-    with torch.device("meta"):
-        return attach(create(architecture), plan, choose_heads(plan, head_kind(table)), CLASSES)
+    return build(Blueprint.draft(table, model, image_size=image_size), device="meta")
 
 
 def remarks(recipe: Recipe) -> list[str]:

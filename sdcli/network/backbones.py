@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Architecture:
     """All that is needed to build a backbone again; stored in checkpoints."""
 
     model: str
-    """A timm name, perhaps with the tag of its weights ("resnet50.a1_in1k"), or a `hf-hub:` or `local-dir:` source."""
+    """A timm name, perhaps with the tag of its weights ("resnet50.a1_in1k")."""
     num_classes: int
     input_size: tuple[int, int, int]
     """C, H, W."""
@@ -39,6 +40,8 @@ class Architecture:
     model_args: dict[str, Any]
     """What timm's `create_model` is given besides the number of classes."""
     notes: tuple[str, ...] = ()
+    source: str = ""
+    """The `hf-hub:` or `local-dir:` source that the user named, whose weights are timm's pretrained ones here."""
 
     @property
     def family(self) -> str:
@@ -50,7 +53,9 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the equal architecture back."""
-        return {**asdict(self), "input_size": list(self.input_size), "notes": list(self.notes)}
+        table = asdict(self) | {"input_size": list(self.input_size), "notes": list(self.notes)}
+        # Where it came from stays on its machine: name and arguments build it again.
+        return table | {"source": ""}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Architecture:
@@ -77,7 +82,11 @@ def resolve(
     if stem not in ("auto", "imagenet", "cifar"):
         raise unknown("stem", stem, ("auto", "imagenet", "cifar"))
     _check_name(model)
+    source = model if model.startswith(SOURCES) else ""
     given = dict(model_args or {})
+    if source:
+        model, own_args = _described(source)
+        given = own_args | given
     probe = build(model, num_classes, given)
     own_size = _own_size(probe, given)
     input_size = own_size if image_size is None else (own_size[0], image_size, image_size)
@@ -91,7 +100,7 @@ def resolve(
     else:
         kind, given, notes = _choose_stem(model, num_classes, given, input_size, own_size, stem, pretrained)
     classes = getattr(probe, "num_classes", None) or 0
-    return Architecture(model, int(classes), input_size, kind, given, notes)
+    return Architecture(model, int(classes), input_size, kind, given, notes, source)
 
 
 def create(architecture: Architecture, *, device: str = "meta", pretrained: bool = False) -> nn.Module:
@@ -100,7 +109,7 @@ def create(architecture: Architecture, *, device: str = "meta", pretrained: bool
     Raises UserError where pretrained weights are asked for and cannot be had.
     """
     model = build(
-        architecture.model,
+        (architecture.source if pretrained else "") or architecture.model,
         architecture.num_classes or None,
         architecture.model_args,
         device=device,
@@ -168,6 +177,24 @@ def _check_name(model: str) -> None:
         raise UserError(f"unknown model '{model}'", "the name of a timm architecture, such as resnet18", fix)
     if tag and model not in (tagged := timm.list_pretrained(f"{name}.*")):
         raise unknown("weights", model, tagged, f"{name} without a tag")
+
+
+def _described(source: str) -> tuple[str, dict[str, Any]]:
+    """The timm architecture that a `hf-hub:` or `local-dir:` source is, and its arguments; raises UserError where the
+    source is not available."""
+    from timm.models import load_model_config_from_hf, load_model_config_from_path
+
+    kind, _, name = source.partition(":")
+    try:
+        load = load_model_config_from_path if kind == "local-dir" else load_model_config_from_hf
+        _, model, arguments = load(Path(name) if kind == "local-dir" else name)
+    except Exception as error:  # the hub's client raises whatever comes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"'{source}' is not available: {reason}",
+            "a folder with config.json, or a model of the hub and a connection or filled cache (HF_HOME)",
+        ) from None
+    return str(model), dict(arguments or {})
 
 
 def _own_size(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int, int]:

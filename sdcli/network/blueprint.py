@@ -1,21 +1,167 @@
-"""What `[networks]` asks for: networks planned, made and loaded."""
+"""All it takes to build a network again, and what it costs.
+
+D embedding, K classes
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from torch import nn
-
+from sdcli.data.transforms import Colour, Preprocess
 from sdcli.errors import UserError
-from sdcli.network.backbones import Architecture, create
-from sdcli.network.checkpoint import Description, load_checkpoint, read_tensors
+from sdcli.network.backbones import Architecture, create, pretrained_transform, resolve
 from sdcli.network.cuts import find_stages
-from sdcli.network.heads import HEADS, POOLED
-from sdcli.network.multi_exit import BRANCH, MultiExit, attach
-from sdcli.network.stages import StagePlan
+from sdcli.network.heads import HEADS, POOLED, head_cost, suitable_head
+from sdcli.network.stages import Stage, StagePlan
+from sdcli.recipe.address import FINAL
 from sdcli.recipe.schema import Network
+
+ENSEMBLE = "ensemble"
+BRANCH = "branch"
+"""An exit's head that is the network's own end once more. Not in the registry: `branches` asks for it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it takes to run a network up to a point and its head, and nothing else, on one image."""
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A network without its weights: what `inspect` prints, `check` checks, `train` builds and a checkpoint stores."""
+
+    architecture: Architecture
+    plan: StagePlan
+    heads: dict[str, str]
+    """The kind of each exit's head, shallowest first; an encoder's `final` has one too."""
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+
+    @classmethod
+    def draft(
+        cls,
+        table: Network,
+        model: str,
+        classes: Sequence[str] | None = None,
+        *,
+        image_size: int | None = None,
+        colours: tuple[Colour, Colour] | None = None,
+    ) -> Blueprint:
+        """The network that a `[networks]` table asks for, found on the meta device: no weights, no data.
+
+        `classes` and `image_size` are the model's own where they are None, and so are the mean and standard deviation
+        in `colours`; with `weights = "pretrained"` images are always brought to them as the weights want it. Raises
+        UserError for a model, stem, size, exit or head that does not exist or does not fit.
+        """
+        pretrained = table.weights == "pretrained"
+        architecture = resolve(
+            model,
+            num_classes=len(classes) if classes else None,
+            image_size=image_size,
+            stem=table.stem,
+            pretrained=pretrained,
+            model_args=table.model_args,
+        )
+        plan = plan_network(table, architecture)
+        if pretrained or colours is None:
+            preprocess = Preprocess(architecture.input_size, **pretrained_transform(create(architecture)))
+        else:
+            preprocess = Preprocess(architecture.input_size, *colours)
+        names = classes or [str(number) for number in range(architecture.num_classes or UNNAMED_CLASSES)]
+        return cls(architecture, plan, choose_heads(plan, table), tuple(names), preprocess)
+
+    @property
+    def points(self) -> list[str]:
+        """All points, shallowest first; `final` comes last."""
+        return list(self.stages)
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stage behind every point, shallowest first."""
+        return stages_by_point(self.plan)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is unusual about the model and its stages, a sentence each."""
+        return [*self.architecture.notes, *self.plan.notes]
+
+    def head_costs(self) -> dict[str, Cost]:
+        """What each exit's own head costs; for `final`, what comes after the last stage."""
+        costs = {FINAL: Cost(0, 0)}
+        for point, kind in self.heads.items():
+            stage = self.stages[point]
+            if kind == BRANCH:
+                costs[point] = Cost(self.plan.params - stage.params, self.plan.macs - stage.macs)
+            else:
+                costs[point] = Cost(*head_cost(kind, self.plan, stage, len(self.classes)))
+        last, own = self.plan.stages[-1], costs.pop(FINAL)
+        # The last stage is followed by the model's own norm, pooling and classifier; an encoder's by a head as well.
+        end = Cost(own.params + self.plan.params - last.params, own.macs + self.plan.macs - last.macs)
+        return costs | {FINAL: end}
+
+    def costs(self, points: Sequence[str] | None = None) -> dict[str, Cost]:
+        """What each exit costs when it is shipped alone, head included, and what the `ensemble` of `points` costs.
+
+        The ensemble (of all points by default) needs the network up to the deepest of them, and the head of each.
+        """
+        own, stages = self.head_costs(), self.stages
+        alone = {p: Cost(stages[p].params + cost.params, stages[p].macs + cost.macs) for p, cost in own.items()}
+        *others, deepest = list(own) if points is None else points
+        params, macs = (sum(getattr(own[point], kind) for point in others) for kind in ("params", "macs"))
+        return alone | {ENSEMBLE: Cost(alone[deepest].params + params, alone[deepest].macs + macs)}
+
+    def summary(self) -> dict[str, Any]:
+        """What `inspect --json` prints: each stage with what its head costs."""
+        plan, costs = self.plan, self.head_costs()
+        stages = [
+            {
+                "point": point,
+                **asdict(stage),
+                "macs_fraction": stage.macs / plan.macs if plan.macs else 0.0,
+                "head": self.heads.get(point),
+                "head_params": costs[point].params if point in costs else 0,
+                "head_macs": costs[point].macs if point in costs else 0,
+            }
+            for point, stage in self.stages.items()
+        ]
+        return {
+            "model": plan.model,
+            "input_size": list(plan.input_size),
+            "found_by": plan.found_by,
+            "notes": self.notes,
+            "params": plan.params,
+            "macs": plan.macs,
+            "stages": stages,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `checkpoint.py` reads them back."""
+        return {
+            "architecture": self.architecture.to_dict(),
+            "plan": self.plan.to_dict(),
+            "heads": self.heads,
+            "classes": list(self.classes),
+            "preprocess": self.preprocess.to_dict(),
+        }
+
+
+UNNAMED_CLASSES = 1000
+"""Of a model without a classifier, where no classes are given."""
+
+
+def exit_points(plan: StagePlan) -> list[str]:
+    """`exit1`, `exit2`, … for every stage but the last, whose exit is the model's own classifier."""
+    return [f"exit{number}" for number in range(1, len(plan.stages))]
+
+
+def stages_by_point(plan: StagePlan) -> dict[str, Stage]:
+    """The stage behind every point, shallowest first."""
+    return dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
 
 
 def plan_network(network: Network, architecture: Architecture) -> StagePlan:
@@ -30,92 +176,27 @@ def plan_network(network: Network, architecture: Architecture) -> StagePlan:
     if network.branches is not None:
         if len(plan.stages) < 2:
             raise UserError(
-                f"branches: {architecture.model} has one stage", "two or more: branches are copies of the last"
+                f"branches: {architecture.model} has one stage",
+                "two or more: branches are copies of the last",
+                key="networks.student.branches",
             )
         # One and the same stage is the exits' beginning, as often as there are branches beside the last stage itself.
         plan = replace(plan, stages=(*plan.stages[-2:-1] * (network.branches - 1), plan.stages[-1]))
     return plan
 
 
-def head_kind(network: Network) -> str:
-    """What `choose_heads` is to give the network's exits."""
-    return network.head if network.branches is None else BRANCH
+def choose_heads(plan: StagePlan, table: Network) -> dict[str, str]:
+    """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown head.
 
-
-def build_network(
-    network: Network, architecture: Architecture, plan: StagePlan, heads: dict[str, str], num_classes: int
-) -> tuple[MultiExit, list[str]]:
-    """A network with the weights that its table asks for, and what is to be said about them."""
-    another = partial(create, architecture, device="cpu", pretrained=network.weights == "pretrained")
-    model = attach(another(), plan, heads, num_classes, another)
-    notes: list[str] = []
-    if network.weights not in ("random", "pretrained"):
-        notes = load_weights(model, Path(network.weights).expanduser())
-    return model, notes
-
-
-def rebuild(path: Path) -> tuple[MultiExit, Description]:
-    """The network that a checkpoint holds; raises UserError where tensors and description do not belong together."""
-    tensors, description = load_checkpoint(path)
-    architecture = description.architecture
-    for point, kind in description.heads.items():
-        if kind not in (POOLED, BRANCH) and kind not in HEADS.entries:
-            raise UserError(
-                f"'{path}': the head of {point} is '{kind}', which this sdcli does not have",
-                "the file that registers it, which it was trained with",
-                f"sdcli eval {path} --import FILE.py",
-            )
-    model = attach(create(architecture, device="cpu"), description.plan, description.heads, len(description.classes))
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    other = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    for names, what in ((missing, "lacks"), (extra, "has a stray"), (sorted(other), "has another shape for")):
-        if names:
-            raise UserError(
-                f"'{path}' {what} tensor '{names[0]}'" + (f" and {len(names) - 1} more" if names[1:] else ""),
-                f"the tensors of {architecture.model} as timm {_timm_version()} builds it",
-                "use the timm version that the checkpoint was trained with",
-            )
-    model.load_state_dict(tensors)
-    return model, description
-
-
-def load_weights(model: MultiExit, path: Path) -> list[str]:
-    """Starts `model` from a safetensors file: a checkpoint of ours or timm's own format.
-
-    Only classifiers and heads may differ (other classes, other exits): they stay fresh, and the notes say so. Raises
-    UserError where the backbone does not fit.
+    `head = "none"` leaves exits without classifiers: taps whose maps can be compared; `branches` gives each a copy of
+    all that follows it.
     """
-    tensors, _ = read_tensors(path)
-    if not any(name.startswith("backbone.") for name in tensors):
-        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    own = model.state_dict()
-    fits = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
-    left = [name for name in own if name not in fits]
-    free = ("heads.", *(f"backbone.{name}." for name in _classifier_names(model.backbone)))
-    for name in left:
-        if not name.startswith(free):
-            found = f"of shape {list(tensors[name].shape)}" if name in tensors else "missing"
-            raise UserError(
-                f"'{path}' does not fit {model.plan.model}: tensor '{name.removeprefix('backbone.')}' is {found}",
-                f"shape {list(own[name].shape)}",
-                "use a file of the same model; a stem changed by --stem has weights of another shape",
-            )
-    model.load_state_dict(fits, strict=False)
-    # "heads.exit1.classifier.weight" is said as "heads.exit1", "backbone.fc.weight" as "fc".
-    fresh = dict.fromkeys(
-        ".".join(name.removeprefix("backbone.").split(".")[: 2 if "heads." in name else 1]) for name in left
-    )
-    return [f"weights from {path}" + (f"; {', '.join(fresh)} stay fresh" if fresh else "")]
-
-
-def _classifier_names(backbone: nn.Module) -> list[str]:
-    """Where timm's classifier lies in its own names."""
-    names: str | tuple[str, ...] = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _timm_version() -> str:
-    import timm
-
-    return str(timm.__version__)
+    final = {FINAL: POOLED} if plan.encoder else {}
+    if table.branches is not None:
+        return dict.fromkeys(exit_points(plan), BRANCH)
+    if table.head == "none":
+        return final
+    if table.head != "auto":
+        HEADS.find(table.head, "networks.student.head")
+    exits = zip(exit_points(plan), plan.stages[:-1], strict=True)
+    return {point: suitable_head(plan, stage) if table.head == "auto" else table.head for point, stage in exits} | final

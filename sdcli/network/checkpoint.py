@@ -1,44 +1,64 @@
 """The checkpoint: one `.safetensors` file that needs nothing else to be evaluated, shipped or trained further.
 
 Tensors are `backbone.*` under timm's own names and `heads.*`. The metadata holds `format="pt"`, as safetensors' readers
-expect, and one JSON `sdcli` that describes the rest. No pickle is ever read.
+expect, and one JSON text `sdcli` that describes the rest. No pickle is ever read, and what the JSON says is believed
+only as far as it has been checked.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sdcli import __version__
+from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
 from sdcli.files import replacing
-from sdcli.network.backbones import Architecture
+from sdcli.network.backbones import SOURCES, Architecture
+from sdcli.network.blueprint import Blueprint
 from sdcli.network.stages import StagePlan
+from sdcli.network.stem import STEMS
+from sdcli.recipe.schema import MOST_ENDS, MOST_EPOCHS
 
 VERSION = 1
 """Of the metadata's layout. A reader refuses what is newer than itself."""
+CODE_ARGS = ("checkpoint_path", "pretrained", "cache_dir", "features_only", "scriptable", "exportable", "no_jit")
+"""Arguments of `timm.create_model` that read files, or return something else than a classifier; with all whose names
+begin with "pretrained"."""
+LARGEST_SIZE, LARGEST_ARG, LONGEST_NAME = 16_384, 100_000, 300
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The data that a network was trained on, and how its training split was divided."""
+
+    name: str
+    """As tables show it."""
+    source: str
+    """What opens it again: a short name or a hub id; "" for a local folder, whose path stays on its machine."""
+    val_fraction: float
+    seed: int
+    image_key: str | None = None
+    label_key: str | None = None
 
 
 @dataclass(frozen=True)
 class Description:
     """All that a checkpoint says about its tensors."""
 
-    architecture: Architecture
-    plan: StagePlan
-    heads: dict[str, str]
-    """Which head each exit has, shallowest first."""
-    classes: list[str]
-    preprocess: dict[str, Any]
-    """Input size, mean, std and how images are brought to them (`transforms.Preprocess`)."""
-    dataset: dict[str, Any]
-    """What to open to get the same data again, and how its training split was shared out."""
+    blueprint: Blueprint
+    dataset: TrainedOn
     recipe: dict[str, Any]
     epoch: int
     """After how many epochs it was saved."""
@@ -47,24 +67,40 @@ class Description:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
-    """Writes beside the place and renames: whoever looks finds the old file or the new one, whole."""
+    """Writes the file beside `path` and renames it: readers find the old file or the new one, whole.
+
+    The same tensors and description always give the same bytes, and the file gets the permissions of any new file.
+    """
     about = {
         "version": VERSION,
         "sdcli": __version__,
-        "architecture": description.architecture.to_dict(),
-        "plan": description.plan.to_dict(),
-        "heads": description.heads,
-        "classes": description.classes,
-        "preprocess": description.preprocess,
-        "dataset": description.dataset,
+        **description.blueprint.to_dict(),
+        "dataset": asdict(description.dataset),
         "recipe": description.recipe,
         "epoch": description.epoch,
         "scores": description.scores,
     }
     # The format allows no two tensors that share memory, which tied weights do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "sdcli": json.dumps(about)}
     with replacing(path) as beside:
-        save_file(copies, beside, {"format": "pt", "sdcli": json.dumps(about)})
+        beside.touch()
+        mode = beside.stat().st_mode
+        save_file(copies, beside, metadata)
+        _sort_metadata(beside)
+        os.chmod(beside, mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in alphabetical order: the library writes them in a random one."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "the same header in another order"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -76,20 +112,33 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         fix = f"did you mean '{path / inside[0]}'?" if inside else ""
         raise UserError(f"'{path}' is a folder", "a .safetensors file", fix)
+    if not path.is_file():
+        raise UserError(f"'{path}' is not a regular file", "a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"'{path}' cannot be read as safetensors: {error}",
             "a whole .safetensors file",
-            "copy it again if it was cut short; a .pth or .pt file has to be converted first",
+            _converted(path) or "copy it again if it was cut short",
         ) from None
 
 
+def _converted(path: Path) -> str:
+    """How a file of another format is converted; "" for what looks like safetensors."""
+    if path.suffix not in (".pth", ".pt", ".bin", ".ckpt"):
+        return ""
+    return (
+        "convert it in Python: "
+        f'tensors = torch.load({str(path)!r}, map_location="cpu", weights_only=True); '
+        f"safetensors.torch.save_file(tensors, {str(path.with_suffix('.safetensors'))!r})"
+    )
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Description]:
-    """Tensors and description of a checkpoint of ours; raises UserError for one that is foreign or newer than this
-    sdcli."""
+    """Tensors and description of a checkpoint of sdcli; raises UserError for one that is foreign, damaged, or newer
+    than this sdcli."""
     tensors, metadata = read_tensors(path)
     if "sdcli" not in metadata:
         raise UserError(
@@ -97,22 +146,102 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Description]:
             "a checkpoint of sdcli train",
             f"to start training from its weights: sdcli train MODEL --weights {path}",
         )
+    _check_version(metadata["sdcli"], path)
     try:
-        about = json.loads(metadata["sdcli"])
-        version = about["version"]
-        if isinstance(version, int) and version > VERSION:
-            raise UserError(
-                f"'{path}' has format {version}, written by sdcli {about['sdcli']}",
-                f"format {VERSION} or older, which is what sdcli {__version__} reads",
-                "pip install --upgrade sdcli",
-            )
-        description = Description(
-            architecture=Architecture.from_dict(about["architecture"]),
-            plan=StagePlan.from_dict(about["plan"]),
-            **{key: about[key] for key in ("heads", "classes", "preprocess", "dataset", "recipe", "epoch", "scores")},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        table = _METADATA.validate_json(metadata["sdcli"], strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise _unreadable(path, f"{key}: {first['msg']}" if key else first["msg"]) from None
+    blueprint = Blueprint(table.architecture, table.plan, table.heads, table.classes, table.preprocess)
+    for problem in _problems(blueprint, table):
+        raise _unreadable(path, problem)
+    return tensors, Description(blueprint, table.dataset, table.recipe, table.epoch, table.scores)
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The JSON text in a checkpoint."""
+
+    architecture: Architecture
+    plan: StagePlan
+    heads: dict[str, str]
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    dataset: TrainedOn
+    recipe: dict[str, Any]
+    epoch: int
+    scores: dict[str, Any]
+
+
+_METADATA = TypeAdapter(_Metadata)
+
+
+def _check_version(text: str, path: Path) -> None:
+    try:
+        about = json.loads(text)
+        version, written_by = about["version"], str(about["sdcli"])[:40]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {str(error)[:100]}") from None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise _unreadable(path, f"version = {version!r}"[:100])
+    if version > VERSION:
         raise UserError(
-            f"'{path}' has metadata that cannot be read: {type(error).__name__}: {error}", "a checkpoint of sdcli train"
-        ) from None
-    return tensors, description
+            f"'{path}' has format {version}, written by sdcli {written_by}",
+            f"format {VERSION} or older, which is what sdcli {__version__} reads",
+            "pip install --upgrade sdcli",
+        )
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(f"'{path}' has metadata that cannot be used: {reason}", "a checkpoint as sdcli train wrote it")
+
+
+def _problems(blueprint: Blueprint, table: _Metadata) -> Iterator[str]:
+    """What is not plausible about metadata of the right types, before anything is built from them."""
+    architecture, plan, preprocess = blueprint.architecture, blueprint.plan, blueprint.preprocess
+    names = [architecture.model, plan.model, *blueprint.heads, *blueprint.heads.values()]
+    names += [path for stage in plan.stages for path in (stage.module, *stage.inner)]
+    if max(map(len, names)) > LONGEST_NAME:
+        yield "a name is too long"
+        return
+    if architecture.model.startswith(SOURCES):
+        yield f"model = '{architecture.model[:100]}' would have to be fetched from elsewhere"
+    if architecture.stem not in STEMS:
+        yield f"stem = {architecture.stem!r}"
+    for name, value in architecture.model_args.items():
+        if name in CODE_ARGS or name.startswith("pretrained"):
+            yield f"model_args.{name} is not an argument of a network"
+        if not _is_plain(value):
+            yield f"model_args.{name} is not a plain value"
+    sizes = (architecture.input_size, plan.input_size, preprocess.input_size)
+    if len(set(sizes)) > 1 or not all(1 <= side <= LARGEST_SIZE for side in sizes[0]) or sizes[0][0] != 3:
+        yield f"input sizes {', '.join(map(str, dict.fromkeys(sizes)))}"
+    numbers = [*preprocess.mean, *preprocess.std, preprocess.crop_pct, table.dataset.val_fraction]
+    if not all(map(math.isfinite, numbers)) or min(*preprocess.std, preprocess.crop_pct) <= 0:
+        yield "preprocess has numbers that are no mean, standard deviation or share"
+    if preprocess.crop_pct > 2 or not 0 <= table.dataset.val_fraction < 1 or not 0 <= table.epoch <= MOST_EPOCHS:
+        yield "a share or an epoch is out of range"
+    if not blueprint.classes or architecture.num_classes not in (0, len(blueprint.classes)):
+        yield f"{len(blueprint.classes)} classes of a network of {architecture.num_classes}"
+    if not 1 <= len(plan.stages) <= MOST_ENDS or not 1 <= plan.embedding_dim <= LARGEST_ARG:
+        yield f"{len(plan.stages)} stages, an embedding of {plan.embedding_dim}"
+    for stage in plan.stages:
+        counts = (stage.num_chs, *stage.size, stage.reduction)
+        if not all(1 <= count <= LARGEST_ARG for count in counts) or not 0 <= stage.windows <= 8:
+            yield f"stage '{stage.module[:100]}' has a map of {stage.num_chs}x{'x'.join(map(str, stage.size))}"
+        if stage.output_fmt not in ("NCHW", "NHWC", "NLC") or not 0 <= stage.num_prefix_tokens <= LARGEST_ARG:
+            yield f"stage '{stage.module[:100]}' has layout {stage.output_fmt[:20]!r}"
+        if min(stage.params, stage.macs) < 0:
+            yield f"stage '{stage.module[:100]}' has negative costs"
+    if stray := sorted(blueprint.heads.keys() - set(blueprint.points)):
+        yield f"a head at '{stray[0][:100]}', which is no point"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value` is a number, a word or a list of them, none of them huge."""
+    if isinstance(value, list):
+        return len(value) <= 1000 and all(map(_is_plain, value))
+    if isinstance(value, str):
+        return len(value) <= 200
+    return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= LARGEST_ARG)

@@ -6,23 +6,23 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdcli.errors import UserError
-from sdcli.network.heads import HEADS, POOLED, build_head, head_cost, suitable_head
+from sdcli.network.backbones import create
+from sdcli.network.blueprint import BRANCH, Blueprint
+from sdcli.network.heads import build_head
 from sdcli.network.signals import Signal
-from sdcli.network.stages import Stage, StagePlan, prefix_tokens, tap_modules, to_map
+from sdcli.network.stages import Stage, prefix_tokens, tap_modules, to_map
 from sdcli.network.tail import Branch, DenseClassifier
 from sdcli.network.taps import InputTap, Store, Tap
 from sdcli.recipe.address import FINAL
-
-BRANCH = "branch"
-"""An exit's head that is the network's own end once more. Not in the registry: `branches` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,6 @@ class PointSpec:
     """Whether a gradient passes: not a prediction made from others without one."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What it takes to run a network up to a point and its head, and nothing else, on one image."""
-
-    params: int
-    macs: int
-
-
-def exit_points(plan: StagePlan) -> list[str]:
-    """`exit1`, `exit2`, … for every stage but the last, whose exit is the model's own classifier."""
-    return [f"exit{number}" for number in range(1, len(plan.stages))]
-
-
-def stages_by_point(plan: StagePlan) -> dict[str, Stage]:
-    """The stage behind every point, shallowest first."""
-    return dict(zip([*exit_points(plan), FINAL], plan.stages, strict=True))
-
-
 class MultiExit(nn.Module):
     """An untouched timm model, tapped after its stages, and one head per exit.
 
@@ -62,11 +44,12 @@ class MultiExit(nn.Module):
     that is trained has a gradient.
     """
 
-    def __init__(self, backbone: nn.Module, plan: StagePlan, heads: dict[str, nn.Module]) -> None:
+    def __init__(self, blueprint: Blueprint, backbone: nn.Module, heads: dict[str, nn.Module]) -> None:
         super().__init__()
-        assert [point for point in heads if point != FINAL] in (exit_points(plan), []), "one head per exit, or none"
+        assert heads.keys() == blueprint.heads.keys(), "the heads of the blueprint"
+        self.blueprint = blueprint
+        self.plan = plan = blueprint.plan
         self.backbone = backbone
-        self.plan = plan
         self.heads = nn.ModuleDict(heads)
         self._store = Store()
         self._dense: DenseClassifier | None = None
@@ -86,12 +69,12 @@ class MultiExit(nn.Module):
     @property
     def stages(self) -> dict[str, Stage]:
         """The stage behind every point, shallowest first."""
-        return stages_by_point(self.plan)
+        return self.blueprint.stages
 
     @property
     def points(self) -> list[str]:
         """The points that `forward` answers for, shallowest first; `final` comes last."""
-        return [*exit_points(self.plan), FINAL]
+        return self.blueprint.points
 
     @property
     def classifiers(self) -> list[str]:
@@ -180,98 +163,31 @@ class MultiExit(nn.Module):
         return self.backbone
 
 
-def choose_heads(plan: StagePlan, head: str = "auto", where: str = "networks.student.head") -> dict[str, str]:
-    """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown one.
-
-    "none" leaves exits without classifiers: taps, whose maps can be compared; `BRANCH` gives each a copy of all that
-    follows it.
-    """
-    if head == BRANCH:
-        return dict.fromkeys(exit_points(plan), BRANCH)
-    if head == "none":
-        return {FINAL: POOLED} if plan.encoder else {}
-    if head != "auto":
-        HEADS.find(head, where)
-    stages = zip(exit_points(plan), plan.stages[:-1], strict=True)
-    chosen = {point: suitable_head(plan, stage) if head == "auto" else head for point, stage in stages}
-    return chosen | ({FINAL: POOLED} if plan.encoder else {})
-
-
-def attach(
-    backbone: nn.Module,
-    plan: StagePlan,
-    heads: Mapping[str, str],
-    num_classes: int,
-    another: Callable[[], nn.Module] | None = None,
-) -> MultiExit:
-    """`backbone` with an exit after every stage of `plan` but the last; `heads` names the kind of each.
+def attach(backbone: nn.Module, blueprint: Blueprint, another: Callable[[], nn.Module] | None = None) -> MultiExit:
+    """`backbone` with the exits of its blueprint.
 
     `another` makes a network of the same kind, of which a branch keeps the end; by default it is a copy, weights and
     all. Raises UserError for a model whose end cannot be copied.
     """
-    stages = stages_by_point(plan)
+    plan = blueprint.plan
     built: dict[str, nn.Module] = {}
-    for point, kind in heads.items():
+    for point, kind in blueprint.heads.items():
+        stage = blueprint.stages[point]
         if kind == BRANCH:
             try:
-                built[point] = Branch(another() if another else copy.deepcopy(backbone), plan, stages[point])
+                built[point] = Branch(another() if another else copy.deepcopy(backbone), plan, stage)
             except UserError as error:
                 raise error.within("branches", key="networks.student.branches") from None
         else:
-            built[point] = build_head(kind, plan, stages[point], num_classes)
-    return MultiExit(backbone, plan, built)
+            built[point] = build_head(kind, plan, stage, len(blueprint.classes))
+    return MultiExit(blueprint, backbone, built)
 
 
-def head_costs(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Cost]:
-    """What each exit's own head costs; for `final`, what comes after the last stage."""
-    stages = stages_by_point(plan)
-    costs = {FINAL: Cost(0, 0)}
-    for point, kind in heads.items():
-        stage = stages[point]
-        if kind == BRANCH:
-            costs[point] = Cost(plan.params - stage.params, plan.macs - stage.macs)
-        else:
-            costs[point] = Cost(*head_cost(kind, plan, stage, num_classes))
-    last, own = plan.stages[-1], costs.pop(FINAL)
-    # The last stage is followed by the model's own norm, pooling and classifier; an encoder's by a head of ours too.
-    return costs | {FINAL: Cost(own.params + plan.params - last.params, own.macs + plan.macs - last.macs)}
+def build(blueprint: Blueprint, *, device: str = "cpu", pretrained: bool = False) -> MultiExit:
+    """A fresh network: random weights, or timm's pretrained ones where they fit; on "meta" without weights or memory.
 
-
-def all_costs(
-    plan: StagePlan, heads: Mapping[str, str], num_classes: int, points: Sequence[str] | None = None
-) -> dict[str, Cost]:
-    """What each exit costs when it is shipped alone, head included, and what the `ensemble` of `points` costs.
-
-    The ensemble (of all points where none are named) needs the network up to the deepest of them, and every one's head.
+    Raises UserError where pretrained weights are not available.
     """
-    own = head_costs(plan, heads, num_classes)
-    stages = stages_by_point(plan)
-    alone = {p: Cost(stages[p].params + cost.params, stages[p].macs + cost.macs) for p, cost in own.items()}
-    *others, deepest = list(own) if points is None else points
-    params, macs = (sum(getattr(own[point], kind) for point in others) for kind in ("params", "macs"))
-    return alone | {"ensemble": Cost(alone[deepest].params + params, alone[deepest].macs + macs)}
-
-
-def plan_json(plan: StagePlan, heads: Mapping[str, str], num_classes: int) -> dict[str, Any]:
-    """What `inspect --json` prints of a plan: each stage with what its head costs."""
-    costs = head_costs(plan, heads, num_classes)
-    stages = [
-        {
-            "point": point,
-            **asdict(stage),
-            "macs_fraction": stage.macs / plan.macs if plan.macs else 0.0,
-            "head": heads.get(point),
-            "head_params": costs[point].params if point in costs else 0,
-            "head_macs": costs[point].macs if point in costs else 0,
-        }
-        for point, stage in stages_by_point(plan).items()
-    ]
-    return {
-        "model": plan.model,
-        "input_size": list(plan.input_size),
-        "found_by": plan.found_by,
-        "notes": list(plan.notes),
-        "params": plan.params,
-        "macs": plan.macs,
-        "stages": stages,
-    }
+    another = partial(create, blueprint.architecture, device=device, pretrained=pretrained)
+    with torch.device(device):
+        return attach(another(), blueprint, another)

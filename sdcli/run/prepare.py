@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sdcli.data import transforms
 from sdcli.data.augment import Mixing
 from sdcli.data.dataset import ImageData, Split, short_name
 from sdcli.data.loaders import EpochBatches, Loader
@@ -20,6 +19,7 @@ from sdcli.data.measure import measure, natural_size
 from sdcli.data.open import open_dataset
 from sdcli.data.resident import ResidentLoader, suitable_loader
 from sdcli.data.splits import limited, training_splits
+from sdcli.data.transforms import Preprocess
 from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
@@ -27,14 +27,13 @@ from sdcli.method.catalogue import completed
 from sdcli.method.check import check_names, check_with_model, remarks
 from sdcli.method.learner import Learner, build_objectives
 from sdcli.method.optimizer import create_optimizer, create_schedule
-from sdcli.network.backbones import Architecture, pretrained_transform, resolve
-from sdcli.network.blueprint import build_network, head_kind, plan_network
-from sdcli.network.checkpoint import Description
-from sdcli.network.multi_exit import MultiExit, choose_heads
-from sdcli.network.stages import StagePlan
-from sdcli.recipe.address import AVERAGE, STUDENT, TEACHER, Address
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.checkpoint import Description, TrainedOn
+from sdcli.network.multi_exit import MultiExit
+from sdcli.network.weights import Loaded, build_network
+from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
 from sdcli.recipe.load import to_toml
-from sdcli.recipe.schema import Network, Recipe
+from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run, check_output
 from sdcli.run.settings import Settings
 from sdcli.run.training import Training, enter_phase, save
@@ -120,8 +119,9 @@ def build(
         _check_data(about_data, trained_on)
     classes = splits.dataset.classes
     set_seed(settings.seed)
-    networks, description, notes = _build_networks(settings, recipe, splits, begins=trained_on is None)
+    networks, notes = _build_networks(settings, recipe, splits, begins=trained_on is None)
     student = networks[STUDENT]
+    blueprint = student.blueprint
     ema = _average(student, recipe)
     if recipe.reads(AVERAGE) and ema is not None:
         networks[AVERAGE] = ema.module
@@ -135,8 +135,7 @@ def build(
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
 
-    preprocess = transforms.Preprocess.from_dict(description.preprocess)
-    order, loader, scored_loader, more = _build_loaders(settings, recipe, accelerator, splits, preprocess)
+    order, loader, scored_loader, more = _build_loaders(settings, recipe, accelerator, splits, blueprint.preprocess)
     notes += more
     if settings.channels_last:
         learner.to(memory_format=torch.channels_last)
@@ -149,6 +148,8 @@ def build(
         # A schedule that a later phase cannot have is refused now.
         optimizer = create_optimizer([learner], recipe.optimizer)
         create_schedule(optimizer, recipe.schedule, epochs, order.updates)
+    idle = dict.fromkeys(name for objective in objectives for name in objective.idle)
+    notes += [f"losses.{name} has no effect: the networks have none of the points that it is on" for name in idle]
     coupled = [f"losses.{term.name}" for objective in objectives for term in objective.terms if term.sees_batch]
     coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
     notes += _shares(order, dict.fromkeys(coupled))
@@ -164,7 +165,7 @@ def build(
         loader=loader,
         scored_loader=scored_loader,
         scored_split="validation" if splits.val else "test",
-        description=description,
+        description=_describe(settings, recipe, splits, blueprint),
         run=run,
         updates_per_epoch=order.updates,
         num_train=len(splits.train),
@@ -186,44 +187,70 @@ def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
 
 def _build_networks(
     settings: Settings, recipe: Recipe, splits: Splits, begins: bool
-) -> tuple[dict[str, MultiExit], Description, list[str]]:
-    """The recipe's networks, all that describes the student, and what is to be said about them."""
-    size, mean, std = measure(splits.dataset)
-    pretrained = recipe.student.weights == "pretrained"
-    image_size = settings.image_size or (None if pretrained else natural_size(size))
-    classes = list(splits.dataset.classes)
-    student, architecture, plan, heads, notes = _network(recipe.student, settings.model, classes, image_size, begins)
-    notes = [*architecture.notes, *plan.notes, *notes]
-    preprocess = transforms.Preprocess(architecture.input_size, mean, std)
-    if pretrained:
-        preprocess = replace(preprocess, **pretrained_transform(student.backbone))
-    networks = {STUDENT: student}
-    for name, table in recipe.others.items():
+) -> tuple[dict[str, MultiExit], list[str]]:
+    """The recipe's networks, and what a user should know about them. Weights are only loaded where the run `begins`."""
+    size, *colours = measure(splits.dataset)
+    mean, std = colours
+    classes = splits.dataset.classes
+    image_size = settings.image_size
+    if image_size is None and recipe.student.weights != "pretrained":
+        image_size = natural_size(size)
+    networks: dict[str, MultiExit] = {}
+    notes: list[str] = []
+    for name, table in {STUDENT: recipe.student, **recipe.others}.items():
+        model = settings.model if name == STUDENT else str(table.model)
+        blueprint = Blueprint.draft(table, model, classes, image_size=image_size, colours=(mean, std))
+        networks[name], loaded = build_network(table, blueprint, begins=begins)
+        if begins and name != STUDENT and not table.learns:
+            _check_knows(name, recipe, loaded)
+        more = [*blueprint.notes, *loaded.notes] if name == STUDENT else loaded.notes
+        notes += more if name == STUDENT else [f"{name}: {note}" for note in more]
         # All see the same images, the student's.
-        networks[name], *_, more = _network(table, str(table.model), classes, architecture.input_size[1], begins)
-        notes += [f"{name}: {note}" for note in more]
-    description = Description(
-        architecture=architecture,
-        plan=plan,
-        heads=heads,
-        classes=classes,
-        preprocess=preprocess.to_dict(),
-        dataset={
-            "name": short_name(splits.dataset),
-            "source": splits.dataset.source,
-            "image_key": splits.dataset.image_key,
-            "label_key": splits.dataset.label_key,
-            "val_fraction": settings.val_fraction,
-            "seed": settings.seed,
-        },
-        recipe=recipe.model_dump(exclude_none=True),
-        epoch=0,
+        image_size = networks[STUDENT].plan.input_size[1]
+    return networks, notes
+
+
+def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:
+    """Raises UserError where a loss reads a classifier with random weights of a network that does not learn."""
+    read = {address.point for address in recipe.addresses() if address.network == name}
+    for module in loaded.fresh:
+        point = module.removeprefix("heads.") if module.startswith("heads.") else FINAL
+        if point in read or "all" in read or (point != FINAL and "exits" in read):
+            raise UserError(
+                f"networks.{name} does not learn, and its classifier at {point} has random weights: the file has none "
+                "for these classes",
+                "weights of a network with the data set's classes",
+                f"--set networks.{name}.weights=CHECKPOINT, or --set networks.{name}.learns=true",
+                key=f"networks.{name}.weights",
+            )
+
+
+def _describe(settings: Settings, recipe: Recipe, splits: Splits, blueprint: Blueprint) -> Description:
+    """What the run's checkpoints say about their tensors."""
+    dataset = splits.dataset
+    # A local folder's path stays on this machine: run.json has it.
+    source = "" if Path(dataset.source).is_absolute() else dataset.source
+    trained_on = TrainedOn(
+        name=short_name(dataset),
+        source=source,
+        val_fraction=settings.val_fraction,
+        seed=settings.seed,
+        image_key=dataset.image_key,
+        label_key=dataset.label_key,
     )
-    return networks, description, notes
+    return Description(blueprint, trained_on, _without_paths(recipe).model_dump(exclude_none=True), epoch=0)
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    """The recipe with the names of its files of weights in the place of their paths."""
+    networks = {
+        name: table.model_copy(update={"weights": Path(table.weights).name}) for name, table in recipe.networks.items()
+    }
+    return recipe.model_copy(update={"networks": networks})
 
 
 def _build_loaders(
-    settings: Settings, recipe: Recipe, accelerator: Accelerator, splits: Splits, preprocess: transforms.Preprocess
+    settings: Settings, recipe: Recipe, accelerator: Accelerator, splits: Splits, preprocess: Preprocess
 ) -> tuple[EpochBatches, Loader | ResidentLoader, Loader | ResidentLoader, list[str]]:
     """The order of the training images, their batches and those that are scored, and what is to be said about them."""
     notes: list[str] = []
@@ -270,26 +297,6 @@ def _shares(order: EpochBatches, coupled: Iterable[str]) -> list[str]:
             for name in coupled
         ]
     return notes
-
-
-def _network(
-    table: Network, model: str, classes: list[str], image_size: int | None, begins: bool
-) -> tuple[MultiExit, Architecture, StagePlan, dict[str, str], list[str]]:
-    """One network as its table asks for it, all that describes it, and what is to be said about its weights, which are
-    only loaded where the run `begins`."""
-    architecture = resolve(
-        model,
-        num_classes=len(classes),
-        image_size=image_size,
-        stem=table.stem,
-        pretrained=table.weights == "pretrained",
-        model_args=table.model_args,
-    )
-    plan = plan_network(table, architecture)
-    heads = choose_heads(plan, head_kind(table))
-    weights = table if begins else table.model_copy(update={"weights": "random"})
-    network, notes = build_network(weights, architecture, plan, heads, len(classes))
-    return network, architecture, plan, heads, notes
 
 
 def _checkpoint_gradients(network: MultiExit, model: str) -> None:

@@ -15,7 +15,6 @@ from sdcli.data.batch import Batch
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report, evaluate
-from sdcli.network.multi_exit import all_costs
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
 from sdcli.run.training import Position, Training, enter_phase, save, share_buffers
@@ -116,10 +115,10 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
         training.network,
         training.scored_loader,
         points=training.network.classifiers,
-        costs=all_costs(about.plan, about.heads, len(about.classes)),
+        costs=about.blueprint.costs(),
         device=training.accelerator.device,
-        model=about.architecture.model,
-        dataset=about.dataset["name"],
+        model=about.blueprint.architecture.model,
+        dataset=about.dataset.name,
         split=training.scored_split,
         progress=progress,
         autocast=training.accelerator.autocast,

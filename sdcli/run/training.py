@@ -20,9 +20,9 @@ from sdcli.devices import interleaved
 from sdcli.method.learner import Learner
 from sdcli.method.objective import Objective
 from sdcli.method.optimizer import create_optimizer, create_schedule
-from sdcli.network.blueprint import build_network
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
+from sdcli.network.weights import build_network
 from sdcli.recipe.address import TEACHER
 from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run
@@ -139,9 +139,7 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         learner.networks[TEACHER].load_state_dict(training.network.state_dict())
     if begins and phase.fresh:
         set_seed(training.settings.seed + number)
-        about = training.description
-        table = training.recipe.student
-        new, _ = build_network(table, about.architecture, about.plan, about.heads, len(about.classes))
+        new, _ = build_network(training.recipe.student, training.description.blueprint)
         learner.student.load_state_dict(new.state_dict())
         learner.renew_signals()
         if training.ema is not None:

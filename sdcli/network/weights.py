@@ -1,0 +1,182 @@
+"""Weights: read from files and put into networks.
+
+B batch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from sdcli.errors import UserError
+from sdcli.network.blueprint import BRANCH, Blueprint
+from sdcli.network.checkpoint import Description, load_checkpoint, read_tensors
+from sdcli.network.heads import HEADS, POOLED
+from sdcli.network.multi_exit import MultiExit, build
+from sdcli.recipe.schema import Network
+
+MOST_PARAMETERS = 20_000
+"""Tensors that a model may register beyond four times those of its checkpoint before it is given up."""
+
+
+def build_network(table: Network, blueprint: Blueprint, *, begins: bool = True) -> tuple[MultiExit, Loaded]:
+    """The network of a blueprint with the weights that its table asks for, and what is left fresh.
+
+    Where a run does not begin, its state has all weights, and none are loaded.
+    """
+    network = build(blueprint, pretrained=begins and table.weights == "pretrained")
+    if not begins or table.weights == "random":
+        return network, Loaded()
+    if table.weights == "pretrained":
+        return network, Loaded(fresh=_fresh_classifier(network))
+    return network, load_weights(network, Path(table.weights).expanduser())
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a network has got from a file of weights."""
+
+    source: str = ""
+    """"" for random weights and for timm's own."""
+    fresh: tuple[str, ...] = ()
+    """Modules that keep their random weights, since the file has none of their shape: classifiers and heads."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about it."""
+        if not self.source:
+            return []
+        return [f"weights from {self.source}" + (f"; {', '.join(self.fresh)} start fresh" if self.fresh else "")]
+
+
+def load(path: str | Path) -> MultiExit:
+    """The network in a checkpoint of `sdcli train`, in eval mode; its `blueprint` has classes and preprocessing.
+
+    Raises UserError for a file that does not exist, is no such checkpoint, or does not fit the installed timm.
+    """
+    return rebuild(Path(path))[0].eval()
+
+
+def rebuild(path: Path) -> tuple[MultiExit, Description]:
+    """The network in a checkpoint and what the checkpoint says about it.
+
+    It is built on the meta device first, and its tensors are compared by name, shape and type, so that a damaged file
+    costs no memory. Raises UserError where tensors and description do not belong together.
+    """
+    tensors, description = load_checkpoint(path)
+    blueprint = description.blueprint
+    for point, kind in blueprint.heads.items():
+        if kind not in (POOLED, BRANCH) and kind not in HEADS.entries:
+            raise UserError(
+                f"'{path}': the head of {point} is '{kind}', which this sdcli does not have",
+                "the file that registers it, which it was trained with",
+                f"sdcli eval {path} --import FILE.py",
+            )
+    _compare(_draft(path, blueprint, 4 * len(tensors) + MOST_PARAMETERS), tensors, blueprint, path)
+    network = build(blueprint)
+    network.load_state_dict(tensors)
+    return network, description
+
+
+def _draft(path: Path, blueprint: Blueprint, most: int) -> MultiExit:
+    """The network on the meta device; raises UserError where its description cannot be built."""
+    count = 0
+
+    def registered(module: nn.Module, name: str, parameter: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise UserError(f"'{path}' describes a network of over {most} parameters", "the network of its tensors")
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        draft = build(blueprint, device="meta").eval()
+        with torch.no_grad():
+            signals = draft(torch.zeros(1, *blueprint.plan.input_size, device="meta"))
+        for point in draft.classifiers:
+            logits = signals[point].logits
+            assert logits is not None and logits.shape == (1, len(blueprint.classes)), f"logits at {point}"
+        return draft
+    except UserError as error:
+        raise error.within(f"'{path}'") from None
+    except Exception as error:  # heads and timm raise anything on numbers that do not fit
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"'{path}' describes a network that cannot be built: {reason}", "a checkpoint as sdcli train wrote it"
+        ) from None
+    finally:
+        hook.remove()
+
+
+def _compare(draft: MultiExit, tensors: dict[str, Tensor], blueprint: Blueprint, path: Path) -> None:
+    own = draft.state_dict()
+    common = own.keys() & tensors.keys()
+    problems = {
+        "lacks": own.keys() - tensors.keys(),
+        "has a stray": tensors.keys() - own.keys(),
+        "has another shape for": {name for name in common if own[name].shape != tensors[name].shape},
+        "has another type for": {name for name in common if own[name].dtype != tensors[name].dtype},
+    }
+    for what, names in problems.items():
+        if names:
+            raise UserError(
+                f"'{path}' {what} tensor '{min(names)}'" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+                f"the tensors of {blueprint.architecture.model} as timm {_timm_version()} builds it",
+                "use the timm version that the checkpoint was trained with",
+            )
+
+
+def load_weights(network: MultiExit, path: Path) -> Loaded:
+    """Starts `network` from a safetensors file: a checkpoint of sdcli or timm's own format.
+
+    Only classifiers and heads may differ (other classes, other exits): they stay fresh. Raises UserError where the
+    backbone does not fit.
+    """
+    tensors, _ = read_tensors(path)
+    if not any(name.startswith("backbone.") for name in tensors):
+        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    own = network.state_dict()
+    fits = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
+    left = [name for name in own if name not in fits]
+    free = ("heads.", *(f"backbone.{name}." for name in _classifier_names(network.backbone)))
+    for name in left:
+        if not name.startswith(free):
+            found = f"of shape {list(tensors[name].shape)}" if name in tensors else "missing"
+            raise UserError(
+                f"'{path}' does not fit {network.plan.model}: tensor '{name.removeprefix('backbone.')}' is {found}",
+                f"shape {list(own[name].shape)}",
+                "use a file of the same model; a stem changed by --stem has weights of another shape",
+            )
+    network.load_state_dict(fits, strict=False)
+    return Loaded(str(path), tuple(dict.fromkeys(_module_of(name) for name in left)))
+
+
+def _module_of(name: str) -> str:
+    """The module that a tensor's name is shown as: "heads.exit1" for "heads.exit1.classifier.weight"."""
+    parts = name.removeprefix("backbone.").split(".")
+    return ".".join(parts[: 2 if parts[0] == "heads" else 1])
+
+
+def _fresh_classifier(network: MultiExit) -> tuple[str, ...]:
+    """The classifier of a pretrained model that was replaced, since it had other classes."""
+    backbone = network.backbone
+    pretrained = getattr(backbone, "pretrained_cfg", {}) or {}
+    heads = tuple(f"heads.{point}" for point in network.heads)
+    same = pretrained.get("num_classes") == len(network.blueprint.classes)
+    return heads if same else (*_classifier_names(backbone), *heads)
+
+
+def _classifier_names(backbone: nn.Module) -> list[str]:
+    """Where timm's classifier lies in its own names."""
+    names: str | tuple[str, ...] = (getattr(backbone, "pretrained_cfg", {}) or {}).get("classifier") or ()
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _timm_version() -> str:
+    import timm
+
+    return str(timm.__version__)
