@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import timm
 import torch
+from mutations import mutated
 from safetensors.torch import load_file, save_file
 
 import sdcli
@@ -218,39 +219,6 @@ def test_metadata_that_cannot_be_true_are_refused(saved, change, reason):
     path, *_ = saved
     rewrite(path, change)
     assert reason in message(path).split("\n")[0]
-
-
-def mutated(value, random: Random):
-    """The value with one of its parts replaced by something else."""
-    others = [
-        None,
-        True,
-        -1,
-        0,
-        10**7,
-        2**70,
-        1e400,
-        -0.5,
-        "",
-        "x" * 5000,
-        "\N{DOG FACE}",
-        [],
-        [[]],
-        {},
-        {"a": {}},
-        "nan",
-    ]
-    if isinstance(value, dict) and value and random.random() < 0.93:
-        key = random.choice(sorted(value))
-        if random.random() < 0.08:
-            return {name: part for name, part in value.items() if name != key}
-        return {**value, key: mutated(value[key], random)}
-    if isinstance(value, list) and value and random.random() < 0.93:
-        place = random.randrange(len(value))
-        return [*value[:place], mutated(value[place], random), *value[place + 1 :]]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and random.random() < 0.4:
-        return random.choice([value + 1, value - 1, value * 2, -value, value * 1000])
-    return random.choice(others)
 
 
 def test_mutated_metadata_are_one_message_or_harmless(saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from sdcli.data.transforms import check_policy
 from sdcli.errors import UserError, did_you_mean
@@ -28,6 +29,11 @@ def check_names(recipe: Recipe) -> None:
     check_signals(recipe.signals, recipe.batch.mixes)
     check_networks(recipe)
     check_mixing(recipe.losses, recipe.batch.mixes)
+    for kind, names in (("networks", recipe.others), ("signals", recipe.signals)):
+        for name in names:
+            # They become parts of torch modules, whose own attributes have names too.
+            if hasattr(nn.ModuleDict, name) or name in nn.ModuleDict().__dict__:
+                raise UserError(f"{kind}.{name}: torch uses this name itself", "another name", key=f"{kind}.{name}")
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
         if network.head not in ("auto", "none"):
             HEADS.find(network.head, f"networks.{name}.head")
