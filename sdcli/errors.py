@@ -1,4 +1,4 @@
-"""What a user can put right: one message that says what was wrong, what was expected and how to fix it."""
+"""Mistakes that a user can fix: one message with what is wrong, what was expected and how to fix it."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest known name as a question ("did you mean 'byot'?"), or "" where none is near."""
+    """The nearest known name as a question ("did you mean 'byot'?"), or "" if none is near."""
     names = list(known)
     near = get_close_matches(str(name), names, n=1, cutoff=0.6)
-    # "kl_div" and "randaugment" begin with what is meant.
+    # "kl_div" and "randaugment" start with the name that is meant.
     near = near or sorted((k for k in names if len(k) > 1 and str(name).startswith(k)), key=len)[-1:]
     return f"did you mean '{near[0]}'?" if near else ""
 
 
 def unknown(what: str, name: str, known: Iterable[str], fix: str = "", limit: int = 12) -> UserError:
-    """An error for a name that is not among the known ones; long lists are cut, the nearest name is offered."""
+    """The error for an unknown name; long lists are cut, and the nearest name is suggested."""
     names = sorted(known)
     listed = ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
     return UserError(f"unknown {what} '{name}'", f"one of {listed}", did_you_mean(name, names) or fix)
 
 
 def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str, Any]) -> UserError:
-    """The first of pydantic's problems with a table in our words: which key, which value, what it should have been.
+    """The first of pydantic's problems with a table as one error: the key, its value and what was expected.
 
-    `where` names the table ("losses.soft"), `keys` are those it may have, with their defaults.
+    `where` names the table ("losses.soft"); `keys` are the keys that it may have, with their defaults.
     """
-    # An unknown key first: it is often why another one is missing.
+    # An unknown key comes first: it is often the reason that another one is missing.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
     path, kind, value = [str(part) for part in problem["loc"]], problem["type"], problem["input"]
     place = ".".join(filter(None, [where, *path]))
@@ -85,18 +85,18 @@ def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str
 
 
 def default_of(key: str, keys: Mapping[str, Any]) -> str:
-    """What holds where a key is left out; "" where it has no default worth a word."""
+    """The default of a key, as a fix; "" if it has none worth mentioning."""
     default = keys.get(key)
     return f"the default is {shown(default)}" if isinstance(default, (str, int, float)) and default != "" else ""
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it."""
+    """A value as messages quote it."""
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _mended(place: str, kind: str, value: Any, expected: str) -> str:
-    """The line that was meant, where a slip is a common one; "" otherwise."""
+    """The line that was probably meant, for common slips; "" otherwise."""
     key, number = place.rpartition(".")[2], str(value).strip()
     if (
         kind in ("int_type", "float_type")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when the block ends: no reader finds half of it.
-    Where the block fails it is removed, and `path` stays as it was."""
+    """A temporary file beside `path` that replaces it when the block ends: no reader finds half a file.
+
+    If the block fails, the temporary file is removed and `path` stays as it was.
+    """
     beside = path.with_name(f".{path.name}.tmp")
     try:
         yield beside

@@ -97,7 +97,7 @@ def test_a_misspelt_model_gets_the_nearest_name() -> None:
         resolve("resent18", num_classes=10, image_size=None)
     assert str(caught.value) == (
         "unknown model 'resent18'\n"
-        "  expected: the name of a timm architecture, such as resnet18\n"
+        "  expected: a timm architecture, such as resnet18\n"
         "  fix:      did you mean 'resnet18'?"
     )
 

@@ -1,4 +1,4 @@
-"""What the networks are shown.
+"""One batch of images, as the networks see it.
 
 B batch, H W an image's height and width in pixels
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """What the networks were shown."""
+    """Images, labels and where they come from."""
 
     images: Tensor
     """[B, 3, H, W], normalised."""
     labels: Tensor
     """Class numbers [B]."""
     index: Tensor
-    """Each image's place in its split [B]: for what is remembered per training image."""
+    """Each image's position in its split [B]: the key of everything that is remembered per training image."""
     views: dict[str, Tensor] = field(default_factory=dict)
-    """Images beside these [B, 3, H, W], by the recipe's names for them."""
+    """The recipe's views of these images [B, 3, H, W], by name."""
     whole: int = 0
-    """Images of the whole update, over all processes and parts: what a loss that sums over the batch is scaled by."""
+    """Images of the whole update, over all processes and micro-batches: the scale of losses that sum over the batch."""
 
     def __post_init__(self) -> None:
         self.whole = self.whole or len(self.images)
@@ -36,6 +36,6 @@ class Batch:
         return Batch(images, labels, index, views, self.whole)
 
     def pin_memory(self) -> Batch:
-        """The same where a GPU can copy it from while it works; DataLoader asks for it."""
+        """The same in pinned memory; called by the DataLoader."""
         views = {name: images.pin_memory() for name, images in self.views.items()}
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), views, self.whole)

@@ -1,4 +1,4 @@
-"""From a model's name to a timm backbone, and what a checkpoint needs to build it again."""
+"""timm models by name: which arguments, stem and size build one, and what is needed to build it again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULT_SIZE = (3, 224, 224)
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that is needed to build a backbone again; stored in checkpoints."""
+    """Everything needed to build a backbone again; stored in checkpoints."""
 
     model: str
     """A timm name, perhaps with the tag of its weights ("resnet50.a1_in1k")."""
@@ -38,14 +38,14 @@ class Architecture:
     stem: str
     """A resolved kind, one of `STEMS`: never "auto"."""
     model_args: dict[str, Any]
-    """What timm's `create_model` is given besides the number of classes."""
+    """Arguments of timm's `create_model` besides the number of classes."""
     notes: tuple[str, ...] = ()
     source: str = ""
-    """The `hf-hub:` or `local-dir:` source that the user named, whose weights are timm's pretrained ones here."""
+    """The `hf-hub:` or `local-dir:` source that the user named: where its pretrained weights are."""
 
     @property
     def family(self) -> str:
-        """The file of timm that it comes from, such as "resnet"; "" for a hub's or a folder's."""
+        """The module of timm that defines it, such as "resnet"; "" for a name that timm does not know."""
         from timm.models import is_model, model_entrypoint, split_model_name_tag
 
         name, _ = split_model_name_tag(self.model)
@@ -54,7 +54,7 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the equal architecture back."""
         table = asdict(self) | {"input_size": list(self.input_size), "notes": list(self.notes)}
-        # Where it came from stays on its machine: name and arguments build it again.
+        # The source stays on its machine: name and arguments are enough to build the model again.
         return table | {"source": ""}
 
     @classmethod
@@ -72,12 +72,12 @@ def resolve(
     pretrained: bool = False,
     model_args: dict[str, Any] | None = None,
 ) -> Architecture:
-    """Settles how `model` is built for images of this size, without weights.
+    """Decides how `model` is built for images of this size, without weights.
 
-    `num_classes` and `image_size` stay the model's own where they are None. `stem` "auto" changes the stem only where
-    the last map would be smaller than 4x4, "cifar" always, "imagenet" never; `pretrained` keeps the stem's weights.
+    `num_classes` and `image_size` default to the model's own. `stem` "auto" changes the stem only if the last map
+    would be smaller than 4x4, "cifar" always, "imagenet" never; `pretrained` keeps the stem's weights.
 
-    Raises UserError for an unknown model, arguments that it does not take, and an image size that it refuses.
+    Raises UserError for an unknown model, unknown arguments, and an image size that the model does not accept.
     """
     if stem not in ("auto", "imagenet", "cifar"):
         raise unknown("stem", stem, ("auto", "imagenet", "cifar"))
@@ -104,9 +104,9 @@ def resolve(
 
 
 def create(architecture: Architecture, *, device: str = "meta", pretrained: bool = False) -> nn.Module:
-    """Builds the backbone; on "meta" it has no weights and costs no memory.
+    """Builds the backbone; on "meta" it has no weights and takes no memory.
 
-    Raises UserError where pretrained weights are asked for and cannot be had.
+    Raises UserError if pretrained weights are not available.
     """
     model = build(
         (architecture.source if pretrained else "") or architecture.model,
@@ -120,9 +120,9 @@ def create(architecture: Architecture, *, device: str = "meta", pretrained: bool
 
 
 def pretrained_transform(model: nn.Module) -> dict[str, Any]:
-    """How images were brought to the pretrained weights: `mean`, `std`, `interpolation` and `crop_pct`.
+    """The preprocessing of the pretrained weights: `mean`, `std`, `interpolation` and `crop_pct`.
 
-    The size is the architecture's, which need not be the one of the weights.
+    The image size is the architecture's, which may differ from that of the weights.
     """
     from timm.data import resolve_data_config
 
@@ -143,7 +143,7 @@ def build(
     device: str = "meta",
     pretrained: bool = False,
 ) -> nn.Module:
-    """timm's `create_model`, whose complaints become a UserError of one line."""
+    """timm's `create_model`, with one UserError for whatever it raises."""
     import timm
 
     try:
@@ -165,7 +165,7 @@ def build(
 
 
 def _check_name(model: str) -> None:
-    """Raises UserError for a name that timm does not know, with the nearest one."""
+    """Raises UserError for a name that timm does not know, and suggests the nearest one."""
     import timm
     from timm.models import split_model_name_tag
 
@@ -174,14 +174,16 @@ def _check_name(model: str) -> None:
     name, tag = split_model_name_tag(model)
     if not timm.is_model(name):
         fix = did_you_mean(name, timm.list_models()) or "sdcli inspect 'resnet*' shows those of a family"
-        raise UserError(f"unknown model '{model}'", "the name of a timm architecture, such as resnet18", fix)
+        raise UserError(f"unknown model '{model}'", "a timm architecture, such as resnet18", fix)
     if tag and model not in (tagged := timm.list_pretrained(f"{name}.*")):
         raise unknown("weights", model, tagged, f"{name} without a tag")
 
 
 def _described(source: str) -> tuple[str, dict[str, Any]]:
-    """The timm architecture that a `hf-hub:` or `local-dir:` source is, and its arguments; raises UserError where the
-    source is not available."""
+    """The timm architecture and arguments of a `hf-hub:` or `local-dir:` source.
+
+    Raises UserError if the source is not available.
+    """
     from timm.models import load_model_config_from_hf, load_model_config_from_path
 
     kind, _, name = source.partition(":")
@@ -198,7 +200,7 @@ def _described(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _own_size(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The image size that a model is made for, unless its arguments say otherwise."""
+    """The image size of a model: from its arguments, or else its default."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size") or DEFAULT_SIZE
     if "img_size" in given:
@@ -233,7 +235,7 @@ def _choose_stem(
     stem: str,
     pretrained: bool,
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """The resolved kind, the arguments to build with, and what was done in words."""
+    """The resolved kind of stem, the arguments to build with, and a note for each change."""
     plain: nn.Module | None = None
     refusal = UserError("")
     try:
@@ -262,7 +264,7 @@ def _small_stem(
     stem: str,
     pretrained: bool,
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """The stem for small images that suits the family: smaller patches, the papers' 3x3, or the strides undone.
+    """A stem for small images that suits the family: smaller patches, the papers' 3x3, or strides removed.
 
     Pretrained weights keep their kernels, so that only strides may go.
     """

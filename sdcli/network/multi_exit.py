@@ -27,21 +27,21 @@ from sdcli.recipe.address import FINAL
 
 @dataclass(frozen=True)
 class PointSpec:
-    """How wide a point's signal is: C of its map, D of its embedding."""
+    """The widths of a point's signal, and what can be done with it: C of its map, D of its embedding."""
 
     num_chs: int
     embedding_dim: int
     classifies: bool = True
-    """Whether there are logits: not at a tap without a head."""
+    """Whether it has logits; a tap without a head has none."""
     learns: bool = True
-    """Whether a gradient passes: not a prediction made from others without one."""
+    """Whether gradients pass; through some derived signals none do."""
 
 
 class MultiExit(nn.Module):
-    """An untouched timm model, tapped after its stages, and one head per exit.
+    """An untouched timm model with a tap after each stage and one head per exit.
 
-    Parameters of `backbone` keep timm's names; those that never reach the output are frozen, so that every parameter
-    that is trained has a gradient.
+    Parameters of `backbone` keep timm's names. Those that never reach the output are frozen, so that every trained
+    parameter has a gradient.
     """
 
     def __init__(self, blueprint: Blueprint, backbone: nn.Module, heads: dict[str, nn.Module]) -> None:
@@ -55,7 +55,7 @@ class MultiExit(nn.Module):
         self._dense: DenseClassifier | None = None
         self._hooks: list[Any] = []
         for point, stage in self.stages.items():
-            # Gradient checkpointing calls blocks but not the stage around them: whichever fires will do.
+            # Gradient checkpointing calls blocks but not the stage around them: the tap that fires is read.
             for path in tap_modules(stage):
                 tap = Tap(self._store, point, stage.tensor)
                 self._hooks.append(backbone.get_submodule(path).register_forward_hook(tap))
@@ -73,17 +73,17 @@ class MultiExit(nn.Module):
 
     @property
     def points(self) -> list[str]:
-        """The points that `forward` answers for, shallowest first; `final` comes last."""
+        """The points that `forward` returns, shallowest first; `final` comes last."""
         return self.blueprint.points
 
     @property
     def classifiers(self) -> list[str]:
-        """The points that have logits: all, but for taps without a head."""
+        """The points that have logits: all except taps without a head."""
         return [point for point in self.points if point in self.heads or point == FINAL]
 
     @property
     def specs(self) -> dict[str, PointSpec]:
-        """How wide each point's signal is."""
+        """The widths of each point's signal."""
         specs = {}
         for point in self.points:
             stage = self.stages[point]
@@ -98,13 +98,13 @@ class MultiExit(nn.Module):
         return specs
 
     def forward(self, images: Tensor) -> dict[str, Signal]:
-        """One pass: images [B, 3, H, W] to the signal of every point."""
+        """One forward pass: images [B, 3, H, W] to the signal of every point."""
         self._store.open = True
         logits = self.backbone(images)
         self._store.open = False
-        # Kept tensors would hold on to their graphs, and a deep copy refuses them.
+        # Tensors that stay here would keep their graphs alive, and cannot be deep-copied.
         store, self._store.tensors = self._store.tensors, {}
-        # Distilled models answer with one prediction per head while they train; their own forward averages them later.
+        # Distilled models return one prediction per head in training and average them in evaluation.
         if isinstance(logits, (tuple, list)):
             logits = torch.stack(list(logits)).mean(dim=0)
         signals, heads = {}, dict(self.heads.items())
@@ -127,15 +127,14 @@ class MultiExit(nn.Module):
         return signals
 
     def read_densely(self) -> None:
-        """From now on `final` also says what its classifier makes of every place of the last map (`Signal.dense`).
+        """From now on `final` also has the classifier's logits at every position of the last map (`Signal.dense`).
 
-        Raises UserError for a model whose classifier cannot be shown one place.
+        Raises UserError for a model whose classifier cannot be applied to one position.
         """
         if self._dense is not None:
             return
         places = DenseClassifier(self.backbone, self.plan)
-        # Where nothing comes between the last stage and the classifier, the stage's own tap would do; a second one is
-        # simpler.
+        # Without a module between the last stage and the classifier the stage's own tap would do; a second is simpler.
         entry = places.stage.tensor if not places.tail.modules else None
         for path in places.tail.modules[-1:] or tap_modules(places.stage):
             tap = Tap(self._store, "places", entry)
@@ -148,7 +147,7 @@ class MultiExit(nn.Module):
                 dense = self.eval()(parameter.new_zeros(1, *self.plan.input_size))[FINAL].dense
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
             raise UserError(
-                f"{self.plan.model}: its classifier cannot be shown one place of the last map",
+                f"{self.plan.model}: its classifier cannot be applied to one position of the last map",
                 "a model that pools its last map, such as resnet18, convnext_tiny or vit_small_patch16_224",
             ) from None
         finally:
@@ -157,7 +156,7 @@ class MultiExit(nn.Module):
         assert dense is not None
 
     def eject(self) -> nn.Module:
-        """The untouched timm model, taps removed. The heads go with this object, which is of no use afterwards."""
+        """The untouched timm model without taps. This object cannot be used afterwards."""
         for hook in self._hooks:
             hook.remove()
         return self.backbone
@@ -166,8 +165,8 @@ class MultiExit(nn.Module):
 def attach(backbone: nn.Module, blueprint: Blueprint, another: Callable[[], nn.Module] | None = None) -> MultiExit:
     """`backbone` with the exits of its blueprint.
 
-    `another` makes a network of the same kind, of which a branch keeps the end; by default it is a copy, weights and
-    all. Raises UserError for a model whose end cannot be copied.
+    `another` builds a network of the same kind, whose end becomes a branch; by default it is a copy, weights included.
+    Raises UserError for a model whose end cannot be copied.
     """
     plan = blueprint.plan
     built: dict[str, nn.Module] = {}

@@ -1,4 +1,4 @@
-"""What a network says at one point.
+"""The output of a network at one point.
 
 B batch, K classes, C channels, H W map, D embedding, N places of the last map
 """
@@ -16,7 +16,7 @@ T = TypeVar("T", Tensor, Tensor | None)
 
 @dataclass
 class Signal:
-    """What a network says at one point (`exit1`, `exit2`, …, `final`)."""
+    """A network's output at one point (`exit1`, `exit2`, …, `final`)."""
 
     features: Tensor
     """The stage's map [B, C, H, W], whatever the model's own layout."""
@@ -25,11 +25,11 @@ class Signal:
     logits: Tensor | None
     """[B, K], before the softmax; None at a tap without a head."""
     dense: Tensor | None = None
-    """What the classifier makes of each of N places of the last map [B, K, N], without gradients; None where nobody
-    asks (`MultiExit.read_densely`)."""
+    """The classifier's logits at each of N positions of the last map [B, K, N], without gradients; None unless asked
+    for (`MultiExit.read_densely`)."""
 
     def at_least_float(self) -> Signal:
-        """The same with half precision widened to float32: losses are never worked out in less."""
+        """The same with half precision widened to float32, in which losses are computed."""
         return Signal(_widen(self.features), _widen(self.embedding), _widen(self.logits), _widen(self.dense))
 
 
