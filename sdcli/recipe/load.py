@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli import toml
-from sdcli.errors import UserError, unknown
+from sdcli.errors import UserError, did_you_mean, unknown
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.merge import Override, check_values, sources, too_large
 from sdcli.recipe.schema import Recipe
@@ -144,14 +144,17 @@ def _find(name: str, folder: Path) -> Path:
             f"recipe {name[:60]!r} is not a name or a path: {_reason(error)}", "a recipe's name, or a .toml file"
         ) from None
     if not known:
-        raise unknown("recipe", name, recipe_names(), _fix_for(name))
+        raise unknown("recipe", name, recipe_names(), _fix_for(name), lists="sdcli recipes list")
     return path
 
 
 def unknown_file(path: Path) -> UserError:
     """The error for a recipe file that does not exist, with files that do."""
-    beside = sorted(other.name for other in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-    near = f"files in '{path.parent}': {', '.join(beside[:5])}" if beside else ""
+    beside = sorted(path.parent.glob("*.toml")) if path.parent.is_dir() else []
+    # By name alone: in a long path any two files are alike.
+    near = did_you_mean(str(path), [str(other) for other in beside if did_you_mean(path.stem, [other.stem])])
+    near = near or did_you_mean(path.stem, recipe_names())
+    near = near or (f"files in '{path.parent}': {', '.join(other.name for other in beside[:5])}" if beside else "")
     return UserError(f"recipe file '{path}' does not exist", "a .toml file, or a name of sdcli recipes list", near)
 
 
