@@ -256,18 +256,18 @@ def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcl
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mine.yaml", "'mine.yaml' is not a recipe: recipes are TOML files\n"
-         "  expected: a .toml file, or a recipe's name (sdcli recipes list)\n"
+        ("mine.yaml", "recipe 'mine.yaml' is not a .toml file\n"
+         "  expected: a recipe: a TOML file whose name ends in .toml\n"
          "  fix:      sdcli recipes copy default mine.toml makes one to change"),
         ("./byott.toml", "recipe file 'byott.toml' does not exist\n"
-         "  expected: the path of a .toml file, or a recipe's name (sdcli recipes list)\n"
+         "  expected: a .toml file, or a name of sdcli recipes list\n"
          "  fix:      did you mean 'byot'?"),
         ("./mina.toml", "recipe file 'mina.toml' does not exist\n"
-         "  expected: the path of a .toml file, or a recipe's name (sdcli recipes list)\n"
+         "  expected: a .toml file, or a name of sdcli recipes list\n"
          "  fix:      did you mean 'mine.toml'?"),
         ("my-recipe", "unknown recipe 'my-recipe'\n"
          "  expected: one of mixup, baseline, byot-scan, one-exits, zipf, byot-nohint, …; 26 in all: sdcli recipes list\n"
-         "  fix:      a file of your own is named by its path: ./my-recipe.toml"),
+         "  fix:      for your own file write its path: ./my-recipe.toml"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_there_is_not_is_explained(

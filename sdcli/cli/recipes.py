@@ -201,7 +201,7 @@ def _in_file(file: str, origins: Mapping[str, str] | None = None) -> Iterator[No
         with blaming(origins or {}):
             yield
     except UserError as error:
-        if file in error.headline:
+        if str(Path(file)) in error.headline:
             raise
         raise error.but(source=f"{file}: {error.source}" if error.source else file) from None
 
