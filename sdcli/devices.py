@@ -52,9 +52,8 @@ def accelerator_for(
         try:
             # The only sure way to know whether a device is there, its number included.
             torch.empty(1, device=torch.device(device))
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--device {device} cannot be used: {reason}", f"one of {', '.join(_present())}") from None
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise _no_device(device) from None
         if not launched:
             os.environ["ACCELERATE_TORCH_DEVICE"] = device
     on_cpu = device == "cpu" or (device is None and _present() == ["cpu"])
@@ -125,7 +124,23 @@ def _check_tracker(tracker: str) -> None:
     if tracker not in TRACKERS:
         raise unknown("tracker", tracker, TRACKERS)
     if tracker not in {str(getattr(known, "value", known)) for known in get_available_trackers()}:
-        raise UserError(f"--track {tracker}: it is not installed", "its package", f"pip install {tracker}")
+        raise UserError(f"--track {tracker}: {tracker} is not installed", "its package", f"pip install {tracker}")
+
+
+def _no_device(device: str) -> UserError:
+    """The error for a device that is not available. torch's own words name the twenty types that it knows of."""
+    kind, colon, _ = device.partition(":")
+    meant = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps", "apple": "mps"}.get(kind.lower(), kind)
+    present = _present()
+    same = [other for other in present if other.startswith(meant)]
+    wrong = f"--device {device} is not available" + (f": torch's name for it is {meant}" if meant != kind else "")
+    if same:
+        fix = f"--device {same[0] if colon else meant}"
+    else:
+        if meant in ("cuda", "mps"):
+            wrong += f", and it finds no {meant} device" if meant != kind else f": torch finds no {meant} device"
+        fix = f"leave --device out to run on {present[-1]}"
+    return UserError(wrong, " or ".join(present), fix)
 
 
 def _present() -> list[str]:

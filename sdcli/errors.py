@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any
+
+LONG, NEAREST = 8, 6
+"""A list with more names than this is cut to this many."""
 
 
 class UserError(Exception):
@@ -51,10 +54,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else ""
 
 
-def unknown(what: str, name: str, known: Iterable[str], fix: str = "", limit: int = 12) -> UserError:
-    """The error for an unknown name; long lists are cut, and the nearest name is suggested."""
+def unknown(what: str, name: str, known: Iterable[str], fix: str = "", *, lists: str = "") -> UserError:
+    """An error for a name that is not among the known ones.
+
+    Of a long list the nearest names are shown; `lists` is the command that prints all of them.
+    """
     names = sorted(known)
-    listed = ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
+    listed = ", ".join(names)
+    if len(names) > LONG:
+        nearest = sorted(names, key=lambda other: -SequenceMatcher(None, str(name), other).ratio())
+        listed = ", ".join(nearest[:NEAREST]) + f", …; {len(names)} in all" + (f": {lists}" if lists else "")
     return UserError(f"unknown {what} '{name}'", f"one of {listed}", did_you_mean(name, names) or fix)
 
 

@@ -112,7 +112,7 @@ class Registry:
         """The entry called `name`; raises UserError with the nearest name where there is none."""
         if name not in self.entries:
             plural = self.what + ("es" if self.what.endswith("s") else "s")
-            error = unknown(self.what, name, self.entries, f"sdcli recipes {plural} tells what each is")
+            error = unknown(self.what, name, self.entries, lists=f"sdcli recipes {plural}")
             raise error.within(where, key=where) if where else error
         return self.entries[name]
 

@@ -140,7 +140,7 @@ def test_pretrained_weights_without_a_network_are_an_error_of_one_line(monkeypat
     architecture = resolve("resnet18", num_classes=1000, image_size=None, pretrained=True)
     with pytest.raises(UserError) as caught:
         create(architecture, device="cpu", pretrained=True)
-    assert caught.value.wrong.startswith("pretrained weights of 'resnet18' cannot be had: ")
+    assert caught.value.wrong.startswith("pretrained weights of 'resnet18' cannot be loaded: ")
     assert "\n" not in caught.value.wrong
     assert caught.value.fix == 'weights = "random", or a .safetensors file'
 

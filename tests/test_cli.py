@@ -114,6 +114,56 @@ def test_eval_needs_the_checkpoint_alone(trained, tmp_path, sdcli, monkeypatch):
     assert sdcli("eval", "model.safetensors", "-j", 0).code == 0
 
 
+def test_eval_of_a_run_takes_its_best_checkpoint_else_the_last_one(trained, tmp_path, sdcli):
+    best = sdcli("eval", trained, "--json", "--limit", 40, "-j", 0)
+    assert best.out == sdcli("eval", trained / "best.safetensors", "--json", "--limit", 40, "-j", 0).out
+    epoch = (
+        json.loads((trained / "report.json").read_text())["exits"]
+        == log_without_times(trained)[1]["validation"]["exits"]
+    )
+    assert best.err.endswith(f"note: checkpoint: {trained / 'best.safetensors'}, epoch {1 + epoch}\n")
+    (tmp_path / "last.safetensors").write_bytes((trained / "last.safetensors").read_bytes())
+    last = sdcli("eval", tmp_path, "--limit", 40, "-j", 0)
+    assert last.code == 0 and last.err.endswith(f"note: checkpoint: {tmp_path / 'last.safetensors'}, epoch 2\n")
+
+
+def test_a_run_without_a_checkpoint_cannot_be_scored(trained, tmp_path, sdcli):
+    expected = "\n  expected: a run folder with best.safetensors or last.safetensors, or a checkpoint file"
+    refused(sdcli("eval", tmp_path), f"'{tmp_path}' has no checkpoint{expected}")
+    (tmp_path / "run.json").write_bytes((trained / "run.json").read_bytes())
+    refused(
+        sdcli("eval", tmp_path),
+        f"'{tmp_path}' has no checkpoint yet: no epoch is done{expected}\n  fix:      sdcli train --resume {tmp_path}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "note"),
+    [
+        (
+            "val",
+            "validation",
+            "the epoch was chosen by its validation score: expect a slightly lower score on new images",
+        ),
+        (
+            "VALID",
+            "validation",
+            "the epoch was chosen by its validation score: expect a slightly lower score on new images",
+        ),
+        ("testing", "test", None),
+        ("training", "train", "this checkpoint was trained on these images"),
+    ],
+)
+def test_a_split_goes_by_its_usual_names(name, split, note, trained, sdcli):
+    result = sdcli("eval", trained / "best.safetensors", "--split", name, "--limit", 20, "--json", "-j", 0)
+    assert json.loads(result.out)["split"] == split
+    assert ([line for line in result.err.splitlines() if line.startswith("note: ")] or [None])[-1] == (
+        f"note: {note}" if note else None
+    )
+    last = sdcli("eval", trained / "last.safetensors", "--split", name, "--limit", 20, "-j", 0)
+    assert "was chosen" not in last.err
+
+
 def test_eval_json_has_all_fields(trained, sdcli):
     report = json.loads(sdcli("eval", trained / "best.safetensors", "--json", "-j", 0).out)
     assert (report["model"], report["dataset"], report["split"], report["num_images"]) == (
@@ -162,7 +212,7 @@ def test_eval_csv_and_markdown_have_a_row_per_exit(trained, sdcli):
 
 def test_without_validation_nothing_is_chosen_and_the_last_epoch_is_scored_on_test(tmp_path, sdcli):
     result = sdcli("train", "test_resnet", *QUICK, "--epochs", 1, "--val-fraction", 0, "--output", tmp_path / "all")
-    assert result.code == 0 and "no best is chosen" in result.err.replace("\n", " ")
+    assert result.code == 0 and "no validation split: the last epoch is kept" in result.err
     assert not (tmp_path / "all" / "best.safetensors").exists()
     report = json.loads((tmp_path / "all" / "report.json").read_text())
     assert (report["split"], report["num_images"], report["checkpoint"]) == ("test", 359, "last.safetensors")
@@ -178,6 +228,44 @@ def test_weights_start_a_run(trained, tmp_path, sdcli):
     options = ["--weights", trained / "best.safetensors", "--epochs", 1, "--lr", 1e-9]
     result = sdcli("train", "test_resnet", *QUICK, *options, "--output", tmp_path / "run")
     assert result.code == 0 and f"weights from {trained / 'best.safetensors'}" in result.err.replace("\n", "")
+
+
+def test_head_is_short_for_the_students_head(tmp_path, sdcli):
+    options = [
+        "--recipe",
+        "deep-supervision",
+        "--head",
+        "linear",
+        "--epochs",
+        1,
+        "--batch-size",
+        24,
+        "--limit-train",
+        48,
+    ]
+    result = sdcli("train", "test_resnet", *QUICK[:2], *options, "--device", "cpu", "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert 'head = "linear"' in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+class Terminal(io.StringIO):
+    """What a terminal of 100 columns is sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_epochs_bar_and_time_are_of_the_whole_run(tmp_path, sdcli, monkeypatch):
+    shown = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert sdcli("train", "test_resnet", *QUICK, "--output", tmp_path / "run").code == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+    assert re.search(r"epoch 1/2 [━╸╺]+ +0 % +update 0/2 +0 images/s +-:--:-- left", text)
+    last = re.findall(r"epoch .*in all", text)[-1]
+    assert re.fullmatch(r"epoch 2/2 ━+ +100 % +update 2/2 +[\d,]+ images/s +0:00:\d\d in all", last)
+    assert re.search(r"epoch +loss +loss .*top-1 % +top-1 %", text) and "[progress" not in text
 
 
 def test_inspect_prints_a_table(sdcli):
@@ -278,12 +366,12 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of at, bake, baseline, born-again, byot, byot-journal, "
-          "byot-nohint, byot-scan, cs-kd, cutmix, ddgsd, deep-supervision, … (26 in all)\n  fix:      did you mean 'byot'?"),
+        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of byot, byot-nohint, byot-scan, byot-journal, "
+          "label-smoothing, at, …; 26 in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
         (["--set", "losses.soft.temprature=3"], "--set losses.soft.temprature=3: losses.soft: unknown key 'temprature'\n  expected: one of direction, rescale, standardise, temperature\n"
          "  fix:      did you mean 'temperature'?"),
-        (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of attention, balanced_kl, "
-         "cross_entropy, dist, dkd, fitnet, hint, kl, mmd, nkd, sad, similarity, … (16 in all)\n  fix:      did you mean 'kl'?"),
+        (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of kl, dkd, nkd, balanced_kl, "
+          "tf_nkd, similarity, …; 16 in all: sdcli recipes losses\n  fix:      did you mean 'kl'?"),
         (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9', a point that this network does not have\n"
          "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
         (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
@@ -320,9 +408,31 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, sdcli):
     assert "at learning rate" in result.err and "Traceback" not in result.err
 
 
-def test_a_device_that_is_not_there_is_explained(tmp_path, sdcli):
-    result = sdcli("train", "test_resnet", *QUICK, "--device", "cuda:7", "--output", tmp_path / "run")
-    assert result.code == 2 and result.err.startswith("error: --device cuda:7 cannot be used: ")
+@pytest.mark.parametrize(
+    ("device", "present", "message"),
+    [
+        ("gpu", ["cpu"], "--device gpu is not available: torch's name for it is cuda, and it finds no cuda device\n"
+         "  expected: cpu\n  fix:      leave --device out to run on cpu"),
+        ("cuda:7", ["cpu"], "--device cuda:7 is not available: torch finds no cuda device\n"
+         "  expected: cpu\n  fix:      leave --device out to run on cpu"),
+        ("gpu", ["cpu", "cuda:0"], "--device gpu is not available: torch's name for it is cuda\n"
+         "  expected: cpu or cuda:0\n  fix:      --device cuda"),
+        ("cuda:7", ["cpu", "cuda:0"], "--device cuda:7 is not available\n"
+         "  expected: cpu or cuda:0\n  fix:      --device cuda:0"),
+        ("tpu", ["cpu"], "--device tpu is not available\n  expected: cpu\n  fix:      leave --device out to run on cpu"),
+    ],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_explained(device, present, message, tmp_path, sdcli, monkeypatch):
+    monkeypatch.setattr(devices, "_present", lambda: present)
+    refused(sdcli("train", "test_resnet", *QUICK, "--device", device, "--output", tmp_path / "run"), message)
+
+
+def test_pretrained_weights_that_cannot_be_loaded_are_explained_for_the_command_line(tmp_path, sdcli):
+    result = sdcli("train", "test_resnet", *QUICK, "--pretrained", "--output", tmp_path / "run")
+    assert result.code == 2 and "pretrained weights of 'test_resnet' cannot be loaded: " in result.err
+    assert result.err.endswith(
+        "  fix:      --weights FILE.safetensors, or leave --pretrained out to start from random weights\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +441,8 @@ def test_a_device_that_is_not_there_is_explained(tmp_path, sdcli):
         (["--exits", "exit9"], "unknown exit 'exit9'\n  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
         (["--exits", ","], "--exits names no exit\n  expected: all, final, or some of them: exit1,exit3"),
         (["--json", "--csv"], "--json, --csv and --markdown exclude each other\n  expected: one of them"),
-        (["--split", "tset"], "digits has no split 'tset'\n  expected: one of train, test, validation"),
+        (["--split", "tset"], "digits has no split 'tset'\n  expected: one of train, test, validation\n"
+         "  fix:      did you mean 'test'?"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_eval_is_explained(options, message, trained, sdcli):
@@ -387,9 +498,9 @@ def test_a_stopped_run_saves_leaves_and_goes_on(trained, tmp_path, sdcli, monkey
         stopping(patch, 3, number)
         stopped = sdcli("train", "test_resnet", *QUICK, "--output", folder)
     assert stopped.code == code
-    assert f"to go on: sdcli train --resume {folder}" in stopped.err
+    assert f"the state is saved. Resume with: sdcli train --resume {folder}" in stopped.err
     resumed = sdcli("train", "--resume", folder)
-    assert resumed.code == 0 and "going on in epoch 1 after update 2" in " ".join(resumed.err.split())
+    assert resumed.code == 0 and "resumed in epoch 1 after update 2" in resumed.err
     assert log_without_times(folder) == log_without_times(trained)
 
 
@@ -419,17 +530,17 @@ def test_curves_and_the_table_have_the_losses_of_all_phases():
 
     epochs = [epoch(1, {"task": 1.0, "soft": 2.0}), epoch(2, {"task": 0.5})]
     table = _epoch_table(epochs)
-    assert [str(column.header) for column in table.columns] == ["epoch", "task loss", "soft loss"]
+    assert [str(column.header) for column in table.columns] == ["epoch", "task\nloss", "soft\nloss"]
     assert list(table.columns[2].cells) == ["2.0000", ""]
     figure = Figure()
     _losses(figure.subplots(), [line.to_log() for line in epochs])
     assert [line.get_label() for line in figure.axes[0].lines] == ["soft", "task"]
-    assert (_skipped(epochs[0]), _skipped(epochs[1])) == ("", "  1 update left out: not finite")
+    assert (_skipped(epochs[0]), _skipped(epochs[1])) == ("", "  |  1 update skipped: loss not finite")
 
 
 @pytest.mark.parametrize("exits", ["0", ","])
 def test_exits_that_are_none_are_refused(exits, sdcli, tmp_path):
-    message = f"--exits '{exits}'\n  expected: how many, 1 or more; modules to tap, separated by commas; auto or none"
+    message = f"--exits '{exits}'\n  expected: auto, none, a number of 1 or more, or modules to tap: blocks.3,blocks.7"
     refused(sdcli("inspect", "test_resnet", "--exits", exits), message)
     refused(sdcli("train", "test_resnet", *QUICK, "--exits", exits, "--output", tmp_path / "run"), message)
 
@@ -442,16 +553,16 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
     assert sdcli(*command).code == 0
     assert log_without_times(tmp_path / "run") == log_without_times(trained)
     finished = sdcli(*command)
-    assert finished.code == 0 and "all of them done: --epochs N goes on" in " ".join(finished.err.split())
+    assert finished.code == 0 and "all 2 epochs are done; --epochs N extends the run" in finished.err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume", "auto"], "--resume auto does not know where the run is\n  expected: --output RUN beside it\n"
+        (["--resume", "auto"], "--resume auto needs the folder of the run\n  expected: --output RUN\n"
          "  fix:      --resume auto --output runs/mine"),
         (["--resume", "RUN", "--output", "other"], "--resume RUN and --output exclude each other\n"
-         "  expected: one of them: a run stays where it is"),
+         "  expected: one of them: a run stays in its folder"),
         (["--resume", "RUN", "--seed", 5], "the run in 'RUN' was started with seed = 42, not 5\n"
          "  expected: the same; what may change is --epochs, --device, --workers, --compile, --grad-accum-steps, "
          "--save-every, --track, --import\n"
@@ -472,6 +583,19 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
 def test_a_mistake_in_going_on_is_explained(options, message, trained, sdcli):
     options = [str(trained) if option == "RUN" else option for option in options]
     refused(sdcli("train", *options), message.replace("'RUN'", f"'{trained}'"))
+
+
+def test_only_a_near_name_is_offered_for_a_run_that_is_not_there(tmp_path, sdcli):
+    for name in ("flowers", "digits-resnet18"):
+        (tmp_path / name / "state").mkdir(parents=True)
+        (tmp_path / name / "state" / "last.pt").touch()
+    message = "'{0}' holds no run to resume\n  expected: a run folder of sdcli train, with state/last.pt\n  fix:      "
+    nope, near = tmp_path / "nope", tmp_path / "digit-resnet18"
+    refused(
+        sdcli("train", "--resume", nope),
+        message.format(nope) + f"sdcli train MODEL --dataset DATA --output {nope} starts one",
+    )
+    refused(sdcli("train", "--resume", near), message.format(near) + f"did you mean '{tmp_path / 'digits-resnet18'}'?")
 
 
 def test_curves_are_drawn_at_the_end_and_on_demand(trained, tmp_path, sdcli):

@@ -15,10 +15,12 @@ from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
 from sdcli.cli import recipes as recipes_command
 from sdcli.cli import train as train_command
+from sdcli.cli.usage import Commands
 from sdcli.errors import UserError
 
 app = typer.Typer(
     name="sdcli",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,20 +42,20 @@ sdcli inspect resnet18
 
 sdcli train resnet18 --dataset digits --recipe quick --output runs/first
 
-sdcli eval runs/first/best.safetensors --exits all
+sdcli eval runs/first
 """
 
 
 @app.callback(epilog=FIRST_STEPS)
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Self-distillation for timm models.
 
-    Finds where a network can be cut, puts a classifier (an *exit*) after each section, trains them together by a
-    recipe, and scores every exit and their ensemble.
+    Finds where a network can be cut, puts a small classifier (an *exit*) after each section, trains them together, and
+    scores every exit and their ensemble.
     """
 
 
@@ -87,12 +89,9 @@ def main() -> None:
 
 
 def _print_error(error: UserError) -> None:
-    from rich.console import Console
-    from rich.text import Text
+    from sdcli.cli.talk import message
 
-    text = Text.assemble(("error: ", "bold red"), (error.headline, "bold"))
+    parts: list[str | tuple[str, str]] = [("error: ", "bold red"), (error.headline, "bold")]
     for title, line in (("expected:", error.expected), ("fix:     ", error.fix)):
-        if line:
-            text.append(f"\n  {title} ", style="dim").append(line)
-    # Paths and commands are copied from here: never broken, whatever the width.
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+        parts += [(f"\n  {title} ", "dim"), line] if line else []
+    message(*parts)

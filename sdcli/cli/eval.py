@@ -2,83 +2,120 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sdcli.cli.usage import Command
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
 
-EPILOG = "Example:  sdcli eval runs/first/best.safetensors --exits all"
+EPILOG = """
+Example:  sdcli eval runs/first
+
+Example:  sdcli eval runs/first --exits exit1,final --split val --json
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("eval", epilog=EPILOG)(evaluate)
+    app.command("eval", cls=Command, epilog=EPILOG)(evaluate)
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file that sdcli train wrote.")],
-    exits: Annotated[str, typer.Option(help="all, final, or some of them: exit1,exit3")] = "all",
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run folder (its best checkpoint, or the last one where none was chosen), or a .safetensors file.",
+        ),
+    ],
+    exits: Annotated[str, typer.Option(metavar="NAMES", help="all, final, or some of the exits: exit1,exit3.")] = "all",
     dataset: Annotated[
-        str | None, typer.Option(help="A data set with the same classes. [default: the one it was trained on]")
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Another data set with the same classes. [default: the one it was trained on]"
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
-    image_key: Annotated[str | None, typer.Option(help="The column of images. [default: found]")] = None,
-    label_key: Annotated[str | None, typer.Option(help="The column of labels. [default: found]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score this many images only.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images scored at a time.")] = 256,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … [default: the best there is]")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="test, validation (val) or train. [default: test, else validation]"),
+    ] = None,
+    image_key: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of images. [default: found by type and name]")
+    ] = None,
+    label_key: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of labels. [default: found by type and name]")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="IMAGES", help="Score only this many images, the same share of each class."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, metavar="IMAGES", help="Images in a batch.")
+    ] = 256,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-j", min=0, help="Processes that load images. [default: what suits]")
+        int | None,
+        typer.Option(
+            "--workers", "-j", min=0, metavar="N", help="Processes that load images. [default: chosen by image size]"
+        ),
     ] = None,
     import_: Annotated[
         list[Path] | None,
-        typer.Option("--import", metavar="FILE.py", help="Your own heads, where it was trained with them; repeatable."),
+        typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print CSV.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", metavar="", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Score every exit and their ensemble in one pass.
+    """Score every exit and their ensemble.
 
-    The checkpoint is all it takes: model, exits, transforms and data set come from it. The ensemble is the mean of the
-    scored exits' logits; speed-ups are MACs of the plain model over those of an exit shipped alone.
+    A checkpoint holds all that is needed: model, exits, preprocessing and the name of its data set. The ensemble is
+    the mean of the scored exits' logits. A speed-up compares the MACs of the plain model with those up to an exit.
     """
     if as_json + as_csv + as_markdown > 1:
         raise UserError("--json, --csv and --markdown exclude each other", "one of them")
+    points = parse_points(exits)
 
-    from sdcli.cli import tables
-    from sdcli.cli.progress import scoring
-    from sdcli.cli.talk import note, output
-    from sdcli.evaluation.scoring import score_checkpoint
+    from sdcli.cli.talk import line, note, only_results, output, print_json, stages
 
-    load_imports(import_ or [])
-    with scoring() as progress:
-        report, notes = score_checkpoint(
-            checkpoint,
-            points=parse_points(exits),
-            dataset=dataset,
-            split=split,
-            image_key=image_key,
-            label_key=label_key,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            workers=workers,
-            progress=progress,
-        )
+    with stages(), only_results():
+        from sdcli.cli import tables
+        from sdcli.cli.progress import scoring
+        from sdcli.evaluation.scoring import find_checkpoint, score_checkpoint
+
+        path = find_checkpoint(checkpoint)
+        load_imports(import_ or [])
+        with scoring() as progress:
+            scored = score_checkpoint(
+                path,
+                points=points,
+                dataset=dataset,
+                split=split,
+                image_key=image_key,
+                label_key=label_key,
+                limit=limit,
+                batch_size=batch_size,
+                device=device,
+                workers=workers,
+                progress=progress,
+            )
+    report, num_classes = scored.report, len(scored.classes)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        print_json(report.to_dict())
     elif as_csv:
-        typer.echo(tables.report_csv(report))
+        line(tables.report_csv(report))
     elif as_markdown:
-        typer.echo(tables.report_markdown(report))
+        line(tables.report_markdown(report, num_classes))
     else:
-        output().print(tables.report_table(report))
-    for text in notes:
+        output().print(tables.report_table(report, num_classes))
+    if path != checkpoint:
+        note(f"checkpoint: {path}, epoch {scored.epoch}")
+    for text in scored.notes:
         note(text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import filter as matching
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from sdcli.cli.usage import Command
 from sdcli.errors import UserError, did_you_mean
 
 EPILOG = """
@@ -31,81 +31,89 @@ SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("inspect", epilog=EPILOG)(inspect)
+    app.command("inspect", cls=Command, epilog=EPILOG)(inspect)
 
 
 def inspect(
     model: Annotated[
         str,
-        typer.Argument(help="A timm model, such as resnet101 or vit_small_patch16_224; or a pattern: 'convnext*'."),
+        typer.Argument(metavar="MODEL", help="A timm model, such as resnet101, or a pattern for several: 'convnext*'."),
     ],
     exits: Annotated[
         str | None,
-        typer.Option(help="auto, none, how many with the final one, or modules: blocks.3,blocks.7."),
+        typer.Option(
+            metavar="EXITS",
+            help="auto, none, a number (with the final exit), or the modules to tap: blocks.3,blocks.7.",
+        ),
     ] = None,
     head: Annotated[
-        str, typer.Option(help="What each exit's head is: auto, bottleneck, sepconv, linear, tokens, …")
+        str, typer.Option(metavar="NAME", help="The head of each exit: auto, or one of sdcli recipes heads.")
     ] = "auto",
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Input height and width. [default: the model's own]")
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Input height and width. [default: the model's]")
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Classes of the classifiers. [default: the model's own]")
+        int | None, typer.Option(min=1, metavar="N", help="Number of classes. [default: the model's]")
     ] = None,
-    stem: Annotated[str, typer.Option(help="auto, imagenet or cifar: what small images get.")] = "auto",
-    sort: Annotated[Sort | None, typer.Option(help="Order of a pattern's models, the least first.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    stem: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="auto, imagenet or cifar; cifar keeps the resolution of small images."),
+    ] = "auto",
+    sort: Annotated[Sort | None, typer.Option(help="Sort the models of a pattern, smallest first.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
 ) -> None:
-    """Show where a model can be cut into exits, and what each costs; of a pattern's models, one row each.
+    """Show the exits of a model and what each costs; for a pattern, one row per model.
 
-    Builds each model without weights or memory (on torch's meta device) and traces one forward pass. Parameters and
-    MACs are counted from the input up to each stage, for one image; a head's own come on top.
+    Nothing is downloaded: a model is built without weights, and one forward pass is traced. Parameters and MACs are
+    counted from the input up to each exit, for one image; those of a head come on top.
     """
-    from sdcli.cli.tables import inspect_table, models_table
-    from sdcli.cli.talk import note, output
-    from sdcli.network.blueprint import Blueprint
-    from sdcli.network.heads import HEADS
-    from sdcli.recipe.schema import Network
+    from sdcli.cli.talk import note, only_results, output, print_json, stages
 
-    if head not in ("auto", "none"):
-        HEADS.find(head, "--head")
-    # Not validated as a recipe's table is: what builds the network says what is wrong with an option.
-    table = Network.model_construct(exits=parse_exits(exits), head=head, stem=stem)
+    is_pattern = bool(set(model) & set("*?["))
+    if sort is not None and not is_pattern:
+        raise UserError(
+            f"--sort {sort} without effect: '{model}' is one model", "a pattern", f"sdcli inspect '{model}*'"
+        )
+    wanted = parse_exits(exits)
     classes = [str(number) for number in range(num_classes)] if num_classes else None
+    shown: list[dict[str, Any]] = []
+    refused: list[tuple[str, UserError]] = []
+    with stages(plain=False), only_results():
+        from sdcli.cli.tables import inspect_table, models_table
+        from sdcli.network.blueprint import Blueprint
+        from sdcli.network.heads import HEADS
+        from sdcli.recipe.schema import Network
 
-    def describe(name: str) -> dict[str, Any]:
-        blueprint = Blueprint.draft(table, name, classes, image_size=image_size)
-        return {**blueprint.summary(), "family": blueprint.architecture.family}
+        if head not in ("auto", "none"):
+            HEADS.find(head, "--head")
+        # Not validated as a recipe's table is: what builds the network says what is wrong with an option.
+        table = Network.model_construct(exits=wanted, head=head, stem=stem)
 
+        def describe(name: str) -> dict[str, Any]:
+            blueprint = Blueprint.draft(table, name, classes, image_size=image_size)
+            return {**blueprint.summary(), "family": blueprint.architecture.family}
+
+        if not is_pattern:
+            shown = [describe(model)]
+        else:
+            with _progress(_names(model)) as names:
+                for name in names:
+                    try:
+                        shown.append(describe(name))
+                    except UserError as error:
+                        refused.append((name, error))
+            if not shown:
+                raise refused[0][1]
+            shown.sort(key=SORT_KEYS[sort or "model"])
     console = output()
-    if not set(model) & set("*?["):
-        if sort is not None:
-            raise UserError(
-                f"--sort {sort} without effect: '{model}' is one model", "a pattern", f"sdcli inspect '{model}*'"
-            )
-        shown = describe(model)
-        if as_json:
-            typer.echo(json.dumps(shown, indent=2))
-            return
-        console.print(inspect_table(shown, console))
-        for text in shown["notes"]:
-            note(text)
-        return
-
-    rows, refused = [], []
-    with _progress(_names(model)) as names:
-        for name in names:
-            try:
-                rows.append(describe(name))
-            except UserError as error:
-                refused.append((name, error))
-    if not rows:
-        raise refused[0][1]
-    rows.sort(key=SORT_KEYS[sort or "model"])
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(shown if is_pattern else shown[0])
+    elif is_pattern:
+        console.print(models_table(shown, console))
     else:
-        console.print(models_table(rows, console))
+        console.print(inspect_table(shown[0], console))
+        for text in shown[0]["notes"]:
+            note(text)
     for name, refusal in refused:
         note(f"{name} is left out: {refusal.wrong}" + (f" ({refusal.fix})" if refusal.fix else ""))
 
@@ -123,13 +131,13 @@ def _names(pattern: str) -> list[str]:
 
 @contextmanager
 def _progress(names: Sequence[str]) -> Iterator[Iterator[str]]:
-    """The names one by one, with a bar on a terminal: half a second each."""
+    """The names one by one, with a bar on a terminal: each takes half a second."""
     from rich.progress import track
 
-    from sdcli.cli.talk import talk
+    from sdcli.cli.talk import end_stage, is_watched, talk
 
-    console = talk()
-    yield iter(track(names, "inspecting", console=console, transient=True, disable=not console.is_terminal))
+    end_stage()
+    yield iter(track(names, "inspecting", console=talk(), transient=True, disable=not is_watched()))
 
 
 def parse_exits(text: str | None) -> Literal["auto", "none"] | int | list[str]:
@@ -142,5 +150,5 @@ def parse_exits(text: str | None) -> Literal["auto", "none"] | int | list[str]:
         return int(text)
     modules = [part.strip() for part in text.split(",") if part.strip()]
     if not modules or text.isdigit():
-        raise UserError(f"--exits {text!r}", "how many, 1 or more; modules to tap, separated by commas; auto or none")
+        raise UserError(f"--exits {text!r}", "auto, none, a number of 1 or more, or modules to tap: blocks.3,blocks.7")
     return modules

@@ -7,23 +7,27 @@ from typing import Annotated
 
 import typer
 
+from sdcli.cli.usage import Command
+
 EPILOG = "Example:  sdcli plot runs/first --output curves.png"
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("plot", epilog=EPILOG)(plot)
+    app.command("plot", cls=Command, epilog=EPILOG)(plot)
 
 
 def plot(
-    run: Annotated[Path, typer.Argument(help="A run folder of sdcli train, finished or not.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A .png, .svg or .pdf. [default: RUN/curves.png]")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf file. [default: RUN/curves.png]"),
     ] = None,
 ) -> None:
     """Draw a run's losses and accuracies by epoch."""
     from sdcli.cli.plots import save_curves
+    from sdcli.cli.talk import line
 
     file = output or run / "curves.png"
     save_curves(run, file)
-    typer.echo(file)
+    line(str(file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from sdcli.cli.talk import counted
 from sdcli.recipe.about import needs
 from sdcli.toml import write_value
 
@@ -93,7 +95,7 @@ def models_table(rows: Sequence[Mapping[str, Any]], console: Console) -> Table:
 
 
 def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> Table:
-    table = _table(f"{len(rows)} model" + ("s" if len(rows) > 1 else ""))
+    table = _table(counted(len(rows), "model"))
     for title in ("model", "family", "input", "params", "MACs", "stages", "channels"):
         if title not in dropped:
             right = title in ("input", "params", "MACs")
@@ -113,24 +115,46 @@ def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> 
     return table
 
 
+GROUPS = {
+    "Start here": ("quick for a first look, default to train", ("quick", "default")),
+    "BYOT": ("the final exit teaches the others", ("byot", "byot-journal", "byot-nohint", "byot-scan")),
+    "Controls": ("to compare with", ("baseline", "deep-supervision")),
+    "Between exits": ("exits or branches teach each other", ("at", "one", "one-exits", "sad", "scd", "sp")),
+    "Over time": ("an earlier or averaged self teaches", ("born-again", "ema-teacher", "ps-kd")),
+    "Other images": ("other views, or images of the class, teach", ("bake", "cs-kd", "ddgsd")),
+    "Labels": ("softened, mixed or weighted", ("cutmix", "label-smoothing", "mixup", "tf-kd", "tf-nkd", "zipf")),
+}
+"""How `recipes list` groups the recipes: title, what they have in common, names."""
+
+
 def recipes_table(recipes: Sequence[Overview], console: Console) -> Table:
-    """What `recipes list` shows; what no recipe needs gets no column."""
-    asked = [needs(recipe.recipe) for recipe in recipes]
-    table = _table(f"{len(recipes)} recipes")
+    """What `recipes list` shows, by group; what no recipe needs gets no column, and papers only where there is room."""
+    by_name = {recipe.name: recipe for recipe in recipes}
+    asked = {recipe.name: needs(recipe.recipe) for recipe in recipes}
+    has_needs, has_papers = any(asked.values()), console.width >= 100
+    table = _table(counted(len(recipes), "recipe"))
     table.add_column("recipe", style="bold", no_wrap=True)
-    table.add_column("title", ratio=3)
-    table.add_column("paper", no_wrap=True, max_width=18 if console.width < 120 else None)
-    if any(asked):
-        table.add_column("needs", ratio=2)
-    table.add_column("measured", ratio=3)
-    for recipe, needed in zip(recipes, asked, strict=True):
-        table.add_row(
-            recipe.name,
-            recipe.recipe.title,
-            _paper(recipe.recipe.paper),
-            *([Text("; ".join(needed) or "-", style="" if needed else "dim")] if any(asked) else []),
-            shortened(recipe.header.measured) if recipe.header.measured else Text("not yet", style="dim"),
-        )
+    table.add_column("what it is")
+    if has_needs:
+        table.add_column("needs")
+    if has_papers:
+        table.add_column("paper", no_wrap=True)
+    others = [name for name in by_name if not any(name in names for _, names in GROUPS.values())]
+    for group, (words, names) in {**GROUPS, "Others": ("", others)}.items():
+        chosen = [by_name[name] for name in names if name in by_name]
+        if chosen:
+            table.add_section()
+            table.add_row(Text(group, style="not bold underline"), Text(words, style="dim"))
+        for recipe in chosen:
+            what = Text(recipe.recipe.title)
+            if recipe.header.measured:
+                what.append(f"\nmeasured: {shortened(recipe.header.measured)}", style="dim")
+            table.add_row(
+                recipe.name,
+                what,
+                *(["; ".join(asked[recipe.name]) or Text("-", style="dim")] if has_needs else []),
+                *([_paper(recipe.recipe.paper)] if has_papers else []),
+            )
     return table
 
 
@@ -263,22 +287,29 @@ def report_rows(report: Report) -> list[ExitResult]:
     return [*report.exits, *([report.ensemble] if report.ensemble else [])]
 
 
-def report_table(report: Report) -> Table:
+def report_columns(num_classes: int) -> list[Column]:
+    """The columns of a report for a reader; with five classes or fewer top-5 is always 100 %."""
+    return [column for column in COLUMNS if column.field != "top5" or num_classes > 5]
+
+
+def report_table(report: Report, num_classes: int) -> Table:
     """What `eval` shows: the best of each column in bold, the ensemble last under a line."""
-    rows = report_rows(report)
-    table = _table(f"{report.model}  ·  {report.dataset} ({report.split}, {report.num_images:,} images)")
+    rows, columns = report_rows(report), report_columns(num_classes)
+    table = _table(f"{report.model}  ·  {report.dataset} ({report.split}, {counted(report.num_images, 'image')})")
     table.add_column("exit", no_wrap=True)
-    for column in COLUMNS:
+    for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)
     for result in rows:
-        cells = [Text(cell(result, c), style="bold" if is_best(result, c, rows) else "") for c in COLUMNS]
+        cells = [Text(cell(result, c), style="bold" if is_best(result, c, rows) else "") for c in columns]
         table.add_row(result.point, *cells, end_section=result is report.exits[-1])
     return table
 
 
 def cell(result: ExitResult, column: Column) -> str:
-    """One value as it is shown."""
+    """One value as it is shown; "-" for one that is not a number."""
     value = getattr(result, column.field)
+    if not math.isfinite(value):
+        return "-"
     if column.style == "amount":
         return amount(value)
     return f"{value:{column.style}}" + ("x" if column.field == "speedup" else "")
@@ -286,21 +317,21 @@ def cell(result: ExitResult, column: Column) -> str:
 
 def is_best(result: ExitResult, column: Column, rows: Sequence[ExitResult]) -> bool:
     """Whether this is the best value of its column; a single row has no best."""
-    values = [getattr(row, column.field) for row in rows]
-    if len(rows) < 2 or not column.best:
+    values = [value for row in rows if math.isfinite(value := getattr(row, column.field))]
+    if len(rows) < 2 or not values or not column.best:
         return False
     return bool(getattr(result, column.field) == (max(values) if column.best == "max" else min(values)))
 
 
-def report_markdown(report: Report) -> str:
+def report_markdown(report: Report, num_classes: int) -> str:
     """The table for a README."""
-    rows = report_rows(report)
+    rows, columns = report_rows(report), report_columns(num_classes)
     lines = [
-        "| exit | " + " | ".join(column.title for column in COLUMNS) + " |",
-        "| --- |" + " ---: |" * len(COLUMNS),
+        "| exit | " + " | ".join(column.title for column in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
     ]
     for result in rows:
-        cells = [f"**{cell(result, c)}**" if is_best(result, c, rows) else cell(result, c) for c in COLUMNS]
+        cells = [f"**{cell(result, c)}**" if is_best(result, c, rows) else cell(result, c) for c in columns]
         lines.append(f"| {result.point} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

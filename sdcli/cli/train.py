@@ -13,11 +13,12 @@ import typer
 
 from sdcli.cli.inspect import parse_exits
 from sdcli.cli.recipes import overrides as changes
+from sdcli.cli.usage import Command, misplaced
 from sdcli.errors import UserError
 from sdcli.extensions import find_imports
 
 EPILOG = """
-Example:  sdcli train resnet18 --dataset digits --recipe quick --output runs/first
+Example:  sdcli train resnet18 --dataset digits --recipe quick -o runs/first
 
 Example:  sdcli train --resume runs/first
 """
@@ -25,7 +26,7 @@ Example:  sdcli train --resume runs/first
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("train", epilog=EPILOG)(train)
+    app.command("train", cls=Command, epilog=EPILOG)(train)
 
 
 RECIPE, MODEL, DATA, RUN, SPEED = "Recipe", "Model", "Data", "Run", "Speed and memory"
@@ -33,155 +34,231 @@ RECIPE, MODEL, DATA, RUN, SPEED = "Recipe", "Model", "Data", "Run", "Speed and m
 
 def train(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="A timm model, such as resnet18.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A timm model, such as resnet18.", show_default=False)
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="digits, cifar10, cifar100, a hub id (owner/name), or a folder: parquet, or one folder per class.",
-            rich_help_panel=DATA,
+            metavar="DATA",
+            help="digits, cifar10, cifar100, a data set of the Hugging Face hub (OWNER/NAME), or a local folder: one "
+            "folder per class, or parquet files.",
             show_default=False,
         ),
     ] = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            help="A recipe's name or file; several refine each other from left to right. [default: default]",
-            rich_help_panel=RECIPE,
+            metavar="NAME",
+            help="A recipe's name (sdcli recipes list) or .toml file; each further one refines those before it. "
+            "[default: default]",
         ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="A new folder for the run. [default: runs/TIME-MODEL-RECIPE]"
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Short for --set epochs=N.", rich_help_panel=RECIPE)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", "-b", min=1, metavar="N", help="Short for --set batch.size=N.", rich_help_panel=RECIPE
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Short for --set optimizer.lr=RATE.", rich_help_panel=RECIPE)
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change any value: losses.soft.weight=0.5", rich_help_panel=RECIPE
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change any value of the recipe, such as losses.soft.weight=0.5; repeatable.",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     unset: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="Remove a table or value: losses.hint", rich_help_panel=RECIPE),
+        typer.Option(
+            metavar="KEY",
+            help="Remove a table or value of the recipe, such as losses.hint; repeatable.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     import_: Annotated[
         list[Path] | None,
         typer.Option(
-            "--import", metavar="FILE.py", help="Your own losses and heads; repeatable.", rich_help_panel=RECIPE
+            "--import", metavar="FILE.py", help="A file with your losses and heads; repeatable.", rich_help_panel=RECIPE
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Short for --set epochs=N.", rich_help_panel=RECIPE)] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", min=1, help="Short for --set batch.size=N.", rich_help_panel=RECIPE),
+    pretrained: Annotated[
+        bool,
+        typer.Option("--pretrained", metavar="", help="Start from timm's pretrained weights.", rich_help_panel=MODEL),
+    ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Start from a .safetensors file, a checkpoint of sdcli or of timm.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Short for --set optimizer.lr=X.", rich_help_panel=RECIPE)] = None,
     exits: Annotated[
         str | None,
         typer.Option(
-            help="auto, none, how many with the final one, or modules: blocks.3,blocks.7.", rich_help_panel=MODEL
+            metavar="EXITS",
+            help="auto, none, a number (with the final exit), or the modules to tap: blocks.3,blocks.7.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The head of each exit: auto, or one of sdcli recipes heads.", rich_help_panel=MODEL
         ),
     ] = None,
     stem: Annotated[
         str | None,
-        typer.Option(help="auto, imagenet or cifar; cifar keeps small images' resolution.", rich_help_panel=MODEL),
-    ] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from timm's pretrained weights.", rich_help_panel=MODEL)
-    ] = False,
-    weights: Annotated[
-        Path | None, typer.Option(help="Start from a .safetensors file, ours or timm's.", rich_help_panel=MODEL)
+        typer.Option(
+            metavar="NAME",
+            help="auto, imagenet or cifar; cifar keeps the resolution of small images.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Input height and width. [default: the data's, or the pretrained model's]",
+            metavar="PIXELS",
+            help="Input height and width. [default: that of the images up to 96 pixels or of pretrained weights, else "
+            "the model's]",
             rich_help_panel=MODEL,
         ),
     ] = None,
     image_key: Annotated[
-        str | None, typer.Option(help="The column of images. [default: found]", rich_help_panel=DATA)
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="The column of images. [default: found by type and name]", rich_help_panel=DATA
+        ),
     ] = None,
     label_key: Annotated[
-        str | None, typer.Option(help="The column of labels. [default: found]", rich_help_panel=DATA)
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="The column of labels. [default: found by type and name]", rich_help_panel=DATA
+        ),
     ] = None,
     val_fraction: Annotated[
         float,
         typer.Option(
             min=0,
             max=0.9,
-            help="Share of train held out where there is no validation split; 0 trains on everything.",
+            metavar="FRACTION",
+            help="Fraction of the training split to hold out for validation if there is no validation split; 0: none.",
             rich_help_panel=DATA,
         ),
     ] = 0.1,
     limit_train: Annotated[
-        int | None, typer.Option(min=1, help="Use this many training images.", rich_help_panel=DATA)
+        int | None,
+        typer.Option(min=1, metavar="IMAGES", help="Train on this many images only.", rich_help_panel=DATA),
     ] = None,
     limit_val: Annotated[
-        int | None, typer.Option(min=1, help="Use this many validation images.", rich_help_panel=DATA)
+        int | None,
+        typer.Option(min=1, metavar="IMAGES", help="Validate on this many images only.", rich_help_panel=DATA),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", "-j", min=0, help="Processes that load images. [default: what suits]", rich_help_panel=DATA
+            "--workers",
+            "-j",
+            min=0,
+            metavar="N",
+            help="Processes that load images. [default: chosen by image size and device]",
+            rich_help_panel=DATA,
         ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The run folder. [default: runs/TIME-MODEL-RECIPE]", rich_help_panel=RUN),
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with the run in this folder; auto: with the one in --output, if there is one.",
+            help="Resume the run in this folder; auto: resume the run in --output, or start it.",
             rich_help_panel=RUN,
         ),
     ] = None,
     save_every: Annotated[
         int | None,
-        typer.Option(min=1, metavar="UPDATES", help="Save the state within epochs too.", rich_help_panel=RUN),
+        typer.Option(min=1, metavar="UPDATES", help="Save the state after this many updates too.", rich_help_panel=RUN),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**31 - 1, help="Of weights, order and augmentation.", rich_help_panel=RUN)
+        int,
+        typer.Option(
+            min=0,
+            max=2**31 - 1,
+            metavar="N",
+            help="Seed of the weights, the order of the images and their augmentation.",
+            rich_help_panel=RUN,
+        ),
     ] = 42,
     track: Annotated[
         str | None,
-        typer.Option(help="Log to tensorboard, trackio, wandb or mlflow too.", rich_help_panel=RUN),
+        typer.Option(metavar="NAME", help="Log to tensorboard, trackio, wandb or mlflow as well.", rich_help_panel=RUN),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps, … [default: the best there is]", rich_help_panel=SPEED),
+        typer.Option(
+            metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the fastest available]", rich_help_panel=SPEED
+        ),
     ] = None,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
-        typer.Option(help="Of the networks' arithmetic; losses are always fp32.", rich_help_panel=SPEED),
+        typer.Option(help="Precision of the networks; losses are always fp32.", rich_help_panel=SPEED),
     ] = "fp32",
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile networks and losses with torch.compile.", rich_help_panel=SPEED)
+        bool,
+        typer.Option(
+            "--compile", metavar="", help="Compile networks and losses with torch.compile.", rich_help_panel=SPEED
+        ),
     ] = False,
     channels_last: Annotated[
         bool,
-        typer.Option("--channels-last", help="Keep channels innermost in memory.", rich_help_panel=SPEED),
+        typer.Option("--channels-last", metavar="", help="Use the channels-last memory format.", rich_help_panel=SPEED),
     ] = False,
     grad_accum_steps: Annotated[
         int,
-        typer.Option(min=1, help="Work off each update's images in so many parts: less memory.", rich_help_panel=SPEED),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Split each batch into this many micro-batches to save memory.",
+            rich_help_panel=SPEED,
+        ),
     ] = 1,
     grad_checkpointing: Annotated[
         bool,
         typer.Option(
-            "--grad-checkpointing", help="Work activations out twice rather than keep them.", rich_help_panel=SPEED
+            "--grad-checkpointing",
+            metavar="",
+            help="Compute activations twice instead of keeping them, to save memory.",
+            rich_help_panel=SPEED,
         ),
     ] = False,
 ) -> None:
-    """Train a model and its exits by a recipe.
+    """Train a model and its exits.
 
-    Where the data have no validation split, a tenth of the training images is held out to choose the best epoch by; the
-    test split is left for `sdcli eval`. Ctrl-C saves the run's state and leaves.
+    If the data set has no validation split, a tenth of the training images is held out to choose the best epoch. The
+    test split is left for sdcli eval. Ctrl-C saves the state of the run before it stops.
     """
+    if model is not None and (error := misplaced(model, ctx.command, "sdcli train")):
+        raise error
     if pretrained and weights:
         raise UserError("--pretrained and --weights exclude each other", "one of them")
     short: dict[str, tuple[str, Any]] = {
         "--epochs": ("epochs", epochs),
         "--batch-size": ("batch.size", batch_size),
         "--lr": ("optimizer.lr", lr),
+        "--head": ("networks.student.head", head),
         "--stem": ("networks.student.stem", stem),
         "--weights": ("networks.student.weights", weights and str(weights)),
         "--exits": ("networks.student.exits", exits and parse_exits(exits)),
@@ -231,23 +308,26 @@ def train(
         label = Path((recipe or ["default"])[-1]).stem
         folder = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('/', '_')}-{label}"
 
-    from sdcli.cli.progress import follow
-    from sdcli.devices import keep_freed_memory
-    from sdcli.run.prepare import prepare
-    from sdcli.run.resume import resume as go_on
-    from sdcli.run.resume import resumed
-    from sdcli.run.settings import Settings
-    from sdcli.run.train import fit
+    from sdcli.cli.talk import only_results, stages
 
-    if going_on:
-        given = {name: chosen[name] for name in said}
-        settings, loaded = resumed(going_on, given, whole, overrides)
-        training = go_on(going_on, settings, loaded)
-    else:
-        assert whole is not None
-        with blaming(origins):
-            training = prepare(Settings(**chosen), whole, folder)
-    keep_freed_memory(training.accelerator.device)
+    with stages(), only_results():
+        from sdcli.cli.progress import follow
+        from sdcli.devices import keep_freed_memory
+        from sdcli.run.prepare import prepare
+        from sdcli.run.resume import resume as go_on
+        from sdcli.run.resume import resumed
+        from sdcli.run.settings import Settings
+        from sdcli.run.train import fit
+
+        if going_on:
+            given = {name: chosen[name] for name in said}
+            settings, loaded = resumed(going_on, given, whole, overrides)
+            training = go_on(going_on, settings, loaded)
+        else:
+            assert whole is not None
+            with blaming(origins):
+                training = prepare(Settings(**chosen), whole, folder)
+        keep_freed_memory(training.accelerator.device)
     with _signals() as told_to_stop:
         stopped = follow(training, fit(training, told_to_stop))
     if stopped is not None:
@@ -260,17 +340,15 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
 
 
 def _run_to_resume(resume: str | None, output: Path | None) -> Path | None:
-    """The folder of the run that goes on; None where a new one starts."""
+    """The folder of the run to resume; None where a new one starts."""
     if resume is None:
         return None
     if resume != "auto":
         if output is not None and output != Path(resume):
-            raise UserError("--resume RUN and --output exclude each other", "one of them: a run stays where it is")
+            raise UserError("--resume RUN and --output exclude each other", "one of them: a run stays in its folder")
         return Path(resume)
     if output is None:
-        raise UserError(
-            "--resume auto does not know where the run is", "--output RUN beside it", "--resume auto --output runs/mine"
-        )
+        raise UserError("--resume auto needs the folder of the run", "--output RUN", "--resume auto --output runs/mine")
     return output if (output / "state" / "last.pt").exists() else None
 
 

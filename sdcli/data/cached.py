@@ -8,6 +8,7 @@ C channels, H W the input's height and width in pixels, M images of a file, N im
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -26,6 +27,8 @@ from numpy.typing import NDArray
 
 from sdcli.data.dataset import Images, Split
 from sdcli.data.transforms import SMALL, Preprocess, squash
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when the same data set would give other bytes than before."""
@@ -123,6 +126,7 @@ def _file_name(fingerprint: str, num_images: int, preprocess: Preprocess) -> str
 def _decoded(images: Images, rows: NDArray[np.int64], preprocess: Preprocess) -> Iterator[_Chunk]:
     """The images at these rows, `CHUNK` at a time. In one thread: so small an image is mostly Python's work."""
     whole = squash(preprocess)
+    _LOG.info("decoding %s images", f"{len(rows):,}")
     for start in range(0, len(rows), CHUNK):
         chosen = rows[start : start + CHUNK].tolist()
         chunk = np.empty((len(chosen), *preprocess.input_size), dtype=np.uint8)
@@ -131,6 +135,7 @@ def _decoded(images: Images, rows: NDArray[np.int64], preprocess: Preprocess) ->
             if max(image.size) > SMALL:
                 raise _LargeImage
             chunk[place] = np.asarray(whole(image)).transpose(2, 0, 1)
+        _LOG.debug("decoding images: %s of %s", f"{start + len(chosen):,}", f"{len(rows):,}")
         yield start, chunk
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sdcli.data.hub import load_from_disk, load_from_folder, load_from_hub, unre
 from sdcli.data.tables import open_tables
 from sdcli.errors import UserError, did_you_mean, unknown
 
+_LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -32,6 +34,7 @@ def open_dataset(name: str, *, image_key: str | None = None, label_key: str | No
     Raises UserError for an unknown name, a path that does not exist or holds no images, a hub that cannot be reached, a
     column that is missing or does not fit, and a label that is missing or unknown. No image is read yet.
     """
+    _LOG.info("opening %s", name)
     data = _open(name, image_key, label_key)
     # Arrow keeps what it needed to bring a table into its own format, as much as a large file of it holds.
     if arrow := sys.modules.get("pyarrow"):

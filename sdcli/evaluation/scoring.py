@@ -6,16 +6,45 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from sdcli.data.dataset import short_name
+from sdcli.data.dataset import SPLITS, Split, short_name
 from sdcli.data.loaders import EpochBatches
 from sdcli.data.open import open_dataset
 from sdcli.data.resident import suitable_loader
 from sdcli.data.splits import limited, training_splits
 from sdcli.devices import accelerator_for, short_of_memory
-from sdcli.errors import UserError, unknown
+from sdcli.errors import UserError, did_you_mean, unknown
 from sdcli.evaluation.evaluate import Report, evaluate
 from sdcli.network.weights import rebuild
+
+
+class Scored(NamedTuple):
+    """How a checkpoint scores, and what is to be said about it."""
+
+    report: Report
+    notes: list[str]
+    classes: tuple[str, ...]
+    epoch: int
+    """After how many epochs the checkpoint was saved."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint itself, or the one to take of a run folder: the best epoch's, else the last one's.
+
+    Raises UserError for a folder that holds none.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    run = (path / "run.json").is_file()
+    raise UserError(
+        f"'{path}' has no checkpoint" + (" yet: no epoch is done" if run else ""),
+        "a run folder with best.safetensors or last.safetensors, or a checkpoint file",
+        f"sdcli train --resume {path}" if run else "",
+    )
 
 
 def score_checkpoint(
@@ -23,7 +52,7 @@ def score_checkpoint(
     *,
     points: list[str] | None = None,
     dataset: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     image_key: str | None = None,
     label_key: str | None = None,
     limit: int | None = None,
@@ -31,11 +60,12 @@ def score_checkpoint(
     device: str | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Report, list[str]]:
+) -> Scored:
     """Scores `points` (all where None) of a checkpoint, on the data set it was trained on or on another one.
 
-    Returns the report and what is to be said about it. Raises UserError for a point that the checkpoint does not
-    have, a split that the data set does not have, and classes that do not match.
+    `split` goes by any of its usual names (`dataset.SPLITS`). Where it is None, the test split is scored, or of data
+    without one the validation split. Raises UserError for a point that the checkpoint does not have, a split that the
+    data set does not have, and classes that do not match.
     """
     network, about = rebuild(path)
     if points is not None:
@@ -58,8 +88,8 @@ def score_checkpoint(
         # What was held out of training is the validation split here too.
         train_split, val_split = training_splits(opened, trained_on.val_fraction, trained_on.seed)
         splits |= {"train": train_split} | ({"validation": val_split} if val_split else {})
-    if split not in splits:
-        raise UserError(f"{opened.name} has no split '{split}'", "one of " + ", ".join(splits))
+    split, more = _choose_split(split, splits, opened.name, path, own)
+    notes += more
     chosen = splits[split]
     chosen = limited(chosen, limit, trained_on.seed)
     accelerator = accelerator_for(device)
@@ -96,7 +126,7 @@ def score_checkpoint(
                 "a network whose outputs are finite",
                 "train it again with a lower learning rate",
             )
-    return report, notes
+    return Scored(report, notes, opened.classes, about.epoch)
 
 
 def _recorded_source(path: Path) -> str:
@@ -115,6 +145,28 @@ def _recorded_source(path: Path) -> str:
             f"sdcli eval {path} --dataset FOLDER",
         )
     return source
+
+
+def _choose_split(
+    asked: str | None, splits: dict[str, Split], dataset: str, path: Path, own: bool
+) -> tuple[str, list[str]]:
+    """The split to score, and what its score means where the checkpoint has seen it (`own` data)."""
+    notes = []
+    if asked is None:
+        split = next(name for name in reversed(SPLITS) if name in splits)
+        if split != "test":
+            notes.append(f"{dataset} has no test split: the {split} split is scored")
+    else:
+        split = next((name for name, others in SPLITS.items() if asked.lower() in others), asked)
+    if split not in splits:
+        there = f"--split {'validation' if 'validation' in splits else next(iter(splits))}"
+        fix = did_you_mean(split, splits) or there
+        raise UserError(f"{dataset} has no split '{asked}'", "one of " + ", ".join(splits), fix)
+    if own and split == "validation" and path.name != "last.safetensors":
+        notes.append("the epoch was chosen by its validation score: expect a slightly lower score on new images")
+    if own and split == "train":
+        notes.append("this checkpoint was trained on these images")
+    return split, notes
 
 
 def _compare_classes(ours: list[str], theirs: list[str], path: Path) -> list[str]:

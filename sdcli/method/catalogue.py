@@ -131,10 +131,12 @@ class Shelf:
 
 
 SHELVES = {
-    "losses": Shelf("loss", "Print the kinds of [losses.NAME]: what each compares, its keys, its paper.", losses),
-    "heads": Shelf("head", "Print the values of networks.NAME.head.", heads),
-    "signals": Shelf("signal", "Print the kinds of [signals.NAME]: predictions made from others.", signals),
-    "policies": Shelf("policy", "Print the values of batch.augment.aa.", policies),
+    "losses": Shelf(
+        "loss", "List the losses (kind in [losses.NAME]): what each compares, its keys, its paper.", losses
+    ),
+    "heads": Shelf("head", "List the heads that exits can have (networks.NAME.head).", heads),
+    "signals": Shelf("signal", "List the signals (kind in [signals.NAME]): predictions made from others.", signals),
+    "policies": Shelf("policy", "List the augmentation policies (batch.augment.aa).", policies),
 }
 
 

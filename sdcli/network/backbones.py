@@ -154,9 +154,9 @@ def build(
         reason = " ".join(str(error).split()) or type(error).__name__
         if pretrained:
             raise UserError(
-                f"pretrained weights of '{model}' cannot be had: {reason}",
-                "weights that timm knows, and a connection or a filled cache (HF_HOME)",
-                'weights = "random", or a .safetensors file',
+                f"pretrained weights of '{model}' cannot be loaded: {reason}",
+                "weights that timm has, and a network connection or a filled cache (HF_HOME)",
+                "--weights FILE.safetensors, or leave --pretrained out to start from random weights",
             ) from error
         what = ", ".join(f"{name}={value!r}" for name, value in model_args.items())
         raise UserError(f"timm cannot build '{model}'" + (f" with {what}" if what else "") + f": {reason}") from error

@@ -5,6 +5,7 @@ B batch
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from sdcli.network.heads import HEADS, POOLED
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.schema import Network
 
+_LOG = logging.getLogger(__name__)
+
 MOST_PARAMETERS = 20_000
 """Tensors that a model may register beyond four times those of its checkpoint before it is given up."""
 
@@ -28,6 +31,7 @@ def build_network(table: Network, blueprint: Blueprint, *, begins: bool = True) 
 
     Where a run does not begin, its state has all weights, and none are loaded.
     """
+    _LOG.info("building %s", blueprint.architecture.model)
     network = build(blueprint, pretrained=begins and table.weights == "pretrained")
     if not begins or table.weights == "random":
         return network, Loaded()
@@ -77,6 +81,7 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
                 f"sdcli eval {path} --import FILE.py",
             )
     _compare(_draft(path, blueprint, 4 * len(tensors) + MOST_PARAMETERS), tensors, blueprint, path)
+    _LOG.info("building %s", blueprint.architecture.model)
     network = build(blueprint)
     network.load_state_dict(tensors)
     return network, description

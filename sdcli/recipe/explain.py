@@ -82,7 +82,7 @@ def _better_fix(kind: str, path: Sequence[str], fix: str) -> str:
     *table, key = path
     if new := RENAMED.get((tables_at(table)[0], key)):
         return f"{key} is called {new} now"
-    if not fix and (place := _table_of(key)):
+    if not fix and (place := table_of(key)):
         return f"[{place}]" if place.rpartition(".")[2] == key else f"{key} belongs in [{place}]"
     return ""
 
@@ -99,7 +99,7 @@ def _bad_name(path: Sequence[str], origins: Mapping[str, str]) -> UserError:
     )
 
 
-def _table_of(key: str) -> str:
+def table_of(key: str) -> str:
     """The table that has a key, or is called so; "" where there is none."""
     return next(
         (place for place, model in TABLES.items() if key in model.model_fields or place.endswith(f".{key}")), ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli import toml
-from sdcli.errors import UserError, unknown
+from sdcli.errors import UserError, did_you_mean, unknown
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.merge import Override, check_values, sources, too_large
 from sdcli.recipe.schema import Recipe
@@ -131,7 +131,9 @@ def _find(name: str, folder: Path) -> Path:
                 raise UserError(f"recipe '{name}' is a folder", "a .toml file")
             if path.suffix != ".toml":
                 raise UserError(
-                    f"recipe '{name}' is not a .toml file", "a recipe: a TOML file whose name ends in .toml"
+                    f"recipe '{name}' is not a .toml file",
+                    "a recipe: a TOML file whose name ends in .toml",
+                    "sdcli recipes copy default mine.toml makes one to change",
                 )
             if not path.exists():
                 raise unknown_file(path)
@@ -144,26 +146,24 @@ def _find(name: str, folder: Path) -> Path:
             f"recipe {name[:60]!r} is not a name or a path: {_reason(error)}", "a recipe's name, or a .toml file"
         ) from None
     if not known:
-        raise unknown("recipe", name, recipe_names(), _fix_for(name))
+        fix = f"for your own file write its path: ./{name}.toml" if re.fullmatch(r"[\w-]+", name) else ""
+        raise unknown("recipe", name, recipe_names(), fix, lists="sdcli recipes list")
     return path
 
 
 def unknown_file(path: Path) -> UserError:
     """The error for a recipe file that does not exist, with files that do."""
-    beside = sorted(other.name for other in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-    near = f"files in '{path.parent}': {', '.join(beside[:5])}" if beside else ""
+    beside = sorted(path.parent.glob("*.toml")) if path.parent.is_dir() else []
+    # By name alone: in a long path any two files are alike.
+    near = did_you_mean(str(path), [str(other) for other in beside if did_you_mean(path.stem, [other.stem])])
+    near = near or did_you_mean(path.stem, recipe_names())
+    near = near or (f"files in '{path.parent}': {', '.join(other.name for other in beside[:5])}" if beside else "")
     return UserError(f"recipe file '{path}' does not exist", "a .toml file, or a name of sdcli recipes list", near)
 
 
-def _fix_for(name: str) -> str:
-    """How a name that no recipe has could have been meant."""
-    if Path(name).suffix in (".yaml", ".yml", ".json"):
-        return "recipes are TOML files: sdcli recipes copy default mine.toml makes one to change"
-    return f"for your own file write its path: ./{name}.toml" if re.fullmatch(r"[\w-]+", name) else ""
-
-
 def _is_path(name: str) -> bool:
-    return name.endswith(".toml") or name.startswith((".", "/", "~"))
+    # A file of another kind was meant as a file too.
+    return name.endswith((".toml", ".yaml", ".yml", ".json")) or name.startswith((".", "/", "~"))
 
 
 def _short(path: Path) -> str:

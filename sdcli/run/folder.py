@@ -135,11 +135,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """What the command line of a run chose; raises UserError where the folder holds no run that can go on."""
     settings = folder / "run.json"
     if not state_file(folder).exists() or not settings.exists():
-        runs = sorted(str(path.parents[1]) for path in folder.parent.glob("*/state/last.pt"))
+        runs = sorted(path.parents[1] for path in folder.parent.glob("*/state/last.pt"))
+        # By name alone: in a long path any two folders are alike.
+        near = [str(run) for run in runs if did_you_mean(folder.name, [run.name])]
         raise UserError(
             f"'{folder}' holds no run to resume",
             "a run folder of sdcli train, with state/last.pt",
-            did_you_mean(str(folder), runs) or (f"one of {', '.join(runs[-3:])}" if runs else ""),
+            did_you_mean(str(folder), near) or f"sdcli train MODEL --dataset DATA --output {folder} starts one",
         )
     try:
         table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run, check_output
 from sdcli.run.settings import Settings
 from sdcli.run.training import Training, enter_phase, save
+
+_LOG = logging.getLogger(__name__)
 
 BEFORE = "before the first batch"
 
@@ -89,6 +92,7 @@ def check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
     """What shows without data: the recipe, models, device."""
     load_imports(settings.imports)
     check_names(recipe)
+    _LOG.info("checking the recipe with %s", settings.model)
     # On meta: exits, widths and what teaches them show before the data are looked for.
     check_with_model(recipe, settings.model, image_size=settings.image_size)
     return accelerator_for(settings.device, settings.precision, settings.track, folder)
@@ -106,6 +110,12 @@ class Splits:
     def scored(self) -> Split:
         """What is scored: validation after every epoch or, where nothing is held out, test once at the end."""
         return self.val or self.dataset.splits["test"]
+
+    @property
+    def by_name(self) -> dict[str, Split]:
+        """Those that there are: train, validation, test."""
+        test = self.dataset.splits.get("test")
+        return {"train": self.train} | ({"validation": self.val} if self.val else {}) | ({"test": test} if test else {})
 
 
 def build(
@@ -168,6 +178,7 @@ def build(
         description=_describe(settings, recipe, splits, blueprint),
         run=run,
         updates_per_epoch=order.updates,
+        splits=splits.by_name,
         num_train=len(splits.train),
         num_val=len(splits.val) if splits.val else 0,
         mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
@@ -189,6 +200,7 @@ def _build_networks(
     settings: Settings, recipe: Recipe, splits: Splits, begins: bool
 ) -> tuple[dict[str, MultiExit], list[str]]:
     """The recipe's networks, and what a user should know about them. Weights are only loaded where the run `begins`."""
+    _LOG.info("measuring the images")
     size, *colours = measure(splits.dataset)
     mean, std = colours
     classes = splits.dataset.classes

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
 from sdcli.data.augment import Mixing
+from sdcli.data.dataset import Split
 from sdcli.data.loaders import Loader
 from sdcli.data.resident import ResidentLoader
 from sdcli.devices import interleaved
@@ -73,6 +74,8 @@ class Training:
     description: Description
     run: Run
     updates_per_epoch: int
+    splits: dict[str, Split]
+    """The data set's images as the run uses them: "train", and "validation" and "test" where there are any."""
     num_train: int
     num_val: int
     mixing: Mixing | None
