@@ -637,6 +637,19 @@ def test_shares_of_the_gradient_add_up_and_leave_no_trace(training: Training) ->
     assert all(parameter.grad is None for parameter in training.learner.parameters())
 
 
+def test_shares_of_the_gradient_have_the_weights_of_their_own_update(recipes: dict[str, Path], tmp_path: Path) -> None:
+    """The hint begins with the second epoch: its first update is measured with it, after a resume too."""
+    recipe = load(recipes["averaged"], "losses.hint.weight={ value = 1.0, start = 1.0 }")
+
+    def measured(events: list[Any]) -> list[dict[str, float]]:
+        return [event.shares for event in events if isinstance(event, Step) and event.shares]
+
+    first, second = measured(finish(prepare(QUICK, recipe, tmp_path / "whole")))
+    assert first["hint"] == 0 < second["hint"]
+    list(fit(prepare(QUICK, recipe, tmp_path / "run"), after(4)))
+    assert measured(finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))) == [second]
+
+
 def poisoned(training: Training, at: int) -> None:
     """Makes the hint infinite at one update."""
     objective = training.learner.objective

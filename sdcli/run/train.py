@@ -179,10 +179,10 @@ def train_epoch(
     loaded = iter(training.loader)
     while position.update < training.updates_per_epoch:
         batches = next_update(training, loaded)
-        shares = gradient_shares(training, batches[0]) if is_measured(training) else None
-        position.shares = shares or position.shares
         epochs = training.recipe.phase_epochs[training.phase]
         training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
+        shares = gradient_shares(training, batches[0]) if is_measured(training) else None
+        position.shares = shares or position.shares
         position.lr = training.optimizer.param_groups[0]["lr"]
         losses = train_step(training, batches)
         # What was left out counts for nothing.
