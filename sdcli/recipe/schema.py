@@ -206,7 +206,7 @@ class Optimizer(Table):
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """The largest norm of the gradient."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What happens when a loss is infinite or not a number: the run stops, or the update is left out."""
+    """What happens where a loss or the gradient is not finite: the run stops, or the update is skipped."""
 
 
 class Schedule(Table):
