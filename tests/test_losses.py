@@ -111,8 +111,8 @@ def test_losses_are_worked_out_in_float32():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda student, batch: 1.0, "losses.mine gave float at final"),
-        (lambda student, batch: student.detach().mean(), "losses.mine gave a value without a gradient at final"),
+        (lambda student, batch: 1.0, "losses.mine returned float at final"),
+        (lambda student, batch: student.detach().mean(), "losses.mine returned a value without a gradient at final"),
     ],
 )
 def test_a_loss_from_which_nothing_can_be_learnt_is_named(loss, message, monkeypatch):
@@ -122,6 +122,41 @@ def test_a_loss_from_which_nothing_can_be_learnt_is_named(loss, message, monkeyp
     with pytest.raises(UserError) as error:
         Objective(losses, {"final": PointSpec(4, 4)})(signals, batch_of([0, 1]))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "fix"),
+    [
+        (lambda student, batch: student, [2, 4], "a mean or sum over all dimensions but the first"),
+        (lambda student, batch: student[:, :1], [2, 1], "a mean or sum over all dimensions but the first"),
+        (lambda student, batch: student.mean(dim=0), [4], "one value for each of the batch's images"),
+        (
+            lambda student, batch: torch.cat([student, student]).mean(dim=1),
+            [4],
+            "one value for each of the batch's images",
+        ),
+    ],
+)
+def test_a_loss_of_another_shape_is_refused(loss, shape, fix, monkeypatch):
+    monkeypatch.setitem(LOSSES.entries, "mine", Entry("mine", loss, reads="logits"))
+    signals = {"final": Signal(*(torch.randn(2, 4, requires_grad=True) for _ in range(3)))}
+    objective = Objective({"mine": Loss(kind="mine", on="final")}, {"final": PointSpec(4, 4)})
+    with pytest.raises(UserError) as error:
+        objective(signals, batch_of([0, 1]))
+    assert str(error.value) == (
+        f"losses.mine returned a tensor of shape {shape} at final\n"
+        "  expected: one value [], or one for each image [2]\n"
+        f"  fix:      {fix}"
+    )
+
+
+@pytest.mark.parametrize("reduced", [lambda values: values, torch.mean])
+def test_a_loss_may_return_one_value_or_one_for_each_image(reduced, monkeypatch):
+    entry = Entry("mine", lambda student, batch: reduced(student.mean(dim=1)), reads="logits")
+    monkeypatch.setitem(LOSSES.entries, "mine", entry)
+    signals = {"final": Signal(*(torch.ones(2, 4, requires_grad=True) for _ in range(3)))}
+    objective = Objective({"mine": Loss(kind="mine", on="final")}, {"final": PointSpec(4, 4)})
+    assert objective(signals, batch_of([0, 1]))[0].item() == 1.0
 
 
 WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointSpec(32, 32)}

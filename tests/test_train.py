@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from sdcli.run.prepare import prepare
 from sdcli.run.resume import resume, resumed
 from sdcli.run.settings import Settings
 from sdcli.run.train import fit, next_update, train_epoch, train_step
-from sdcli.run.training import Training, save
+from sdcli.run.training import Training, enter_phase, save
 from sdcli.run.watch import explained, gradient_shares
 
 QUICK = Settings("test_vit", "digits", limit_train=96, limit_val=30, device="cpu", workers=0)
@@ -637,6 +638,19 @@ def test_shares_of_the_gradient_add_up_and_leave_no_trace(training: Training) ->
     assert all(parameter.grad is None for parameter in training.learner.parameters())
 
 
+def test_shares_of_the_gradient_have_the_weights_of_their_own_update(recipes: dict[str, Path], tmp_path: Path) -> None:
+    """The hint begins with the second epoch: its first update is measured with it, after a resume too."""
+    recipe = load(recipes["averaged"], "losses.hint.weight={ value = 1.0, start = 1.0 }")
+
+    def measured(events: list[Any]) -> list[dict[str, float]]:
+        return [event.shares for event in events if isinstance(event, Step) and event.shares]
+
+    first, second = measured(finish(prepare(QUICK, recipe, tmp_path / "whole")))
+    assert first["hint"] == 0 < second["hint"]
+    list(fit(prepare(QUICK, recipe, tmp_path / "run"), after(4)))
+    assert measured(finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))) == [second]
+
+
 def poisoned(training: Training, at: int) -> None:
     """Makes the hint infinite at one update."""
     objective = training.learner.objective
@@ -679,7 +693,7 @@ def test_a_run_gives_up_where_every_update_is_left_out(tmp_path: Path) -> None:
     training = prepare(QUICK, recipe, tmp_path / "run")
     with pytest.raises(UserError) as error:
         finish(training)
-    assert "updates were left out, since losses.task" in str(error.value) or "NLL" in str(error.value)
+    assert "were skipped: losses.task" in str(error.value) or "NLL" in str(error.value)
     assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
@@ -702,8 +716,116 @@ def test_an_update_that_is_left_out_leaves_no_trace_in_batch_norms(tmp_path: Pat
     batches[0].images[0, 0, 0, 0] = float("nan")
     before = {name: tensor.clone() for name, tensor in training.learner.state_dict().items()}
     training.module.train()
-    assert not train_step(training, batches).isfinite().all()
+    assert not train_step(training, batches)[0].isfinite().all()
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.learner.state_dict().items())
+
+
+def all_tensors(training: Training) -> dict[str, Any]:
+    """Copies of all that an update may change."""
+    return copy.deepcopy({
+        "learner": training.learner.state_dict(),
+        "optimizer": training.optimizer.state_dict()["state"],
+        "ema": training.ema.module.state_dict(),
+    })  # fmt: skip
+
+
+def infinite_gradient(training: Training, at: int) -> None:
+    """Makes one gradient of one backward pass infinite; all losses stay finite."""
+    calls = iter(range(1, 1000))
+    weight = training.learner.student.get_parameter("backbone.blocks.0.mlp.fc1.weight")
+    weight.register_hook(lambda gradient: gradient * float("inf") if next(calls) == at else gradient)
+
+
+@pytest.mark.parametrize("clip_grad", [[], ["optimizer.clip_grad=1.0"]])
+def test_an_update_with_an_infinite_gradient_is_skipped_where_the_recipe_asks_for_it(
+    recipes: dict[str, Path], clip_grad: list[str], tmp_path: Path
+) -> None:
+    recipe = load(recipes["averaged"], 'optimizer.nonfinite="skip"', *clip_grad)
+    training = prepare(QUICK, recipe, tmp_path / "run")
+    infinite_gradient(training, at=2)
+    training.module.train()
+    batches, tensors = [], []
+    training.loader.set_epoch(1)
+    loaded = iter(training.loader)
+    for _ in range(3):
+        batches.append(next_update(training, loaded))
+        losses, norm = train_step(training, batches[-1])
+        assert losses.isfinite().all() and bool(norm.isfinite()) == (len(batches) != 2)
+        tensors.append(all_tensors(training))
+        training.position.update += 1
+    assert equal(tensors[0], tensors[1])
+    assert not equal(tensors[1]["learner"], tensors[2]["learner"])
+    assert (training.position.skipped, training.position.skipped_images, training.position.in_a_row) == (1, 24, 0)
+    assert all(tensor.isfinite().all() for tensor in tensors[2]["learner"].values())
+
+
+@pytest.mark.parametrize("clip_grad", [[], ["optimizer.clip_grad=1.0"]])
+def test_an_infinite_gradient_stops_the_run_and_keeps_the_state(
+    recipes: dict[str, Path], clip_grad: list[str], tmp_path: Path
+) -> None:
+    training = prepare(QUICK, load(recipes["averaged"], *clip_grad), tmp_path / "run")
+    # The first update measures the gradients of four losses before its own.
+    infinite_gradient(training, at=4 + 3)
+    before = training.run.state.read_bytes()
+    with pytest.raises(UserError) as error:
+        finish(training)
+    rate = training.schedule._get_lr(2)[0]
+    assert str(error.value) == (
+        "the gradient of losses.task, losses.exits, losses.soft, losses.hint was not finite in epoch 1, update 3, "
+        f"at learning rate {rate:g}; the losses were\n"
+        "  expected: a finite gradient\n"
+        "  fix:      a lower --lr, or losses whose gradient is finite wherever their value is; "
+        'optimizer.nonfinite = "skip" skips such updates'
+    )
+    assert training.run.state.read_bytes() == before
+
+
+def test_a_run_that_skips_every_update_names_the_loss_to_blame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root of 0 is finite, its gradient is not."""
+
+    def root(student: torch.Tensor, batch: Any) -> torch.Tensor:
+        return (0 * student).abs().sqrt().mean(dim=1)
+
+    monkeypatch.setitem(LOSSES.entries, "root", Entry("root", root, reads="logits"))
+    file = tmp_path / "root.toml"
+    file.write_text('extends = "quick"\n[losses.root]\nkind = "root"\non = "final"\n[optimizer]\nnonfinite = "skip"\n')
+    with pytest.raises(UserError) as error:
+        finish(prepare(QUICK, load(file, "batch.size=48"), tmp_path / "run"))
+    assert str(error.value) == (
+        "2 updates in a row were skipped: losses.root or its gradient was not finite\n"
+        "  expected: finite losses and gradients; a run ends after 100 skipped updates in a row, or an epoch of them\n"
+        "  fix:      a lower --lr, or a smaller weight of that loss, in a new run"
+    )
+
+
+@pytest.mark.parametrize(("nonfinite", "skipped"), [("stop", 0), ("skip", 1)])
+def test_an_overflow_that_a_gradient_scaler_handles_is_no_error(
+    recipes: dict[str, Path], nonfinite: str, skipped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with fp16 on a GPU: the scale falls, the weights stay; with "skip" everything else does too."""
+    recipe = load(recipes["averaged"], f'optimizer.nonfinite="{nonfinite}"', "optimizer.clip_grad=1.0", "epochs=1")
+    training = prepare(QUICK, recipe, tmp_path / "run")
+    scaler = training.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(training.accelerator, "native_amp", True)
+    monkeypatch.setattr(type(training.accelerator), "mixed_precision", "fp16")
+    monkeypatch.setattr(training.accelerator, "autocast", nullcontext)
+    enter_phase(training, 0)
+    # The first update measures the gradients of four losses before its own.
+    infinite_gradient(training, at=4 + 3)
+    tensors = []
+
+    def noted(training: Training, batches: Any) -> Any:
+        result = train_step(training, batches)
+        tensors.append(all_tensors(training))
+        return result
+
+    monkeypatch.setattr("sdcli.run.train.train_step", noted)
+    epoch = list(train_epoch(training))[-1]
+    assert isinstance(epoch, Epoch) and epoch.skipped == skipped
+    assert scaler.get_scale() == 512.0
+    assert equal(tensors[1]["optimizer"], tensors[2]["optimizer"])
+    assert equal(tensors[1], tensors[2]) == bool(skipped)
+    assert not equal(tensors[2], tensors[3])
 
 
 def test_a_full_disk_keeps_the_state(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,16 +174,26 @@ class Objective(nn.Module):
 
 
 def _check_value(term: Term, student: Tensor, value: object) -> None:
-    """Raises UserError for a loss, of a user's own mostly, from which nothing can be learnt."""
+    """Raises UserError for a loss, usually a user's own, that returns nothing to learn from, or something whose mean
+    over the batch would be another loss."""
     if not isinstance(value, Tensor):
         raise UserError(
-            f"losses.{term.name} gave {type(value).__name__} at {term.on}",
+            f"losses.{term.name} returned {type(value).__name__} at {term.on}",
             "a tensor: one value, or one for each image",
             "a sum or mean of the student's tensor, without .item()",
         )
+    if value.shape not in ((), student.shape[:1]):
+        fix = "one value for each of the batch's images"
+        if value.shape[:1] == student.shape[:1]:
+            fix = "a mean or sum over all dimensions but the first"
+        raise UserError(
+            f"losses.{term.name} returned a tensor of shape {list(value.shape)} at {term.on}",
+            f"one value [], or one for each image [{len(student)}]",
+            fix,
+        )
     if student.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
         raise UserError(
-            f"losses.{term.name} gave a value without a gradient at {term.on}",
+            f"losses.{term.name} returned a value without a gradient at {term.on}",
             "a function of the student's tensor",
             "no .detach() and no torch.no_grad() on the student's side",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
     together = nn.ModuleList(modules)
     parameters: Any = [parameter for parameter in together.parameters() if parameter.requires_grad]
     if not table.decay_norm_and_bias:
-        parameters = timm.optim.param_groups_weight_decay(together, table.weight_decay)
+        exempt = list(undecayed(together))
+        parameters = timm.optim.param_groups_weight_decay(together, table.weight_decay, no_weight_decay_list=exempt)
     optimizer = timm.optim.create_optimizer_v2(
         parameters, opt=table.opt, lr=table.lr, weight_decay=table.weight_decay, momentum=table.momentum
     )
@@ -45,6 +46,18 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
         groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
         optimizer = type(optimizer)(groups, **options)
     return optimizer
+
+
+def undecayed(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the parameters that timm's models exempt from weight decay (`no_weight_decay`), such as `pos_embed`.
+
+    As in timm, the outermost module with such a list decides. Names may be patterns.
+    """
+    if callable(names := getattr(module, "no_weight_decay", None)):
+        yield from (prefix + name for name in names())
+        return
+    for name, child in module.named_children():
+        yield from undecayed(child, f"{prefix}{name}.")
 
 
 def check_schedule(table: Schedule, epochs: int) -> None:

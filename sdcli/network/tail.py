@@ -121,10 +121,16 @@ class Branch(nn.Module):
         for name, parameter in network.named_parameters():
             if name in plan.unused:
                 parameter.requires_grad_(False)
+        # Some models look at parts for their answer that are dropped next.
+        self._undecayed = {f"rest.{name}" for name in getattr(network, "no_weight_decay", set)()}
         _keep(network, self.tail)
         self.rest = network
         self._store = Store()
         network.get_submodule(plan.classifier).register_forward_pre_hook(InputTap(self._store))
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that the copied network exempts from weight decay, as timm's models name theirs."""
+        return self._undecayed
 
     def forward(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The stage's tensor, in the model's own layout, to the embedding [B, D] and the logits [B, K]."""

@@ -202,11 +202,12 @@ class Optimizer(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """As the optimizer has it: into the gradient with SGD, decoupled with AdamW."""
     decay_norm_and_bias: bool = True
-    """Whether weight decay reaches norms and biases too, as in the papers' code; timm's default is that it does not."""
+    """Whether weight decay also applies to norms, biases and what the model itself exempts (position embeddings), as in
+    the papers' code; timm's default is that it does not."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """The largest norm of the gradient."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What happens when a loss is infinite or not a number: the run stops, or the update is left out."""
+    """What happens where a loss or the gradient is not finite: the run stops, or the update is skipped."""
 
 
 class Schedule(Table):

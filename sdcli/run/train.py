@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdcli.data.batch import Batch
 from sdcli.devices import interleaved
@@ -18,7 +18,16 @@ from sdcli.evaluation.evaluate import Report, evaluate
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
 from sdcli.run.training import Position, Training, enter_phase, save, share_buffers
-from sdcli.run.watch import MOST_SKIPS, Watch, check_weights, explained, finite, gradient_shares, is_measured
+from sdcli.run.watch import (
+    Watch,
+    check_weights,
+    explained,
+    finite,
+    gave_up,
+    gradient_shares,
+    has_to_give_up,
+    is_measured,
+)
 
 LOG_EVERY_S = 0.25
 """How often the device is asked for the losses: asking waits for it."""
@@ -126,16 +135,27 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
     )
 
 
-def train_step(training: Training, batches: list[Batch]) -> Tensor:
-    """One update: the networks see the batches, every loss compares what they say, and they take a step.
+def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """One update: the networks see the batches, every loss compares their outputs, and the weights take a step.
 
     The batches are the parts of one update that this process sees. Returns what each loss added to the sum, on average
-    over them [losses].
+    over them [losses], and the gradient's norm before it is clipped [].
     """
+    skips = training.recipe.optimizer.nonfinite == "skip"
+    buffers = [buffer.clone() for buffer in training.learner.buffers()] if skips else []
+    losses = backward(training, batches)
+    norm = clip_gradient(training)
+    if skips and not all_finite(training, losses, norm):
+        skip_update(training, batches, buffers)
+    else:
+        take_step(training)
+    training.optimizer.zero_grad(set_to_none=True)
+    return losses, norm
+
+
+def backward(training: Training, batches: list[Batch]) -> Tensor:
+    """Accumulates the gradient of the batches; returns each loss's part of the sum, on average over them [losses]."""
     accelerator, module = training.accelerator, training.module
-    table = training.recipe.optimizer
-    # An update that is left out leaves no trace in the statistics either.
-    kept = [buffer.clone() for buffer in training.learner.buffers()] if table.nonfinite == "skip" else []
     parts = []
     for number, batch in enumerate(batches, start=1):
         # Processes exchange gradients once, after the last part.
@@ -143,23 +163,43 @@ def train_step(training: Training, batches: list[Batch]) -> Tensor:
             total, named = module(batch)
             accelerator.backward(total / len(batches))
         parts.append(torch.stack(list(named.values())).detach())
-    losses = torch.stack(parts).mean(dim=0)
-    # Asking waits for the device: only where the recipe wants each update judged.
-    if table.nonfinite == "stop" or bool(accelerator.reduce(losses.clone()).isfinite().all()):
-        if table.clip_grad is not None:
-            accelerator.clip_grad_norm_(training.learner.parameters(), table.clip_grad)
-        training.optimizer.step()
-        if training.ema is not None:
-            training.ema.update(training.learner.student, step=training.updates_averaged + 1)
-        training.position.in_a_row = 0
-    else:
-        training.position.skipped += 1
-        training.position.skipped_images += batches[0].whole
-        training.position.in_a_row += 1
-        for buffer, value in zip(training.learner.buffers(), kept, strict=True):
-            buffer.copy_(value)
-    training.optimizer.zero_grad(set_to_none=True)
-    return losses
+    return torch.stack(parts).mean(dim=0)
+
+
+def clip_gradient(training: Training) -> Tensor:
+    """Limits the norm of the whole gradient to `optimizer.clip_grad`; returns what it was before []."""
+    training.accelerator.unscale_gradients()
+    trained = [parameter for parameter in training.learner.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if (limit := training.recipe.optimizer.clip_grad) is not None:
+        nn.utils.clip_grads_with_norm_(trained, limit, norm)
+    return norm
+
+
+def all_finite(training: Training, losses: Tensor, norm: Tensor) -> bool:
+    """Whether an update may change the weights, the same in all processes. Waits for the device."""
+    # The gradient is the same everywhere, a loss is not.
+    return bool(training.accelerator.reduce(losses.clone()).isfinite().all() & norm.isfinite())
+
+
+def take_step(training: Training) -> None:
+    """Changes the weights, and their average."""
+    training.optimizer.step()
+    if training.ema is not None:
+        training.ema.update(training.learner.student, step=training.updates_averaged + 1)
+    training.position.in_a_row = 0
+
+
+def skip_update(training: Training, batches: list[Batch], buffers: list[Tensor]) -> None:
+    """Counts the update as skipped; `buffers` are what the forward passes have changed, from before."""
+    if training.accelerator.scaler:
+        # Lowers the scale where fp16 could not hold the gradient.
+        training.accelerator.scaler.update()
+    for buffer, before in zip(training.learner.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    training.position.skipped += 1
+    training.position.skipped_images += batches[0].whole
+    training.position.in_a_row += 1
 
 
 def train_epoch(
@@ -178,12 +218,12 @@ def train_epoch(
     loaded = iter(training.loader)
     while position.update < training.updates_per_epoch:
         batches = next_update(training, loaded)
-        shares = gradient_shares(training, batches[0]) if is_measured(training) else None
-        position.shares = shares or position.shares
         epochs = training.recipe.phase_epochs[training.phase]
         training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
+        shares = gradient_shares(training, batches[0]) if is_measured(training) else None
+        position.shares = shares or position.shares
         position.lr = training.optimizer.param_groups[0]["lr"]
-        losses = train_step(training, batches)
+        losses, norm = train_step(training, batches)
         # What was left out counts for nothing.
         own = 0 if position.in_a_row else sum(len(batch.labels) for batch in batches)
         counted = losses * own if own else torch.zeros_like(losses)
@@ -193,9 +233,9 @@ def train_epoch(
         if training.accelerator.num_processes > 1:
             # All see the same, so that all name the same loss and update where one is not finite.
             losses = training.accelerator.reduce(losses, "mean")
-        watch.see(losses, position)
-        if position.in_a_row >= MOST_SKIPS or position.skipped == training.updates_per_epoch:
-            raise watch.gave_up(position.in_a_row)
+        watch.see(losses, norm, position)
+        if has_to_give_up(training):
+            raise gave_up(training, batches[0])
         training.schedule.step(training.updates_done)
         now = time.monotonic()
         if now - told >= LOG_EVERY_S or position.update == 1 or shares:
@@ -218,7 +258,7 @@ def train_epoch(
     speed = (position.num_images - before) / max(seconds, 1e-9)
     assert position.sums is not None
     sums = training.accelerator.reduce(position.sums.clone())
-    named = watch.check(sums / (position.num_images - position.skipped_images))
+    named = watch.check(sums / max(1, position.num_images - position.skipped_images))
     check_weights(training)
     phase = training.recipe.all_phases[training.phase].name
     shares, skipped = position.shares, position.skipped

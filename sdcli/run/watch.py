@@ -19,7 +19,7 @@ MOST_SKIPS = 100
 
 
 class Watch:
-    """Looks out for losses that are not finite, without waiting for the device at every update."""
+    """Notices losses and gradients that are not finite, without waiting for the device at every update."""
 
     def __init__(self, training: Training) -> None:
         self.names = training.learner.objective.names
@@ -27,41 +27,72 @@ class Watch:
         self.first_bad: Tensor | None = None
         self.epoch = training.position.epoch
         self.skips = training.recipe.optimizer.nonfinite == "skip"
+        self.scales = training.accelerator.scaler is not None
 
-    def see(self, losses: Tensor, position: Position) -> None:
-        """Remembers the first update at which a loss [losses] was not finite, and that of each."""
+    def see(self, losses: Tensor, norm: Tensor, position: Position) -> None:
+        """Notes the first update at which each loss [losses] and the gradient's norm [] were not finite."""
+        # fp16 overflows now and then: the scaler skips those updates and lowers its scale.
+        values = losses if self.scales else torch.cat([losses, norm.to(losses.dtype)[None]])
         if self.first_bad is None:
-            self.first_bad = torch.zeros_like(losses)
+            self.first_bad = torch.zeros_like(values)
         self.rates.append((position.update, position.lr))
-        bad = ~losses.isfinite() & (self.first_bad == 0)
+        bad = ~values.isfinite() & (self.first_bad == 0)
         self.first_bad = torch.where(bad, float(position.update), self.first_bad)
 
     def check(self, losses: Tensor) -> dict[str, float]:
-        """The losses by name, which waits for the device; raises UserError where one has not been finite."""
+        """The losses by name, which waits for the device; raises UserError where one, or the gradient, has not been
+        finite."""
         values = losses.tolist()
         if self.first_bad is not None and not self.skips:
-            first = [(update, name) for update, name in zip(self.first_bad.tolist(), self.names, strict=True) if update]
-            if first:
-                update, name = min(first, key=lambda pair: pair[0])
-                lr = dict(self.rates)[int(update)]
-                raise UserError(
-                    f"losses.{name} was not finite in epoch {self.epoch}, update {update:.0f}, at learning rate {lr:g}",
-                    "a finite number",
-                    f"a lower --lr, a smaller losses.{name}.weight, or --set optimizer.clip_grad=1.0; "
-                    'optimizer.nonfinite = "skip" leaves such updates out',
-                )
+            found = [update for update in self.first_bad.tolist() if update]
+            if found:
+                raise self._not_finite(self.first_bad.tolist(), int(min(found)))
         self.rates = self.rates[-1:]
         return dict(zip(self.names, values, strict=True))
 
-    def gave_up(self, updates: int) -> UserError:
-        """The error for losses that stay what they are."""
-        assert self.first_bad is not None
-        bad = [f"losses.{name}" for update, name in zip(self.first_bad.tolist(), self.names, strict=True) if update]
+    def _not_finite(self, first_bad: list[float], update: int) -> UserError:
+        """The error for the first bad update."""
+        # The gradient comes after the losses: it is named where all of them were finite.
+        number = first_bad.index(update)
+        where = f"in epoch {self.epoch}, update {update}, at learning rate {dict(self.rates)[update]:g}"
+        skip = 'optimizer.nonfinite = "skip" skips such updates'
+        if number == len(self.names):
+            return UserError(
+                f"the gradient of {_listed(self.names)} was not finite {where}; the losses were",
+                "a finite gradient",
+                f"a lower --lr, or losses whose gradient is finite wherever their value is; {skip}",
+            )
+        name = self.names[number]
         return UserError(
-            f"the last {updates} updates were left out, since {', '.join(bad)} was not finite",
-            f"finite losses, less than {MOST_SKIPS} times in a row and not for a whole epoch",
-            "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run",
+            f"losses.{name} was not finite {where}",
+            "a finite number",
+            f"a lower --lr, a smaller losses.{name}.weight, or --set optimizer.clip_grad=1.0; {skip}",
         )
+
+
+def has_to_give_up(training: Training) -> bool:
+    """Whether a run skips too many updates to be worth going on with."""
+    position = training.position
+    # A gradient scaler's first scale may be too high for all updates of a short epoch.
+    whole_epoch = position.skipped == training.updates_per_epoch and training.accelerator.scaler is None
+    return position.in_a_row >= MOST_SKIPS or whole_epoch
+
+
+def gave_up(training: Training, batch: Batch) -> UserError:
+    """The error for a run that skips update after update; names the losses to blame, measured on `batch`."""
+    updates = training.position.in_a_row
+    norms = gradient_norms(training, batch)
+    to_blame = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    skipped = f"{updates} updates in a row were skipped" if updates > 1 else "the only update of an epoch was skipped"
+    return UserError(
+        f"{skipped}: {_listed(to_blame or list(norms))} or its gradient was not finite",
+        f"finite losses and gradients; a run ends after {MOST_SKIPS} skipped updates in a row, or an epoch of them",
+        "a lower --lr, or a smaller weight of that loss, in a new run",
+    )
+
+
+def _listed(losses: list[str]) -> str:
+    return ", ".join(f"losses.{name}" for name in losses)
 
 
 def check_weights(training: Training) -> None:
@@ -99,10 +130,20 @@ def is_measured(training: Training) -> bool:
 
 
 def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
-    """How much each loss pulls: the norm of its own gradient on the student's weights over the sum of all these norms.
+    """Each loss's share of the gradient: the norm of its own gradient over the sum of all these norms; nothing where
+    one of them is not finite. Costs what `gradient_norms` costs."""
+    norms = gradient_norms(training, batch)
+    total = sum(norms.values())
+    if not math.isfinite(total):
+        return {}
+    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
-    Nothing where one of them is not finite. Costs a forward pass and a backward pass for each loss. Leaves weights,
-    gradients, statistics and random numbers as they were.
+
+def gradient_norms(training: Training, batch: Batch) -> dict[str, float]:
+    """The norm of each loss's own gradient on the student's weights.
+
+    Costs a forward pass and a backward pass for each loss. Leaves weights, gradients, statistics and random numbers as
+    they were.
     """
     learner = training.learner
     weights = [p for p in learner.student.parameters() if p.requires_grad]
@@ -118,11 +159,7 @@ def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
             norms[name] = torch.nn.utils.get_total_norm(own) if own else part.new_zeros(())
     for name, buffer in learner.named_buffers():
         buffer.copy_(buffers[name])
-    values = torch.stack(list(norms.values())).tolist()
-    total = sum(values)
-    if not math.isfinite(total):
-        return {}
-    return {name: value / total if total else 0.0 for name, value in zip(norms, values, strict=True)}
+    return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 
 
 def explained(error: Exception, training: Training) -> UserError | None:

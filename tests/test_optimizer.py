@@ -1,0 +1,78 @@
+"""Which parameters an optimizer decays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm.optim
+from torch import nn
+
+from sdcli.method.optimizer import create_optimizer
+from sdcli.network.backbones import create, resolve
+from sdcli.network.blueprint import head_kind, plan_network
+from sdcli.network.multi_exit import MultiExit, attach, choose_heads
+from sdcli.recipe.schema import Network, Optimizer
+
+TABLE = Optimizer(opt="adamw", lr=0.001, weight_decay=0.05, decay_norm_and_bias=False)
+SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2}
+HIERA = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
+
+
+def network(model: str, **table: Any) -> MultiExit:
+    wanted = Network(**table)
+    architecture = resolve(model, num_classes=2, image_size=64, stem="imagenet", model_args=wanted.model_args)
+    plan = plan_network(wanted, architecture)
+    return attach(create(architecture, device="cpu"), plan, choose_heads(plan, head_kind(wanted)), 2)
+
+
+def decayed(optimizer: Any, module: nn.Module) -> set[str]:
+    groups = [group for group in optimizer.param_groups if group["weight_decay"]]
+    chosen = {id(parameter) for group in groups for parameter in group["params"]}
+    return {name for name, parameter in module.named_parameters() if id(parameter) in chosen}
+
+
+@pytest.mark.parametrize(("model", "arguments", "exempt"), [
+    ("test_vit", {}, "pos_embed"),
+    ("swin_tiny_patch4_window7_224", SWIN, "layers.3.blocks.0.attn.relative_position_bias_table"),
+    ("hiera_tiny_224", HIERA, "pos_embed"),
+    ("test_resnet", {}, "bn1.weight"),
+])  # fmt: skip
+def test_a_network_with_exits_decays_what_timm_decays(model: str, arguments: dict[str, Any], exempt: str) -> None:
+    networks = nn.ModuleDict(
+        {"student": network(model, model_args=arguments), "peer": network(model, model_args=arguments)}
+    )
+    ours = decayed(create_optimizer([networks], TABLE), networks)
+    plain = networks.get_submodule("student.backbone")
+    timms = timm.optim.create_optimizer_v2(plain, "adamw", lr=TABLE.lr, weight_decay=TABLE.weight_decay)
+    expected = decayed(timms, plain)
+    assert expected and exempt not in expected and exempt in dict(plain.named_parameters())
+    for name in ("student", "peer"):
+        start = f"{name}.backbone."
+        assert {n.removeprefix(start) for n in ours if n.startswith(start)} == expected
+
+
+@pytest.mark.parametrize(("model", "arguments"), [("swin_tiny_patch4_window7_224", SWIN), ("hiera_tiny_224", HIERA)])
+def test_a_branch_decays_what_the_part_it_copies_decays(model: str, arguments: dict[str, Any]) -> None:
+    module = network(model, model_args=arguments, branches=2)
+    ours = decayed(create_optimizer([module], TABLE), module)
+    start = "heads.exit1.rest."
+    copied = [name.removeprefix(start) for name, _ in module.named_parameters() if name.startswith(start)]
+    assert copied
+    for name in copied:
+        assert (start + name in ours) == (f"backbone.{name}" in ours), name
+
+
+def test_a_user_head_may_exempt_parameters_too() -> None:
+    class Head(nn.Linear):
+        def no_weight_decay(self) -> set[str]:
+            return {"weight"}
+
+    module = nn.ModuleDict({"head": Head(4, 4), "other": nn.Linear(4, 4)})
+    assert decayed(create_optimizer([module], TABLE), module) == {"other.weight"}
+
+
+def test_everything_is_decayed_where_the_recipe_asks_for_it() -> None:
+    module = network("test_vit")
+    optimizer = create_optimizer([module], TABLE.model_copy(update={"decay_norm_and_bias": True}))
+    assert decayed(optimizer, module) == {n for n, p in module.named_parameters() if p.requires_grad}
