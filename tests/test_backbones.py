@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,15 +135,47 @@ def test_a_size_that_the_family_refuses_names_one_that_it_takes() -> None:
     assert caught.value.fix == "--image-size 160"
 
 
-def test_pretrained_weights_without_a_network_are_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The hub reads its variables once, when it is imported.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_pretrained_weights_without_a_network_are_one_message() -> None:
     architecture = resolve("resnet18", num_classes=1000, image_size=None, pretrained=True)
     with pytest.raises(UserError) as caught:
         create(architecture, device="cpu", pretrained=True)
-    assert caught.value.wrong.startswith("pretrained weights of 'resnet18' cannot be loaded: ")
-    assert "\n" not in caught.value.wrong
-    assert caught.value.fix == 'weights = "random", or a .safetensors file'
+    assert str(caught.value) == (
+        "pretrained weights of 'resnet18' are not in the cache, and HF_HUB_OFFLINE is set\n"
+        "  expected: a network connection, or a cache that holds them (HF_HOME)\n"
+        "  fix:      on a machine with a network: hf download timm/resnet18.a1_in1k, then copy its cache; "
+        "or --weights FILE.safetensors; or leave --pretrained out"
+    )
+
+
+def test_model_of_the_hub_without_a_network_is_one_message() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve("hf-hub:owner/model", num_classes=10, image_size=None)
+    assert str(caught.value) == (
+        "'hf-hub:owner/model' is not in the cache, and HF_HUB_OFFLINE is set\n"
+        "  expected: a network connection, or a cache that holds it (HF_HOME)\n"
+        "  fix:      on a machine with a network: hf download owner/model, then copy its cache"
+    )
+
+
+def test_model_of_a_local_folder_is_the_architecture_that_its_config_names(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 7}))
+    architecture = resolve(f"local-dir:{tmp_path}", num_classes=10, image_size=None)
+    assert (architecture.model, architecture.num_classes) == ("test_resnet", 10)
+
+
+def test_pretrained_weights_in_the_cache_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    architecture = resolve("test_resnet", num_classes=1000, image_size=None, pretrained=True)
+    model = create(architecture, device="cpu")
+    folder = tmp_path / "models--timm--test_resnet.r160_in1k"
+    (folder / "snapshots" / "1").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1")
+    save_file(model.state_dict(), folder / "snapshots" / "1" / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = create(architecture, device="cpu", pretrained=True).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
 def test_pretrained_transform_is_what_preprocess_takes() -> None:

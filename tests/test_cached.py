@@ -286,6 +286,24 @@ def test_broken_image_is_named_and_leaves_no_file(tmp_path: Path, cache: Path) -
     assert not files(cache)
 
 
+def test_every_broken_image_is_named_at_once(tmp_path: Path, cache: Path) -> None:
+    folder = class_folders(tmp_path / "set", [noise(i) for i in range(60)])
+    for number in range(0, 60, 2):
+        (folder / "cat" / f"{number:03}.png").write_bytes(b"nothing")
+    with pytest.raises(UserError) as error:
+        cached_pixels(open_dataset(str(folder)).splits["train"], PREPROCESS)
+    lines = str(error.value).splitlines()
+    assert lines[:2] == [
+        "30 images cannot be read:",
+        f"    '{folder}/cat/000.png': the image cannot be read (unknown format)",
+    ]
+    assert lines[20:22] == [
+        f"    '{folder}/cat/038.png': the image cannot be read (unknown format)",
+        "    … (10 more)",
+    ]
+    assert not files(cache)
+
+
 @pytest.mark.parametrize("large", [0, 5])
 def test_large_images_are_not_for_the_cache(tmp_path: Path, cache: Path, large: int) -> None:
     images = [noise(i, 16, 97 if i == large else 16) for i in range(6)]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import random
 import subprocess
@@ -9,6 +11,8 @@ import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as Socket
 from typing import Any
 
 import numpy as np
@@ -19,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdcli.data import hub, loaders, transforms
+from sdcli.data import folders, loaders, transforms
 from sdcli.data.batch import Batch
-from sdcli.data.dataset import LAYOUTS, NAMED, Images, Split
+from sdcli.data.dataset import LAYOUTS, NAMED, Images, Split, short_name
 from sdcli.data.images import read_image
 from sdcli.data.measure import measure, natural_size
 from sdcli.data.open import open_dataset
@@ -199,6 +203,236 @@ def test_class_folders_open_with_sorted_names_and_without_hidden_files(tmp_path:
     assert (opened.image_key, opened.label_key) == (None, None)
 
 
+def test_images_lie_at_any_depth_below_their_class_in_torchvisions_order(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    names = ["dog/images/b.png", "dog/images/a.png", "dog/z.png", "dog/A/c.png", "dog/images/x/d.png", "cat/e.JPEG"]
+    folder = class_folders(tmp_path / "set", *(f"train/{name}" for name in names))
+    opened = open_dataset(str(folder))
+    images = ImageFolder(str(folder / "train"))
+    assert opened.classes == ("cat", "dog")
+    split = opened.splits["train"]
+    read = [os.fsdecode(path) for path in split.images.paths]  # type: ignore[attr-defined]
+    assert list(zip(read, split.labels.tolist(), strict=True)) == images.samples
+    assert len(read) == len(names)
+
+
+def test_extensions_are_torchvisions() -> None:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert folders.EXTENSIONS == IMG_EXTENSIONS
+
+
+def tiny_imagenet(folder: Path) -> Path:
+    """Two classes, laid out as Tiny-ImageNet is: labels of val in a file, none of test."""
+    class_folders(folder, *(f"train/{c}/images/{c}_{i}.JPEG" for c in ("n1", "n2") for i in range(3)))
+    class_folders(folder, "val/images/val_0.JPEG", "val/images/val_1.JPEG", "val/images/val_2.JPEG")
+    class_folders(folder, "test/images/test_0.JPEG")
+    for c in ("n1", "n2"):
+        (folder / "train" / c / f"{c}_boxes.txt").write_text(f"{c}_0.JPEG\t0\t0\t62\t62\n")
+    lines = ["val_0.JPEG\tn2\t0\t32\t44\t62", "val_2.JPEG\tn1\t4\t0\t55\t44", "", "val_1.JPEG\tn2\t0\t0\t9\t9"]
+    (folder / "val" / "val_annotations.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    return folder
+
+
+def test_tiny_imagenet_opens_as_it_is_unpacked(tmp_path: Path) -> None:
+    opened = open_dataset(str(tiny_imagenet(tmp_path / "set")))
+    assert opened.classes == ("n1", "n2")
+    assert {name: (split.name, split.labels.tolist()) for name, split in opened.splits.items()} == {
+        "train": ("train", [0, 0, 0, 1, 1, 1]),
+        "test": ("val", [0, 1, 1]),
+    }
+    # Of n1, then of n2.
+    for row, number in enumerate((2, 0, 1)):
+        pixels = np.asarray(Image.open(tmp_path / "set" / "val" / "images" / f"val_{number}.JPEG"))
+        np.testing.assert_array_equal(np.asarray(opened.splits["test"].image(row)), pixels)
+    assert opened.notes == (
+        "split 'test' is left out: its images have no classes (expected test/CLASS/*.jpg, or "
+        "test/test_annotations.txt with a line FILE<TAB>CLASS for every image)",
+        "skipped 2 files without the extension of an image: train/n1/n1_boxes.txt, train/n2/n2_boxes.txt",
+        "there is no test split with labels: split 'val' takes its place",
+    )
+
+
+def test_images_without_a_line_in_the_annotations_are_skipped_with_a_note(tmp_path: Path) -> None:
+    folder = tiny_imagenet(tmp_path / "set")
+    class_folders(folder, "val/images/more.JPEG")
+    assert "skipped 1 image without a line in the annotations: val/images/more.JPEG" in open_dataset(str(folder)).notes
+
+
+def test_annotations_may_lie_beside_the_images(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/b.png", "test/c.png", "test/d.png")
+    (folder / "test" / "test_annotations.txt").write_text("c.png\tdog\nd.png\tcat\n")
+    assert open_dataset(str(folder)).splits["test"].labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("images", ["val/a.png", "val/images/a.png", "val/images/deep/a.png"])
+def test_split_whose_images_have_no_classes_is_left_out(tmp_path: Path, images: str) -> None:
+    folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/b.png", images)
+    opened = open_dataset(str(folder))
+    assert list(opened.splits) == ["train"]
+    assert opened.notes == (
+        "split 'val' is left out: its images have no classes (expected val/CLASS/*.jpg, or "
+        "val/val_annotations.txt with a line FILE<TAB>CLASS for every image)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("val_0.JPEG n1", "no file and class separated by a tab"),
+        ("val_0.JPEG\t", "no file and class separated by a tab"),
+        ("../a.JPEG\tn1", "'../a.JPEG' lies outside of 'FOLDER/val/images'"),
+        ("/a.JPEG\tn1", "'/a.JPEG' lies outside of 'FOLDER/val/images'"),
+        ("val_1.JPEG\tn1", "'val_1.JPEG' has two classes, 'n2' and 'n1'"),
+    ],
+)
+def test_wrong_line_of_annotations_is_named(tmp_path: Path, line: str, wrong: str) -> None:
+    folder = tiny_imagenet(tmp_path / "set")
+    file = folder / "val" / "val_annotations.txt"
+    file.write_bytes(file.read_bytes() + f"\n{line}\n".encode())
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"'{file}', line 5: {wrong.replace('FOLDER', str(folder))}\n"
+        "  expected: one line FILE<TAB>CLASS for every image; further columns are ignored\n"
+        "  fix:      repair or remove the line"
+    )
+
+
+def test_annotations_without_a_line_are_an_error(tmp_path: Path) -> None:
+    file = tiny_imagenet(tmp_path / "set") / "val" / "val_annotations.txt"
+    file.write_text("\n")
+    assert message(lambda: open_dataset(str(tmp_path / "set"))) == (
+        f"'{file}' lists no image\n"
+        "  expected: a line FILE<TAB>CLASS for every image\n"
+        "  fix:      fill or remove the file"
+    )
+
+
+def test_class_of_the_annotations_that_train_does_not_have_is_an_error(tmp_path: Path) -> None:
+    folder = tiny_imagenet(tmp_path / "set")
+    file = folder / "val" / "val_annotations.txt"
+    file.write_text("val_0.JPEG\tx9\n")
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"'{file}': there is no class 'x9' in '{folder}/train'\n"
+        "  expected: the same classes in every split\n"
+        "  fix:      repair the file"
+    )
+
+
+@pytest.mark.parametrize("names", [("cat/a.png", "dog/b.png"), ("train/cat/a.png", "train/dog/b.png")])
+def test_data_set_may_lie_in_a_single_folder_below(tmp_path: Path, names: tuple[str, ...]) -> None:
+    class_folders(tmp_path / "set" / "pets", *names)
+    class_folders(tmp_path / "set" / "__MACOSX", "cat/._a.png")
+    (tmp_path / "set" / "pets" / "train" / "eel").mkdir(parents=True)
+    opened = open_dataset(str(tmp_path / "set"))
+    assert (opened.classes, opened.source) == (("cat", "dog"), str(tmp_path / "set"))
+
+
+def test_folder_of_data_sets_is_an_error(tmp_path: Path) -> None:
+    class_folders(tmp_path / "sets" / "pets", "train/cat/a.png", "train/dog/b.png")
+    class_folders(tmp_path / "sets" / "cars", "suv/a.png", "van/b.png")
+    assert message(lambda: open_dataset(str(tmp_path / "sets"))) == (
+        f"'{tmp_path}/sets/pets' holds a split, 'train', where the folder of a class was expected\n"
+        "  expected: splits above classes: train/CLASS/*.jpg\n"
+        f"  fix:      --dataset {tmp_path}/sets/pets"
+    )
+
+
+def test_splits_below_classes_are_an_error(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "cat/train/a.png", "cat/test/b.png", "dog/train/a.png")
+    assert message(lambda: open_dataset(str(folder))).splitlines()[-1] == "  fix:      move its images to train/cat"
+
+
+def test_link_to_a_folder_above_it_is_not_followed(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
+    (folder / "dog" / "again").symlink_to(folder)
+    (folder / "eel").symlink_to(folder / "cat")
+    opened = open_dataset(str(folder))
+    assert opened.classes == ("cat", "dog", "eel")
+    assert len(opened.splits["train"]) == 3
+
+
+def test_what_cannot_be_read_is_reported_at_once_for_all_splits_without_opening_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["train/cat/a.png", "train/dog/b.png", "test/cat/c.png", "test/dog/d.png"]
+    folder = class_folders(tmp_path / "set", *names)
+    os.mkfifo(folder / "train" / "cat" / "pipe.png")
+    (folder / "train" / "dog" / "link.png").symlink_to("nowhere.png")
+    (folder / "test" / "dog" / "zero.jpg").touch()
+    socket = Socket(AF_UNIX)
+    # Relative: the path of a socket may have 100 characters at most.
+    monkeypatch.chdir(folder / "test" / "cat")
+    socket.bind("socket.png")
+    try:
+        text = message(lambda: open_dataset(str(folder)))
+    finally:
+        socket.close()
+    assert text == (
+        f"'{folder}': 4 image files cannot be read: train/cat/pipe.png (a named pipe), train/dog/link.png "
+        "(a broken link), test/cat/socket.png (a socket), test/dog/zero.jpg (empty)\n"
+        "  expected: regular files that are not empty\n"
+        "  fix:      replace or remove them"
+    )
+
+
+def test_files_without_the_extension_of_an_image_are_a_note(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/b.png")
+    for name in ("train/cat/c.gif", "train/cat/.hidden.gif", "train/dog/a.txt", "train/dog/deep.txt", "train/dog/x.md"):
+        (folder / name).touch()
+    os.mkfifo(folder / "train" / "cat" / "pipe")
+    (folder / "README.md").touch()
+    assert open_dataset(str(folder)).notes == (
+        "skipped 5 files without the extension of an image: train/cat/c.gif, train/cat/pipe, train/dog/a.txt, …",
+    )
+
+
+def test_class_folder_without_images_is_a_note_and_no_class(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/b.png", "test/cat/c.png")
+    for name in ("train/eel", "test/dog", "test/eel"):
+        (folder / name).mkdir()
+    opened = open_dataset(str(folder))
+    assert opened.classes == ("cat", "dog")
+    assert opened.notes == (
+        "left out 1 class folder without images: train/eel",
+        "split 'test' has no images of 1 of 2 classes: dog",
+    )
+
+
+def test_class_that_only_another_split_has_images_of_is_an_error(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/b.png", "test/eel/c.png")
+    (folder / "train" / "eel").mkdir()
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"'{folder}/test/eel' holds images, but '{folder}/train/eel' holds none\n"
+        "  expected: images of every class in the first split\n"
+        "  fix:      add some, or remove the class from every split"
+    )
+
+
+def test_classes_are_counted_in_every_split(tmp_path: Path) -> None:
+    names = ["train/cat/a.png", "train/cat/b.png", "train/dog/c.png", "test/cat/d.png"]
+    counts = open_dataset(str(class_folders(tmp_path / "set", *names))).class_counts()
+    assert {name: count.tolist() for name, count in counts.items()} == {"train": [2, 1], "test": [1, 0]}
+
+
+@pytest.mark.parametrize("name", ["🌷 tulips", os.fsdecode(b"caf\xe9")])
+def test_any_name_of_a_folder_or_file_works(tmp_path: Path, name: str) -> None:
+    folder = class_folders(tmp_path / name, f"{name}/{name}.png", "b/b.png")
+    opened = open_dataset(str(folder))
+    shown = name if name.isprintable() else "caf\\xe9"
+    assert (opened.classes, short_name(opened)) == (("b", shown), shown)
+    np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(1)), np.asarray(noise(0)))
+
+
+def test_tables_in_a_folder_whose_name_is_not_utf_8_are_an_error(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "set", train=table([0, 1])).rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"'{folder}': the path is not valid UTF-8\n"
+        "  expected: UTF-8, for data sets of tables\n"
+        "  fix:      rename the folder"
+    )
+
+
 def test_class_folders_without_splits_are_for_training(tmp_path: Path) -> None:
     # "train" is a class here: it holds images, not class folders.
     opened = open_dataset(str(class_folders(tmp_path / "set", "train/a.png", "truck/b.png")))
@@ -225,14 +459,14 @@ def test_key_for_class_folders_is_an_error_since_it_would_have_no_effect(tmp_pat
 
 
 def test_validation_is_scored_where_there_is_no_test_split(tmp_path: Path) -> None:
-    opened = open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]), validation=table([1]))))
+    opened = open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]), validation=table([1, 0]))))
     assert list(opened.splits) == ["train", "test"]
     assert opened.splits["test"].name == "validation"
     assert opened.notes == ("there is no test split with labels: split 'validation' takes its place",)
 
 
 def test_test_split_with_secret_labels_is_left_out(tmp_path: Path) -> None:
-    folder = parquet(tmp_path / "set", train=table([0, 1]), validation=table([1]), test=table([-1, -1]))
+    folder = parquet(tmp_path / "set", train=table([0, 1]), validation=table([1, 0]), test=table([-1, -1]))
     opened = open_dataset(str(folder))
     assert opened.splits["test"].name == "validation"
     assert opened.notes == (
@@ -249,7 +483,7 @@ def test_set_without_any_label_is_an_error(tmp_path: Path) -> None:
 
 
 def test_splits_go_by_many_names_and_others_are_noted(tmp_path: Path) -> None:
-    saved = datasets.DatasetDict(Training=table([0, 1]), dev=table([0]), eval=table([1]), extra=table([1]))
+    saved = datasets.DatasetDict(Training=table([0, 1]), dev=table([0, 1]), eval=table([1, 0]), extra=table([1]))
     saved.save_to_disk(tmp_path / "saved")
     opened = open_dataset(str(tmp_path / "saved"))
     assert {name: split.name for name, split in opened.splits.items()} == {
@@ -323,11 +557,73 @@ def test_mistyped_path_is_said_not_to_exist(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-def test_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "train.parquet"
-    path.touch()
-    assert message(lambda: open_dataset(str(path))) == (
-        f"'{path}' is a file\n  expected: {LAYOUTS}\n  fix:      give its folder, '{tmp_path}'"
+@pytest.mark.parametrize(
+    ("file", "fix"),
+    [
+        ("train.parquet", "give its folder, 'FOLDER'"),
+        ("labels.csv", "put the images of each class into a folder of their own, and give the folder above"),
+        ("flowers.tar.gz", "unpack it and give the folder"),
+    ],
+)
+def test_file_instead_of_a_folder_is_an_error(tmp_path: Path, file: str, fix: str) -> None:
+    (tmp_path / file).touch()
+    assert message(lambda: open_dataset(str(tmp_path / file))) == (
+        f"'{tmp_path / file}' is a file\n  expected: {LAYOUTS}\n  fix:      {fix.replace('FOLDER', str(tmp_path))}"
+    )
+
+
+@pytest.mark.parametrize("name", ["./flowers", "./pictures/set", "./data"])
+def test_unrelated_folder_is_never_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for folder in ("folders", "fl", "pict", "setting"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    assert message(lambda: open_dataset(name)).splitlines()[-1] == "  fix:      check the path"
+
+
+def test_path_that_is_too_long_is_an_error() -> None:
+    assert message(lambda: open_dataset("./" + "x" * 300)) == (
+        f"the path './{'x' * 98}… (302 characters)' cannot be opened: File name too long\n"
+        f"  expected: {LAYOUTS}\n"
+        "  fix:      check the path"
+    )
+
+
+def test_home_of_an_unknown_user_is_an_error() -> None:
+    assert message(lambda: open_dataset("~nobody-of-that-name/set")).splitlines()[0] == (
+        "the path '~nobody-of-that-name/set' cannot be opened: Could not determine home directory."
+    )
+
+
+@pytest.mark.parametrize("name", ["/", "~", "~/.."])
+def test_whole_disk_is_refused_without_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def walked(*_: object, **__: object) -> Any:
+        raise AssertionError("walked")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(folders.os, "scandir", walked)
+    monkeypatch.setattr(folders.os, "walk", walked)
+    assert message(lambda: open_dataset(name)) == (
+        f"'{name}' is not the folder of a data set\n  expected: {LAYOUTS}\n  fix:      give the data set's own folder"
+    )
+
+
+@pytest.mark.parametrize("inner", ["", "dog"])
+def test_folder_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
+    # Root may read everything, so that the mode of a folder has no effect in a test.
+    folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
+    locked, scandir = str(folder / inner), os.scandir
+
+    def checked(path: Any) -> Any:
+        if os.fspath(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", locked)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", checked)
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"'{folder}' cannot be opened: [Errno 13] Permission denied: '{locked}'\n"
+        "  expected: folders and files that you may read\n"
+        f"  fix:      chmod -R u+rX {folder}"
     )
 
 
@@ -357,23 +653,26 @@ def test_damaged_parquet_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", ["cifar10", "uoft-cs/cifar10"])
-def test_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyPatch, capfd: Any, name: str) -> None:
-    monkeypatch.setattr(hub, "hub_answers", lambda name: False)
-    before = datasets.config.HF_HUB_OFFLINE
+def test_hub_set_that_is_not_in_the_cache_is_one_message_without_a_network(capfd: Any, name: str) -> None:
     assert message(lambda: open_dataset(name)) == (
-        f"'{name}' has not been downloaded yet, and the Hugging Face hub cannot be reached\n"
-        "  expected: a network connection, or a local folder\n"
-        "  fix:      elsewhere: hf download --repo-type dataset uoft-cs/cifar10 --local-dir FOLDER; "
+        f"'{name}' is not in the cache, and HF_HUB_OFFLINE is set\n"
+        "  expected: a network connection, a local folder, or a cache that holds it (HF_HOME)\n"
+        "  fix:      on a machine with a network: hf download --repo-type dataset uoft-cs/cifar10 --local-dir FOLDER; "
         "then here: --dataset FOLDER"
     )
     assert tuple(capfd.readouterr()) == ("", "")
-    assert before == datasets.config.HF_HUB_OFFLINE
+
+
+def test_hub_set_in_the_cache_opens_without_a_network(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "cifar10", train=table([0, 1]), test=table([1, 0]))
+    datasets.load_dataset(str(folder))
+    (tmp_path / "cache" / "cifar10").rename(tmp_path / "cache" / "uoft-cs___cifar10")
+    assert open_dataset("cifar10").splits["test"].labels.tolist() == [1, 0]
 
 
 def test_downloaded_hub_set_opens_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1]), test=table([1]))
     load = datasets.load_dataset
-    monkeypatch.setattr(hub, "hub_answers", lambda name: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda hub: load(str(folder)) if hub == "uoft-cs/cifar10" else None)
     opened = open_dataset("cifar10")
     assert (opened.name, opened.source, opened.hflip) == ("cifar10", "cifar10", True)
@@ -543,8 +842,83 @@ def test_row_without_an_image_is_an_error(tmp_path: Path) -> None:
         datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
     )
     folder = parquet(tmp_path / "set", train=rows)
-    split = open_dataset(str(folder)).splits["train"]
-    assert message(lambda: split.image(0)).splitlines()[0] == f"{folder}, split 'train', row 0: there is no image"
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"{folder}, split 'train': 1 row without an image that can be read: row 0 (no image)\n"
+        "  expected: an image in every row, or the path of one inside the folder of the data set\n"
+        "  fix:      repair or remove them"
+    )
+
+
+def rows_of_files(folder: Path, *values: Any) -> Path:
+    """A parquet file whose rows may name image files instead of holding images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = pa.array(values, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"image": images, "label": [0, 1] * (len(values) // 2)}), folder / "train.parquet")
+    return folder
+
+
+def test_row_may_name_a_file_inside_the_folder(tmp_path: Path) -> None:
+    inside = class_folders(tmp_path / "set" / "images", "a.png", "b.png") / "b.png"
+    files = [{"bytes": None, "path": "images/a.png"}, {"bytes": None, "path": str(inside)}]
+    rows_of_files(tmp_path / "set" / "tables", *files)
+    split = open_dataset(str(tmp_path / "set")).splits["train"]
+    for row in (0, 1):
+        np.testing.assert_array_equal(np.asarray(split.image(row)), np.asarray(noise(row)))
+
+
+def test_row_that_names_a_file_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
+    noise(0).save(tmp_path / "secret.png")
+    outside = str(tmp_path / "secret.png")
+    held = {"bytes": png(noise(0)), "path": outside}
+    files = [{"bytes": None, "path": path} for path in (outside, "../secret.png", "no.png", "\0", "")]
+    folder = rows_of_files(tmp_path / "set" / "tables", *files, held)
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"{folder}, split 'train': 5 rows without an image that can be read: "
+        f"row 0 ('{outside}' is outside of the data set), row 1 ('../secret.png' is outside of the data set), "
+        "row 2 ('no.png': no such file), row 3 (no image), row 4 (no image)\n"
+        "  expected: an image in every row, or the path of one inside the folder of the data set\n"
+        "  fix:      repair or remove them"
+    )
+
+
+def test_link_out_of_the_folder_is_refused_too(tmp_path: Path) -> None:
+    noise(0).save(tmp_path / "secret.png")
+    held = {"bytes": png(noise(0)), "path": None}
+    folder = rows_of_files(tmp_path / "set", {"bytes": None, "path": "link.png"}, held)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    assert "row 0 ('link.png' is outside of the data set)" in message(lambda: open_dataset(str(folder)))
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_split_without_rows_is_an_error(tmp_path: Path, empty: str, saved: bool) -> None:
+    splits = {"train": table([0, 1]), "test": table([1, 0])} | {empty: table([])}
+    if saved:
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    else:
+        parquet(tmp_path / "set", **splits)
+    split = "a split" if saved else f"split '{empty}'"
+    assert message(lambda: open_dataset(str(tmp_path / "set"))) == (
+        f"'{tmp_path}/set': {split} has no rows\n"
+        "  expected: labelled images in every split\n"
+        "  fix:      leave the empty split out"
+    )
+
+
+def test_measuring_names_every_image_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", *(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(3)))
+    for name in ("cat/0.png", "dog/1.png"):
+        (folder / name).write_bytes(b"nothing")
+    assert message(lambda: measure(open_dataset(str(folder)))) == (
+        "2 images cannot be read:\n"
+        f"    '{folder}/cat/0.png': the image cannot be read (unknown format)\n"
+        f"    '{folder}/dog/1.png': the image cannot be read (unknown format)\n"
+        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  fix:      replace or remove them"
+    )
 
 
 @pytest.mark.parametrize("kind", ["table", "files"])
@@ -847,6 +1221,16 @@ def test_unknown_crop_is_an_error() -> None:
 
 VARIED = {"aa": "rand-m9-mstd0.5", "cutout": 8, "reprob": 0.5}
 """Draws from Python's, NumPy's and torch's generators."""
+
+
+@pytest.mark.parametrize(("usable", "processes", "workers"), [(64, 1, 8), (6, 2, 3), (4, 8, 1), (64, 8, 8)])
+def test_workers_of_a_gpu_share_the_cores_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, usable: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loaders.suitable_workers(torch.device("cuda"), PHOTO) == workers
 
 
 def loader_of(

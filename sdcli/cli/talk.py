@@ -116,7 +116,7 @@ def stages(*, plain: bool = True) -> Iterator[None]:
     """Shows what is being done, the loading of torch first: what the modules of `sdcli` log.
 
     On a terminal in one line, which the next replaces and which is removed at the end. Elsewhere, where `plain`, as a
-    line each, without the details of long stages (DEBUG).
+    line each, without the details of long stages (DEBUG). Warnings are notes, which stay.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -148,6 +148,10 @@ class _Stages(logging.Handler):
         self.file, self.plain, self.shown = file, plain, False
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self.clear()
+            note(record.getMessage())
+            return
         text = printable(record.getMessage()) + " …"
         if is_watched():
             # No live display: a library's own progress bar may begin in the middle of it.

@@ -26,7 +26,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from sdcli.data.dataset import Images, Split
+from sdcli.data.images import all_of
 from sdcli.data.transforms import SMALL, Preprocess, squash
+from sdcli.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def cached_pixels(split: Split, preprocess: Preprocess) -> tuple[Pixels | None, 
     The file holds the whole table that the split is part of, so that training and validation share it. Less than an
     eighth of a table is not worth a file: it is decoded into memory. Raises UserError for an image that cannot be read.
     """
-    if max(preprocess.size) > SMALL or max(split.image(0).size) > SMALL:
+    if max(preprocess.size) > SMALL or _begins_large(split):
         return None, []
     notes: list[str] = []
     num_bytes = len(split) * math.prod(preprocess.input_size)
@@ -94,6 +96,13 @@ def cached_pixels(split: Split, preprocess: Preprocess) -> tuple[Pixels | None, 
     except _LargeImage:
         return None, []
     return Pixels(array, np.arange(len(split))), notes
+
+
+def _begins_large(split: Split) -> bool:
+    try:
+        return max(split.image(0).size) > SMALL
+    except UserError:
+        return False  # decoding reports it, along with all others
 
 
 def _from_file(
@@ -127,16 +136,24 @@ def _decoded(images: Images, rows: NDArray[np.int64], preprocess: Preprocess) ->
     """The images at these rows, `CHUNK` at a time. In one thread: so small an image is mostly Python's work."""
     whole = squash(preprocess)
     _LOG.info("decoding %s images", f"{len(rows):,}")
+    errors = []
     for start in range(0, len(rows), CHUNK):
         chosen = rows[start : start + CHUNK].tolist()
         chunk = np.empty((len(chosen), *preprocess.input_size), dtype=np.uint8)
         for place, row in enumerate(chosen):
-            image = images.read(row)
+            try:
+                image = images.read(row)
+            except UserError as error:
+                errors.append(error)
+                continue
             if max(image.size) > SMALL:
                 raise _LargeImage
             chunk[place] = np.asarray(whole(image)).transpose(2, 0, 1)
         _LOG.debug("decoding images: %s of %s", f"{start + len(chosen):,}", f"{len(rows):,}")
-        yield start, chunk
+        if not errors:
+            yield start, chunk
+    if errors:
+        raise all_of(errors)
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:

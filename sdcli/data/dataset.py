@@ -1,10 +1,11 @@
 """What a data set is: its splits, its classes, and where its images come from.
 
-N images of a split
+K classes, N images of a split
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,6 +108,10 @@ class ImageData:
     measured: tuple[Size, Colour, Colour] | None = None
     """Image size, mean and standard deviation where they are known without measuring."""
 
+    def class_counts(self) -> dict[str, NDArray[np.int64]]:
+        """For each split the number of images of every class [K]."""
+        return {name: np.bincount(split.labels, minlength=len(self.classes)) for name, split in self.splits.items()}
+
 
 def whole_split(name: str, images: Images, labels: NDArray[Any]) -> Split:
     return Split(name, images, labels.astype(np.int64), np.arange(len(labels), dtype=np.int64))
@@ -114,4 +119,19 @@ def whole_split(name: str, images: Images, labels: NDArray[Any]) -> Split:
 
 def short_name(data: ImageData) -> str:
     """What tables and notes call it: a folder by its last part, others as they were typed."""
-    return Path(data.source).name if Path(data.source).is_absolute() else data.name
+    return printable(Path(data.source).name) if Path(data.source).is_absolute() else data.name
+
+
+def printable(name: str) -> str:
+    """A file's or folder's name with bytes that are no UTF-8 written out ("caf\\xe9"): such a name can be opened, but
+    neither printed nor stored as text."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """The first names of a list as text; "…" stands for the others."""
+    return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdcli.data.dataset import SPLITS, ImageData, Images, whole_split
-from sdcli.data.images import read_image
+from sdcli.data.dataset import SPLITS, ImageData, Images, counted, listed, printable, whole_split
+from sdcli.data.images import read_image, why_unreadable
 from sdcli.data.splits import scored_as_test, standard_splits
 from sdcli.errors import UserError, did_you_mean
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Those of torchvision's ImageFolder; case does not matter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,57 +44,237 @@ class _Files(Images):
         return len(self.paths), told.hexdigest()
 
 
-def split_folders(path: Path) -> dict[str, Path]:
-    """The folder of class folders for each of a set's own split names; {} where there is none."""
+@dataclass
+class _Found:
+    """What the folder of a split holds."""
+
+    images: list[tuple[str, str]] = field(default_factory=list)
+    """(class, file), sorted by class, then folder, then file name, as torchvision's ImageFolder has them."""
+    empty: list[str] = field(default_factory=list)
+    """Class folders without an image."""
+    skipped: list[str] = field(default_factory=list)
+    """Files in class folders that are not images by their extension."""
+    unlisted: list[str] = field(default_factory=list)
+    """Images that the split's file of labels does not list."""
+    unreadable: list[str] = field(default_factory=list)
+    """Images that cannot be read, with the reason."""
+
+    @property
+    def classes(self) -> list[str]:
+        return sorted({label for label, _ in self.images})
+
+
+def open_class_folders(name: str, path: Path) -> ImageData | None:
+    """The data set below `path`: `[SPLIT/]CLASS/**/*.jpg`, perhaps in a single folder of its own; None where no folder
+    holds an image.
+
+    Folders are read as torchvision's ImageFolder reads them: the class is the folder directly below the split, images
+    lie at any depth in it. Hidden files and folders are ignored. A split may have its labels in a file instead, as
+    Tiny-ImageNet's does: `val/val_annotations.txt`, with lines FILE<TAB>CLASS (further columns are ignored) for the
+    images in `val/images` or in `val`. Other splits without labels are left out, with a note.
+
+    Raises UserError for files that cannot be images (empty, or no regular file), all at once and for all splits, and
+    for a class that the training split does not have. Raises OSError for folders that cannot be read.
+    """
+    folders, unlabelled = _split_folders(path)
+    if not folders:
+        return None
+    chosen, notes = standard_splits(name, list(folders))
+    found = {split: _read_split(folders[own], path) for split, own in chosen.items()}
+    _refuse_unreadable(name, [file for split in found.values() for file in split.unreadable])
+    first = next(iter(found))
+    for split in [split for split in found if split != first and found[split].classes == ["images"]]:
+        if "images" not in found[first].classes:
+            unlabelled.append(chosen[split])
+            del found[split]
+    classes = found[first].classes
+    numbers = {label: number for number, label in enumerate(classes)}
+    splits = {}
+    for split, files in found.items():
+        _check_classes(files.classes, found[first], folders[chosen[split]], folders[chosen[first]])
+        labels = np.array([numbers[label] for label, _ in files.images], dtype=np.int64)
+        paths = np.array([os.fsencode(file) for _, file in files.images])
+        splits[split] = whole_split(chosen[split], _Files(paths), labels)
+    notes += [_without_labels(own) for own in unlabelled]
+    notes += _about_files(
+        found, [os.path.relpath(folders[chosen[first]] / label, path) for label in found[first].empty]
+    )
+    splits, more_notes = scored_as_test(splits)
+    return ImageData(name, str(path), tuple(map(printable, classes)), splits, notes=(*notes, *more_notes))
+
+
+def _split_folders(path: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folder of each split, by the data set's own names, and the names of those that have no classes."""
     own_names = [own for names in SPLITS.values() for own in names]
-    named = {
-        folder.name: folder for folder in _folders(path) if folder.name.lower() in own_names and _has_classes(folder)
-    }
-    return named or ({"train": path} if _has_classes(path) else {})
+    named = {folder.name: folder for folder in _folders(path) if folder.name.lower() in own_names}
+    splits = {own: folder for own, folder in named.items() if _has_classes(folder) or _annotations(folder).is_file()}
+    if splits:
+        return splits, [own for own, folder in named.items() if own not in splits and _has_images(folder)]
+    with_images = list(filter(_has_images, _folders(path)))
+    if len(with_images) == 1 and _has_classes(with_images[0]):
+        # An archive often unpacks into a folder of its own.
+        return _split_folders(with_images[0])
+    for folder in with_images:
+        for below in _folders(folder):
+            if below.name.lower() in SPLITS["train"] and _has_images(below):
+                is_data_set = _has_classes(below)
+                raise UserError(
+                    f"'{folder}' holds a split, '{below.name}', where the folder of a class was expected",
+                    "splits above classes: train/CLASS/*.jpg",
+                    f"--dataset {folder}" if is_data_set else f"move its images to {below.name}/{folder.name}",
+                )
+    return ({"train": path} if with_images else {}), []
 
 
 def _folders(path: Path) -> list[Path]:
     # Hidden ones (".ipynb_checkpoints") are never classes.
-    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    with os.scandir(path) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _has_classes(path: Path) -> bool:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    return any(map(_has_images, _folders(path)))
 
-    return any(
-        file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-        for folder in _folders(path)
-        for file in os.listdir(folder)
+
+def _has_images(path: Path) -> bool:
+    return any(map(_is_image, (file for _, files in _walk(path) for file in files)))
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith(EXTENSIONS)
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `path` down and the files in it, without hidden ones. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, below, files in os.walk(path, onerror=fail, followlinks=True):
+        # macOS leaves "._photo.jpg" beside photos; they are not images.
+        below[:] = [name for name in below if not name.startswith(".") and not _leads_back(folder, name)]
+        yield folder, [file for file in files if not file.startswith(".")]
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether `name` is a link to a folder above it, which would be followed for ever."""
+    if not os.path.islink(link := os.path.join(folder, name)):
+        return False
+    target = os.path.realpath(link)
+    return os.path.commonpath([os.path.realpath(folder), target]) == target
+
+
+def _read_split(path: Path, root: Path) -> _Found:
+    """What the split's folder holds; files that are reported are named as seen from `root`."""
+    found = _Found()
+    if _annotations(path).is_file():
+        _read_annotated(path, root, found)
+        return found
+    for folder in _folders(path):
+        before = len(found.images) + len(found.unreadable)
+        for below, files in sorted(_walk(folder)):
+            for file in sorted(files):
+                full = os.path.join(below, file)
+                if _is_image(file):
+                    _add(found, folder.name, full, root)
+                else:
+                    found.skipped.append(os.path.relpath(full, root))
+        if len(found.images) + len(found.unreadable) == before:
+            found.empty.append(folder.name)
+    return found
+
+
+def _add(found: _Found, label: str, file: str, root: Path) -> None:
+    if reason := why_unreadable(file):
+        found.unreadable.append(f"{os.path.relpath(file, root)} ({reason})")
+    else:
+        found.images.append((label, file))
+
+
+def _annotations(path: Path) -> Path:
+    """The file of a split's labels where its images are not sorted into class folders."""
+    return path / f"{path.name}_annotations.txt"
+
+
+def _read_annotated(path: Path, root: Path, found: _Found) -> None:
+    file = _annotations(path)
+    folder = path / "images" if (path / "images").is_dir() else path
+    labels: dict[str, str] = {}
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        columns = [column.strip() for column in os.fsdecode(line).split("\t")]
+        if columns == [""]:
+            continue
+        image, label = columns[:2] if len(columns) > 1 else ("", "")
+        wrong = ""
+        if not image or not label:
+            wrong = "no file and class separated by a tab"
+        elif os.path.isabs(image) or ".." in Path(image).parts:
+            wrong = f"'{image}' lies outside of '{folder}'"
+        elif labels.setdefault(image, label) != label:
+            wrong = f"'{image}' has two classes, '{labels[image]}' and '{label}'"
+        if wrong:
+            raise UserError(
+                f"'{file}', line {number}: {wrong}",
+                "one line FILE<TAB>CLASS for every image; further columns are ignored",
+                "repair or remove the line",
+            )
+    if not labels:
+        raise UserError(f"'{file}' lists no image", "a line FILE<TAB>CLASS for every image", "fill or remove the file")
+    for label, image in sorted((label, image) for image, label in labels.items()):
+        _add(found, label, str(folder / image), root)
+    known = {str(folder / image) for image in labels}
+    for below, files in sorted(_walk(folder)):
+        for full in (os.path.join(below, name) for name in sorted(files) if _is_image(name)):
+            if full not in known:
+                found.unlisted.append(os.path.relpath(full, root))
+
+
+def _about_files(found: Mapping[str, _Found], empty: Sequence[str]) -> list[str]:
+    notes = []
+    if empty:
+        notes.append(f"left out {counted(len(empty), 'class folder')} without images: {listed(empty)}")
+    if skipped := [file for split in found.values() for file in split.skipped]:
+        notes.append(f"skipped {counted(len(skipped), 'file')} without the extension of an image: {listed(skipped, 3)}")
+    if unlisted := [file for split in found.values() for file in split.unlisted]:
+        notes.append(
+            f"skipped {counted(len(unlisted), 'image')} without a line in the annotations: {listed(unlisted, 3)}"
+        )
+    return notes
+
+
+def _refuse_unreadable(name: str, files: Sequence[str]) -> None:
+    if files:
+        raise UserError(
+            f"'{name}': {counted(len(files), 'image file')} cannot be read: {listed(files, 20)}",
+            "regular files that are not empty",
+            "replace or remove them",
+        )
+
+
+def _check_classes(classes: Sequence[str], first: _Found, path: Path, first_path: Path) -> None:
+    """Raises UserError where the split in `path` has a class that the first one, in `first_path`, does not have."""
+    known = set(first.classes)
+    extra = next((label for label in classes if label not in known), None)
+    if extra is None:
+        return
+    if extra in first.empty:
+        raise UserError(
+            f"'{path / extra}' holds images, but '{first_path / extra}' holds none",
+            "images of every class in the first split",
+            "add some, or remove the class from every split",
+        )
+    annotated = _annotations(path).is_file()
+    raise UserError(
+        f"'{_annotations(path)}': there is no class '{extra}' in '{first_path}'"
+        if annotated
+        else f"'{path / extra}': there is no such class in '{first_path}'",
+        "the same classes in every split" if annotated else "the same folder names in every split",
+        did_you_mean(extra, first.classes) or ("repair the file" if annotated else "rename or remove the folder"),
     )
 
 
-def open_class_folders(name: str, path: Path, folders: Mapping[str, Path]) -> ImageData:
-    chosen, notes = standard_splits(name, list(folders))
-    found = {split: _class_files(folders[own]) for split, own in chosen.items()}
-    first = folders[next(iter(chosen.values()))]
-    classes = tuple(sorted({label for label, _ in next(iter(found.values()))}))
-    numbers = {label: number for number, label in enumerate(classes)}
-    splits = {}
-    for split, pairs in found.items():
-        extra = sorted({label for label, _ in pairs} - set(classes))
-        if extra:
-            raise UserError(
-                f"'{folders[chosen[split]] / extra[0]}': there is no such class in '{first}'",
-                "the same folder names in every split",
-                did_you_mean(extra[0], classes) or "rename or remove the folder",
-            )
-        labels = np.array([numbers[label] for label, _ in pairs], dtype=np.int64)
-        paths = np.array([os.fsencode(file) for _, file in pairs])
-        splits[split] = whole_split(chosen[split], _Files(paths), labels)
-    splits, more_notes = scored_as_test(splits)
-    return ImageData(name, str(path), classes, splits, notes=(*notes, *more_notes))
-
-
-def _class_files(path: Path) -> list[tuple[str, str]]:
-    """(class, file) of every image, sorted by both."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    labels = [folder.name for folder in _folders(path)]
-    samples = make_dataset(path, {label: i for i, label in enumerate(labels)}, IMG_EXTENSIONS, allow_empty=True)
-    # macOS leaves "._photo.jpg" beside photos; they are not images.
-    return [(labels[number], file) for file, number in samples if not os.path.basename(file).startswith(".")]
+def _without_labels(own: str) -> str:
+    return (
+        f"split '{own}' is left out: its images have no classes (expected {own}/CLASS/*.jpg, or {own}/{own}"
+        "_annotations.txt with a line FILE<TAB>CLASS for every image)"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,25 +10,20 @@ from typing import Any
 
 from sdcli.data.dataset import LAYOUTS
 from sdcli.errors import UserError
+from sdcli.hub import quiet, reach
 
 
 @contextmanager
-def _quiet(show_progress: bool = False) -> Iterator[None]:
-    """Keeps `datasets` and the hub's client from talking on stderr: what goes wrong comes as an exception anyway."""
+def _without_bars() -> Iterator[None]:
+    """Keeps `datasets` from writing to stderr while it opens local files."""
     import datasets
-    from huggingface_hub.utils import logging as hub_logging
 
-    levels = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
     had_bars = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(logging.ERROR)
-    hub_logging.set_verbosity(logging.ERROR)
-    if not show_progress:
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
-        yield
+        with quiet():
+            yield
     finally:
-        datasets.logging.set_verbosity(levels[0])
-        hub_logging.set_verbosity(levels[1])
         if had_bars:
             datasets.enable_progress_bars()
 
@@ -36,9 +31,12 @@ def _quiet(show_progress: bool = False) -> Iterator[None]:
 def load_from_disk(name: str, path: Path) -> dict[str, Any]:
     import datasets
 
-    with _quiet():
+    with _without_bars():
         try:
             loaded = datasets.load_from_disk(str(path))
+        except IndexError:
+            # `datasets` saves a split without rows as no file at all, and then looks for the first one.
+            raise _no_rows(name, "a split") from None
         except (OSError, ValueError, LookupError) as error:
             raise unreadable(name, error) from None
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
@@ -48,7 +46,7 @@ def load_from_folder(name: str, path: Path) -> dict[str, Any]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    with _quiet():
+    with _without_bars():
         try:
             return dict(datasets.load_dataset(str(path)))
         except FileNotFoundError:
@@ -62,18 +60,15 @@ def load_from_hub(name: str, hub: str) -> dict[str, Any]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-    answers = hub_answers(hub)
-    went_offline = datasets.config.HF_HUB_OFFLINE
-    with _quiet(show_progress=True):
+    with reach(hub, "dataset") as silence:
         try:
-            # Without this it tries for half a minute before it looks into the cache.
-            datasets.config.HF_HUB_OFFLINE = went_offline or not answers
             return dict(datasets.load_dataset(hub))
         except ConnectionError:
             raise UserError(
-                f"'{name}' has not been downloaded yet, and the Hugging Face hub cannot be reached",
-                "a network connection, or a local folder",
-                f"elsewhere: hf download --repo-type dataset {hub} --local-dir FOLDER; then here: --dataset FOLDER",
+                f"'{name}' is not in the cache, and {silence or 'the connection to the Hugging Face hub failed'}",
+                "a network connection, a local folder, or a cache that holds it (HF_HOME)",
+                f"on a machine with a network: hf download --repo-type dataset {hub} --local-dir FOLDER; "
+                "then here: --dataset FOLDER",
             ) from None
         except DatasetNotFoundError:
             raise UserError(
@@ -83,24 +78,18 @@ def load_from_hub(name: str, hub: str) -> dict[str, Any]:
             ) from None
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise unreadable(name, error) from None
-        finally:
-            datasets.config.HF_HUB_OFFLINE = went_offline
-
-
-def hub_answers(hub: str) -> bool:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info(hub, timeout=10)
-    except HfHubHTTPError:
-        return True  # what it has against the name, load_dataset says better
-    except Exception:  # which HTTP library is behind it, and what that raises, changes from release to release
-        return False
-    return True
 
 
 def unreadable(name: str, error: Exception) -> UserError:
     cause = error.__cause__ or error
     reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+    if empty := re.fullmatch(r'Instruction "(.+)" corresponds to no data!', reason):
+        return _no_rows(name, f"split '{empty[1]}'")
+    if isinstance(cause, PermissionError):
+        expected = "folders and files that you may read"
+        return UserError(f"'{name}' cannot be opened: {reason}", expected, f"chmod -R u+rX {name}")
     return UserError(f"'{name}' cannot be opened: {reason}", LAYOUTS, "repair it or give another folder")
+
+
+def _no_rows(name: str, split: str) -> UserError:
+    return UserError(f"'{name}': {split} has no rows", "labelled images in every split", "leave the empty split out")

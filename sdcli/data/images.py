@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -9,6 +12,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdcli.errors import UserError
+
+LISTED = 20
+"""How many images an error names."""
 
 
 def read_image(source: bytes | str | Path, where: str) -> Image.Image:
@@ -29,6 +35,34 @@ def read_image(source: bytes | str | Path, where: str) -> Image.Image:
         raise UserError(
             f"{where}: the image cannot be read ({reason})", "a JPEG, PNG, WebP or the like", "replace or remove it"
         ) from None
+
+
+def all_of(errors: Sequence[UserError]) -> UserError:
+    """One error for several images that cannot be read."""
+    if len(errors) == 1:
+        return errors[0]
+    shown = [f"\n    {error.wrong}" for error in errors[:LISTED]]
+    more = f"\n    … ({len(errors) - LISTED} more)" if len(errors) > LISTED else ""
+    return errors[0].but(
+        wrong=f"{len(errors)} images cannot be read:{''.join(shown)}{more}", fix="replace or remove them"
+    )
+
+
+def why_unreadable(file: str) -> str:
+    """What is wrong with an image file as far as shows without opening it, which would wait for ever on a named pipe;
+    "" where nothing is."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return "a broken link" if os.path.islink(file) else "no such file"
+    except OSError as error:
+        return reason_of(error)
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        return kinds.get(stat.S_IFMT(status.st_mode), "a device")
+    if status.st_size == 0:
+        return "empty"
+    return "" if os.access(file, os.R_OK) else "no permission to read it"
 
 
 def reason_of(error: Exception) -> str:

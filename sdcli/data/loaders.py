@@ -30,7 +30,8 @@ def suitable_workers(device: torch.device, preprocess: Preprocess) -> int:
     """
     if device.type == "cpu":
         return 0 if max(preprocess.size) <= SMALL else 1
-    return min(8, os.cpu_count() or 1)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def make_loader(

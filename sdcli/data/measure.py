@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from sdcli.data.dataset import ImageData
+from sdcli.data.images import all_of
 from sdcli.data.transforms import SMALL, Colour, Size
+from sdcli.errors import UserError
 
 
 def measure(data: ImageData) -> tuple[Size | None, Colour, Colour]:
@@ -21,17 +24,31 @@ def measure(data: ImageData) -> tuple[Size | None, Colour, Colour]:
     if data.measured:
         return data.measured
     split = data.splits.get("train") or next(iter(data.splits.values()))
-    first = split.image(0)
+    errors: dict[int, UserError] = {}
+
+    def read(i: int) -> Image.Image | None:
+        try:
+            return split.image(i)
+        except UserError as error:
+            errors[i] = error
+            return None
+
+    first = next(filter(None, map(read, range(min(len(split), 100)))), None)
+    if first is None:
+        raise all_of(list(errors.values()))
     count = min(len(split), 2000, max(100, 50_000_000 // (first.width * first.height)))
     sizes = set()
     pixels, total, squares = 0, np.zeros(3), np.zeros(3)
-    for i in np.linspace(0, len(split) - 1, count).round().astype(int):
-        image = split.image(i)
+    for i in np.linspace(0, len(split) - 1, count).round().astype(int).tolist():
+        if (image := read(i)) is None:
+            continue
         sizes.add((image.height, image.width))
         values = np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255
         pixels += len(values)
         total += values.sum(axis=0, dtype=np.float64)
         squares += np.square(values).sum(axis=0, dtype=np.float64)
+    if errors:
+        raise all_of(list(errors.values()))
     mean = total / pixels
     # An image set of one colour has no spread to divide by.
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))

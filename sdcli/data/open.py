@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdcli.data.dataset import LAYOUTS, NAMED, ImageData, Images, Named, whole_split
-from sdcli.data.folders import open_class_folders, split_folders
+from sdcli.data.dataset import LAYOUTS, NAMED, ImageData, Images, Named, listed, whole_split
+from sdcli.data.folders import open_class_folders
 from sdcli.data.hub import load_from_disk, load_from_folder, load_from_hub, unreadable
+from sdcli.data.images import reason_of
 from sdcli.data.tables import open_tables
-from sdcli.errors import UserError, did_you_mean, unknown
+from sdcli.errors import UserError, unknown
 
 _LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -45,7 +48,16 @@ def open_dataset(name: str, *, image_key: str | None = None, label_key: str | No
             "two classes or more",
             "give the folder of class folders",
         )
-    return data
+    return replace(data, notes=(*data.notes, *_missing_classes(data)))
+
+
+def _missing_classes(data: ImageData) -> list[str]:
+    notes = []
+    for split, counts in data.class_counts().items():
+        if missing := [name for name, count in zip(data.classes, counts, strict=True) if not count]:
+            which = f"{len(missing)} of {len(data.classes)} classes"
+            notes.append(f"split '{data.splits[split].name}' has no images of {which}: {listed(missing)}")
+    return notes
 
 
 def _open(name: str, image_key: str | None, label_key: str | None) -> ImageData:
@@ -55,11 +67,16 @@ def _open(name: str, image_key: str | None, label_key: str | None) -> ImageData:
             refuse_columns(name, image_key, label_key)
             return _open_shipped(name, known)
         return open_tables(name, name, load_from_hub(name, known.hub), image_key, label_key, known)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:
+        shown = name if len(name) <= 100 else f"{name[:100]}… ({len(name)} characters)"
+        raise UserError(f"the path '{shown}' cannot be opened: {reason_of(error)}", LAYOUTS, "check the path") from None
+    if is_folder:
         return _open_folder(name, path.resolve(), image_key, label_key)
-    if path.exists():
-        raise UserError(f"'{name}' is a file", LAYOUTS, f"give its folder, '{path.parent}'")
+    if exists:
+        raise UserError(f"'{name}' is a file", LAYOUTS, _instead_of_file(path))
     # "data/cifar" has the form of a hub id; where there is a folder "data" it is a mistyped path.
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return open_tables(name, name, load_from_hub(name, name), image_key, label_key, Named(name))
@@ -79,11 +96,20 @@ def _missing_path(name: str, path: Path) -> UserError:
     parent = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(parent).parts[0]
     try:
-        there = [entry.name for entry in parent.iterdir()]
+        folders = [entry.name for entry in parent.iterdir() if entry.is_dir()]
     except OSError:
-        there = []
-    fix = did_you_mean(missing, there) or "check the path"
+        folders = []
+    near = get_close_matches(missing, folders, n=1, cutoff=0.75)
+    fix = f"did you mean '{near[0]}'?" if near else "check the path"
     return UserError(f"the path '{name}' does not exist: there is no '{missing}' in '{parent}'", LAYOUTS, fix)
+
+
+def _instead_of_file(path: Path) -> str:
+    if path.suffix in (".parquet", ".arrow"):
+        return f"give its folder, '{path.parent}'"
+    if path.suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"):
+        return "unpack it and give the folder"
+    return "put the images of each class into a folder of their own, and give the folder above"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +135,21 @@ def _open_shipped(name: str, known: Named) -> ImageData:
 
 
 def _open_folder(name: str, path: Path, image_key: str | None, label_key: str | None) -> ImageData:
+    home = Path(os.path.expanduser("~"))
+    if path == Path(path.anchor) or path == home or path in home.parents:
+        # Every file below would be looked at.
+        raise UserError(f"'{name}' is not the folder of a data set", LAYOUTS, "give the data set's own folder")
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         return open_tables(name, str(path), load_from_disk(name, path), image_key, label_key, Named(None))
     # Tables first: a hub repository may hold a few pictures beside them. Two levels are what the hub's layouts use.
     patterns = ("*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
     try:
         has_tables = any(next(path.glob(pattern), None) for pattern in patterns)
-        if not has_tables and (folders := split_folders(path)):
+        if not has_tables and (data := open_class_folders(name, path)):
             refuse_columns(name, image_key, label_key)
-            return open_class_folders(name, path, folders)
+            return data
     except OSError as error:
         raise unreadable(name, error) from None
+    if str(path).encode(errors="replace") != os.fsencode(path):
+        raise UserError(f"'{name}': the path is not valid UTF-8", "UTF-8, for data sets of tables", "rename the folder")
     return open_tables(name, str(path), load_from_folder(name, path), image_key, label_key, Named(None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdcli.data.dataset import ImageData, Images, Named, whole_split
-from sdcli.data.images import read_image
+from sdcli.data.dataset import ImageData, Images, Named, counted, listed, whole_split
+from sdcli.data.images import read_image, why_unreadable
 from sdcli.data.splits import scored_as_test, standard_splits
 from sdcli.errors import UserError, did_you_mean
 
@@ -29,6 +30,8 @@ class Rows(Images):
     place: str
     table: Any
     key: str
+    folders: tuple[str, ...] = ()
+    """Real paths: a row may name a file in one of them instead of holding an image, and relative to the first."""
 
     @cached_property
     def _column(self) -> Any:
@@ -40,13 +43,40 @@ class Rows(Images):
         return {name: value for name, value in self.__dict__.items() if name != "_column"}
 
     def read(self, row: int) -> Image.Image:
-        where = f"{self.place}, row {row}"
         value = self._column[row].as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not value:
-            raise UserError(f"{where}: there is no image", "an image in every row", "remove the row")
-        return read_image(value, where)
+        image = value.get("bytes") if isinstance(value, dict) else value
+        return read_image(image or self._file(value["path"]), f"{self.place}, row {row}")
+
+    def check(self) -> None:
+        """Raises UserError for rows that hold no image, or name a file that cannot be read or is not the data set's."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column, is_struct = self._column, pa.types.is_struct(self._column.type)
+        held = pc.struct_field(column, "bytes") if is_struct else column
+        rows = pc.indices_nonzero(pc.fill_null(pc.equal(pc.binary_length(held), 0), True)).to_pylist()
+        wrong = []
+        for row in rows:
+            path = (column[row].as_py() or {}).get("path") if is_struct else None
+            if reason := self._why_unreadable(path):
+                wrong.append(f"row {row} ({reason})")
+        if wrong:
+            raise UserError(
+                f"{self.place}: {counted(len(wrong), 'row')} without an image that can be read: {listed(wrong)}",
+                "an image in every row, or the path of one inside the folder of the data set",
+                "repair or remove them",
+            )
+
+    def _file(self, path: str) -> str:
+        return os.path.join(self.folders[0], path) if self.folders else path
+
+    def _why_unreadable(self, path: str | None) -> str:
+        if not path or "\0" in path:
+            return "no image"
+        file = os.path.realpath(self._file(path))
+        if not any(os.path.commonpath([folder, file]) == folder for folder in self.folders):
+            return f"'{path}' is outside of the data set"
+        return f"'{path}': {reason}" if (reason := why_unreadable(file)) else ""
 
     def identity(self) -> tuple[int, str] | None:
         return self.table.num_rows, f"{self.table._fingerprint} {self.key}"
@@ -74,10 +104,11 @@ def open_tables(
     if not values:
         raise UserError(f"{name}: there is no image with a '{label_key}'", "labelled images", "try another --label-key")
     classes, numbers = _classes(name, label_key, features[label_key], next(iter(values.values())))
-    splits = {}
+    splits, folders = {}, _image_folders(source)
     for split, own_values in values.items():
         place = _place(name, chosen[split])
-        rows = Rows(place, tables[chosen[split]].select_columns([image_key]), image_key)
+        rows = Rows(place, tables[chosen[split]].select_columns([image_key]), image_key, folders)
+        rows.check()
         splits[split] = whole_split(chosen[split], rows, _class_numbers(place, label_key, own_values, numbers))
     splits, more_notes = scored_as_test(splits)
     return ImageData(
@@ -91,6 +122,16 @@ def open_tables(
         notes=(*notes, *more_notes),
         measured=known.measured,
     )
+
+
+def _image_folders(source: str) -> tuple[str, ...]:
+    """Where the images of a data set may lie: its own folder, and where `datasets` puts files and unpacked archives."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    own = (source,) if os.path.isabs(source) else ()
+    return tuple(os.path.realpath(folder) for folder in (*own, *caches))
 
 
 def _place(name: str, split: str) -> str:

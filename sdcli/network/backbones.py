@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from sdcli.errors import UserError, did_you_mean, unknown
+from sdcli.hub import reach
 from sdcli.network.cuts import find_stages
 from sdcli.network.stem import (
     SMALLEST_MAP,
@@ -143,15 +145,25 @@ def build(
     device: str = "meta",
     pretrained: bool = False,
 ) -> nn.Module:
-    """timm's `create_model`, with one UserError for whatever it raises."""
+    """timm's `create_model`, with one UserError for whatever it raises. Waits seconds for the Hugging Face hub, then
+    takes what has been downloaded before."""
     import timm
 
+    repo = _repository(model) if pretrained else ""
+    silence = ""
     try:
-        with torch.device(device):
+        with torch.device(device), reach(repo, "model") if repo else nullcontext("") as silence:
             built = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **model_args)
     except Exception as error:
-        # timm and its models raise whatever comes: asserts, KeyError, errors of the hub.
+        # timm and its models raise anything: asserts, KeyError, errors of the hub.
         reason = " ".join(str(error).split()) or type(error).__name__
+        if silence and isinstance(error, OSError):
+            raise UserError(
+                f"pretrained weights of '{model}' are not in the cache, and {silence}",
+                "a network connection, or a cache that holds them (HF_HOME)",
+                f"on a machine with a network: hf download {repo}, then copy its cache; "
+                "or --weights FILE.safetensors; or leave --pretrained out",
+            ) from error
         if pretrained:
             raise UserError(
                 f"pretrained weights of '{model}' cannot be loaded: {reason}",
@@ -162,6 +174,17 @@ def build(
         raise UserError(f"timm cannot build '{model}'" + (f" with {what}" if what else "") + f": {reason}") from error
     assert isinstance(built, nn.Module)
     return built
+
+
+def _repository(model: str) -> str:
+    """The repository of a model's weights on the Hugging Face hub; "" if they are elsewhere."""
+    import timm
+
+    kind, _, name = model.partition(":")
+    if name:
+        return "" if kind == "local-dir" else name.partition("@")[0]
+    known = timm.get_pretrained_cfg(model)
+    return (known.hf_hub_id or "") if known else ""
 
 
 def _check_name(model: str) -> None:
@@ -184,13 +207,21 @@ def _described(source: str) -> tuple[str, dict[str, Any]]:
 
     Raises UserError if the source is not available.
     """
-    from timm.models import load_model_config_from_hf, load_model_config_from_path
+    from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
     kind, _, name = source.partition(":")
+    repo, silence = _repository(source), ""
     try:
-        load = load_model_config_from_path if kind == "local-dir" else load_model_config_from_hf
-        _, model, arguments = load(Path(name) if kind == "local-dir" else name)
+        with reach(repo, "model") if repo else nullcontext("") as silence:
+            load = load_model_config_from_path if kind == "local-dir" else load_model_config_from_hf
+            _, model, arguments = load(Path(name) if kind == "local-dir" else name)
     except Exception as error:  # the hub's client raises whatever comes
+        if silence and isinstance(error, OSError):
+            raise UserError(
+                f"'{source}' is not in the cache, and {silence}",
+                "a network connection, or a cache that holds it (HF_HOME)",
+                f"on a machine with a network: hf download {repo}, then copy its cache",
+            ) from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"'{source}' is not available: {reason}",

@@ -1,0 +1,102 @@
+"""The Hugging Face hub, asked once and for seconds; where it does not answer, its libraries look into their caches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Thread
+from types import ModuleType
+from typing import Literal
+
+CLIENTS = ("huggingface_hub", "datasets", "urllib3")
+"""The loggers of the libraries that talk to the hub."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps retries and other warnings of the hub's libraries off stderr: what goes wrong arrives as an exception."""
+    loggers = [logging.getLogger(name) for name in CLIENTS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def reach(repo: str, kind: Literal["dataset", "model"]) -> Iterator[str]:
+    """Asks the hub for `repo`. Where it does not answer, or the user has set HF_HUB_OFFLINE, its libraries use nothing
+    but their caches within the block, without retries, and the reason is yielded; "" where it answers.
+
+    Logs what it waits for. The hub is asked once for each repository.
+    """
+    switches = _switches(kind)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    with quiet():
+        silence = "HF_HUB_OFFLINE is set" if any(before) else ""
+        if not silence and not _answers(repo, kind):
+            silence = "the Hugging Face hub does not answer"
+        try:
+            for switch in switches:
+                switch.HF_HUB_OFFLINE = bool(silence)  # type: ignore[attr-defined]
+            yield silence
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+    if silence and not any(before):
+        _note_cached(repo)
+
+
+def _switches(kind: str) -> list[ModuleType]:
+    """The modules that hold HF_HUB_OFFLINE: the hub's client and `datasets`, which may have a setting of its own."""
+    from huggingface_hub import constants
+
+    if kind == "model":
+        return [constants]
+    from datasets import config
+
+    return [constants, config]
+
+
+@cache
+def _answers(repo: str, kind: str) -> bool:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # Also what its client gives the hub for each try; there are up to six, and for every file.
+    patience_s = constants.HF_HUB_ETAG_TIMEOUT
+    _LOG.info("asking the Hugging Face hub for %s (up to %s s)", repo, patience_s)
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            HfApi().repo_info(repo, repo_type=kind, timeout=patience_s)
+        except HfHubHTTPError as error:
+            # What the hub has against the name, a download says better. Proxies answer 502 to 504 in its place.
+            answers.append(error.response.status_code < 500)
+        except HFValidationError:
+            answers.append(True)
+        except Exception:  # which HTTP library is behind it, and what that raises, changes from release to release
+            answers.append(False)
+        else:
+            answers.append(True)
+
+    # In a thread, since the timeout holds for each of the hub's addresses, and not for looking these up.
+    asking = Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(patience_s)
+    return bool(answers) and answers[0]
+
+
+@cache
+def _note_cached(repo: str) -> None:
+    _LOG.warning(
+        "no answer from the Hugging Face hub: %s is taken from the cache (HF_HUB_OFFLINE=1 skips the wait)", repo
+    )
