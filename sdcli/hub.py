@@ -70,7 +70,7 @@ def _answers(repo: str, kind: str) -> bool:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # Also what its client gives the hub for each try; there are up to six, and for every file.
+    # The libraries wait as long for each of up to six tries, and that for every file.
     patience_s = constants.HF_HUB_ETAG_TIMEOUT
     _LOG.info("asking the Hugging Face hub for %s (up to %s s)", repo, patience_s)
     answers: list[bool] = []
@@ -79,7 +79,7 @@ def _answers(repo: str, kind: str) -> bool:
         try:
             HfApi().repo_info(repo, repo_type=kind, timeout=patience_s)
         except HfHubHTTPError as error:
-            # What the hub has against the name, a download says better. Proxies answer 502 to 504 in its place.
+            # The download reports a wrong name. Proxies answer 502 to 504 for a hub that they cannot reach.
             answers.append(error.response.status_code < 500)
         except HFValidationError:
             answers.append(True)

@@ -129,7 +129,7 @@ def test_images_are_decoded_once(opened: ImageData, cache: Path, monkeypatch: py
     read: list[int] = []
     monkeypatch.setattr(Rows, "read", lambda rows, row: read.append(row) or noise(row))
     assert len(pixels_of(again)) == 40
-    assert read == [0], "the first image tells whether images are small"
+    assert read == [0], "the first image shows whether images are small"
     assert len(files(cache)) == 1
 
 
@@ -140,7 +140,7 @@ def test_training_and_validation_share_the_file(opened: ImageData, cache: Path) 
     assert len(files(cache)) == 1
 
 
-def test_small_part_of_a_table_is_not_worth_a_file(opened: ImageData, cache: Path) -> None:
+def test_small_part_of_a_table_gets_no_file(opened: ImageData, cache: Path) -> None:
     part = opened.splits["train"].select([39, 3, 7])
     pixels = pixels_of(part)
     assert holds(pixels, part) and pixels.array.shape[0] == 3 and not files(cache)
@@ -239,7 +239,7 @@ def test_folder_that_cannot_be_written_is_a_note_and_images_are_in_memory(
     assert pixels is not None and holds(pixels, opened.splits["train"])
     path = tmp_path / "file" / "folder"
     assert notes == [
-        f"decoded images are not kept for the next run: [Errno 20] Not a directory: '{path}' (see SDCLI_CACHE)"
+        f"failed to cache decoded images: [Errno 20] Not a directory: '{path}' (SDCLI_CACHE sets the folder)"
     ]
 
 
@@ -252,9 +252,7 @@ def test_full_disk_is_a_note_and_images_are_in_memory(
     monkeypatch.setattr(cached.os, "fsync", full)
     pixels, notes = cached_pixels(opened.splits["train"], PREPROCESS)
     assert pixels is not None and holds(pixels, opened.splits["train"])
-    assert notes == [
-        "decoded images are not kept for the next run: [Errno 28] No space left on device (see SDCLI_CACHE)"
-    ]
+    assert notes == ["failed to cache decoded images: [Errno 28] No space left on device (SDCLI_CACHE sets the folder)"]
     assert not files(cache)
 
 
@@ -364,13 +362,13 @@ def test_epochs_differ_in_order_and_variation_and_come_back_the_same() -> None:
     assert sum(torch.equal(images[0][i], images[1][i]) for i in range(32)) < 3
 
 
-def test_run_goes_on_in_the_middle_of_an_epoch() -> None:
+def test_run_resumes_within_an_epoch() -> None:
     whole, rest = pass_over(loader_of(split_of(40)), 4), pass_over(loader_of(split_of(40)), 4, skip_updates=3)
     assert equal(Batch(whole.images[24:], whole.labels[24:], whole.index[24:]), rest)
 
 
 @pytest.mark.parametrize("count", [64, 61, 52, 50, 49, 48])
-def test_two_processes_share_out_the_batches_of_one(count: int) -> None:
+def test_two_processes_divide_the_batches_of_one(count: int) -> None:
     split = split_of(count)
     alone = loader_of(split, batch_size=16)
     two = [loader_of(split, batch_size=16, rank=rank, world=2) for rank in (0, 1)]

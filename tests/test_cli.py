@@ -576,7 +576,7 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
         (["test_resnet", "--dataset", "digits", "--device", "cpu", "--precision", "fp16"],
          "--precision fp16 on a CPU\n  expected: fp32, or bf16\n  fix:      --precision bf16"),
         (["test_mambaout", *QUICK, "--grad-checkpointing", "--batch-size", 30, "--grad-accum-steps", 7],
-         "a batch of 30 images cannot be shared out evenly to 1 processes in 7 parts each\n"
+         "a batch of 30 images cannot be divided evenly among 1 process with 7 micro-batches\n"
          "  expected: a multiple of 7\n  fix:      --batch-size 28"),
     ],
 )  # fmt: skip

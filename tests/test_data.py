@@ -151,7 +151,7 @@ def test_parquet_folder_opens_with_columns_and_classes_found(tmp_path: Path) -> 
     np.testing.assert_array_equal(np.asarray(opened.splits["train"].image(2)), np.asarray(noise(2)))
 
 
-def test_opening_a_folder_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_opening_a_folder_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = parquet(tmp_path / "set", train=table([0, 1]), test=table([1, 0]))
     capfd.readouterr()
     open_dataset(str(folder))
@@ -250,7 +250,7 @@ def test_tiny_imagenet_opens_as_it_is_unpacked(tmp_path: Path) -> None:
         "split 'test' is left out: its images have no classes (expected test/CLASS/*.jpg, or "
         "test/test_annotations.txt with a line FILE<TAB>CLASS for every image)",
         "skipped 2 files without the extension of an image: train/n1/n1_boxes.txt, train/n2/n2_boxes.txt",
-        "there is no test split with labels: split 'val' takes its place",
+        "no labelled test split: split 'val' is scored instead",
     )
 
 
@@ -462,7 +462,7 @@ def test_validation_is_scored_where_there_is_no_test_split(tmp_path: Path) -> No
     opened = open_dataset(str(parquet(tmp_path / "set", train=table([0, 1]), validation=table([1, 0]))))
     assert list(opened.splits) == ["train", "test"]
     assert opened.splits["test"].name == "validation"
-    assert opened.notes == ("there is no test split with labels: split 'validation' takes its place",)
+    assert opened.notes == ("no labelled test split: split 'validation' is scored instead",)
 
 
 def test_test_split_with_secret_labels_is_left_out(tmp_path: Path) -> None:
@@ -471,14 +471,14 @@ def test_test_split_with_secret_labels_is_left_out(tmp_path: Path) -> None:
     assert opened.splits["test"].name == "validation"
     assert opened.notes == (
         "split 'test' is left out: it has no labels",
-        "there is no test split with labels: split 'validation' takes its place",
+        "no labelled test split: split 'validation' is scored instead",
     )
 
 
 def test_set_without_any_label_is_an_error(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "set", test=table([-1, None]))
     assert message(lambda: open_dataset(str(folder))) == (
-        f"{folder}: there is no image with a 'label'\n  expected: labelled images\n  fix:      try another --label-key"
+        f"{folder}: no image has a 'label'\n  expected: labelled images\n  fix:      try another --label-key"
     )
 
 
@@ -541,7 +541,9 @@ def test_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", ["{parent}/picturs/set", "./picturs", "picturs/set"])
-def test_mistyped_path_is_said_not_to_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_mistyped_path_is_an_error_with_the_nearest_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "picturs").mkdir() if name == "picturs/set" else None
     (tmp_path / "picturs" / "sets").mkdir() if name == "picturs/set" else None
@@ -639,7 +641,7 @@ def test_folder_with_a_single_class_is_an_error(tmp_path: Path) -> None:
     assert message(lambda: open_dataset(str(folder))) == (
         f"'{folder}' has a single class, 'images'\n"
         "  expected: two classes or more\n"
-        "  fix:      give the folder of class folders"
+        "  fix:      give the folder that holds the class folders"
     )
 
 
@@ -705,7 +707,7 @@ def test_missing_label_column_lists_the_others(tmp_path: Path) -> None:
     rows = table([0, 1], width=(datasets.Value("float32"), [1.0, 2.0])).remove_columns("label")
     folder = parquet(tmp_path / "set", train=rows)
     assert message(lambda: open_dataset(str(folder))) == (
-        f"{folder}: no column of labels was found\n"
+        f"{folder}: no column of labels found\n"
         "  expected: another column than img, width\n"
         "  fix:      choose another data set"
     )
@@ -715,7 +717,7 @@ def test_two_possible_labels_are_the_users_choice(tmp_path: Path) -> None:
     rows = table([0, 1], size=(datasets.Value("int64"), [4, 4])).rename_column("label", "kind")
     folder = parquet(tmp_path / "set", train=rows)
     assert message(lambda: open_dataset(str(folder))) == (
-        f"{folder}: kind and size may each be the column of labels\n  expected: one\n  fix:      --label-key kind"
+        f"{folder}: kind and size could each be the column of labels\n  expected: one of them\n  fix:      --label-key kind"
     )
 
 
@@ -723,9 +725,9 @@ def test_column_of_row_numbers_is_not_taken_for_labels(tmp_path: Path) -> None:
     rows = table([0, 1, 2], datasets.Value("int64")).rename_column("label", "id")
     folder = parquet(tmp_path / "set", train=rows)
     assert message(lambda: open_dataset(str(folder))) == (
-        f"{folder}: every image has another 'id'\n"
-        "  expected: a column of labels, shared by many images\n"
-        "  fix:      give --label-key"
+        f"{folder}: 'id' is different for every image\n"
+        "  expected: a column of labels, which many images share\n"
+        "  fix:      name it with --label-key"
     )
 
 
@@ -749,7 +751,7 @@ def test_label_that_train_does_not_have_is_named_by_its_row(tmp_path: Path) -> N
     text = datasets.Value("string")
     folder = parquet(tmp_path / "set", train=table(["owl", "bat", "owl"], text), test=table(["bat", "ant"], text))
     assert message(lambda: open_dataset(str(folder))).splitlines()[0] == (
-        f"{folder}, split 'test', row 1: label = 'ant': 'ant' is none of the classes"
+        f"{folder}, split 'test', row 1: label = 'ant': 'ant' is not one of the classes"
     )
 
 
@@ -806,7 +808,7 @@ def test_floating_point_image_is_refused_since_its_range_is_unknown() -> None:
     source = saved(Image.new("F", (2, 2), 0.5), "tiff")
     assert message(lambda: read_image(source, "here")) == (
         "here: the image cannot be read (32-bit values without a known range)\n"
-        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  expected: a JPEG, PNG, WebP or similar file\n"
         "  fix:      replace or remove it"
     )
 
@@ -820,10 +822,10 @@ def broken(tmp_path: Path) -> Split:
 
 
 def test_broken_image_in_a_table_is_named_by_its_row(broken: Split, tmp_path: Path) -> None:
-    # The place in the original split, not in the selection.
+    # The index in the original split, not in the selection.
     assert message(lambda: broken.select([3, 2]).image(1)) == (
         f"{tmp_path}/broken, split 'train', row 2: the image cannot be read (unknown format)\n"
-        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  expected: a JPEG, PNG, WebP or similar file\n"
         "  fix:      replace or remove it"
     )
 
@@ -916,7 +918,7 @@ def test_measuring_names_every_image_that_cannot_be_read(tmp_path: Path) -> None
         "2 images cannot be read:\n"
         f"    '{folder}/cat/0.png': the image cannot be read (unknown format)\n"
         f"    '{folder}/dog/1.png': the image cannot be read (unknown format)\n"
-        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  expected: a JPEG, PNG, WebP or similar file\n"
         "  fix:      replace or remove them"
     )
 
@@ -935,7 +937,7 @@ def test_split_pickles_without_its_pixels(tmp_path: Path, kind: str) -> None:
     np.testing.assert_array_equal(np.asarray(pickle.loads(copy).image(1)), first)
 
 
-# Sharing out
+# Splitting
 
 
 @given(
@@ -968,7 +970,7 @@ def test_hold_out_depends_on_the_seed_alone() -> None:
     assert first == again != other
 
 
-def test_hold_out_stays_what_it_was_when_it_was_released() -> None:
+def test_hold_out_is_the_same_as_in_the_first_release() -> None:
     """Written down: a checkpoint names its validation images by fraction and seed alone."""
     _, validation = hold_out(split_of([0, 1] * 10), 0.2, 42)
     assert validation is not None
@@ -1022,8 +1024,8 @@ def test_set_without_a_training_split_cannot_be_trained_on(tmp_path: Path) -> No
 def test_something_is_left_to_score(tmp_path: Path) -> None:
     opened = open_dataset(str(class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")))
     assert message(lambda: training_splits(opened, 0.0, 0)) == (
-        f"'{tmp_path}/set' has nothing to score\n"
-        "  expected: a test split, or a part of train\n"
+        f"'{tmp_path}/set' has no test split, and no validation images are held out\n"
+        "  expected: images to score\n"
         "  fix:      --val-fraction 0.1"
     )
 
@@ -1181,7 +1183,7 @@ def test_every_policy_varies_images(policy: str) -> None:
         "3b",
     ],
 )
-def test_policy_that_there_is_not_is_an_error(policy: str) -> None:
+def test_unknown_policy_is_an_error(policy: str) -> None:
     with pytest.raises(UserError):
         transforms.check_policy(policy)
 
@@ -1241,7 +1243,7 @@ def loader_of(
     return loaders.make_loader(split, transform, order, seed=seed if train else None, workers=workers)
 
 
-def test_batch_holds_images_labels_and_places(tmp_path: Path) -> None:
+def test_batch_holds_images_labels_and_index(tmp_path: Path) -> None:
     split = split_of([0, 1, 1, 0, 1, 1]).select([5, 3, 2])
     batch = next(iter(loader_of(split, train=False)))
     assert batch.images.shape == (3, 3, 32, 32) and batch.images.dtype == torch.float32
@@ -1296,7 +1298,7 @@ def test_images_of_a_batch_vary_each_on_its_own() -> None:
     assert len({image.numpy().tobytes() for image in batch.images}) > 12
 
 
-def test_run_goes_on_in_the_middle_of_an_epoch() -> None:
+def test_run_resumes_within_an_epoch() -> None:
     loader = loader_of(split_of([0, 1] * 9))
     whole, rest = pass_over(loader, 2), pass_over(loader, 2, skip_updates=3)
     assert torch.equal(rest.index, whole.index[12:])
@@ -1332,7 +1334,7 @@ def test_last_training_batch_of_one_image_is_left_out() -> None:
 def batches_of(count: int, size: int, **options: object) -> list[list[int]]:
     order = loaders.EpochBatches(split_of([0] * count), size, **options)  # type: ignore[arg-type]
     order.set_epoch(3)
-    batches = [places.tolist() for places in order.places()]
+    batches = [places.tolist() for places in order.positions()]
     assert len(order) == len(batches)
     return batches
 
@@ -1349,15 +1351,15 @@ def test_processes_and_parts_share_the_updates_of_one_process(count: int, world:
     assert len({len(share) for share in shares}) == 1
     for update, whole in zip(updates, alone, strict=False):
         assert len(set(update)) == len(update)
-        # The last one is made smaller so that all get as many, and none a single image.
+        # The last one is smaller, so that all get equally many, and none a single image.
         assert set(update) <= set(whole) and len(whole) - len(update) < world * parts
     assert len(updates) >= count // 8
     assert all(len(batch) == len(shares[0][i]) >= 2 for share in shares for i, batch in enumerate(share))
 
 
-def test_a_batch_that_cannot_be_shared_out_evenly_is_an_error() -> None:
+def test_a_batch_that_cannot_be_divided_evenly_is_an_error() -> None:
     assert message(lambda: loaders.EpochBatches(split_of([0] * 40), 10, seed=1, world=2, parts=2)) == (
-        "a batch of 10 images cannot be shared out evenly to 2 processes in 2 parts each\n"
+        "a batch of 10 images cannot be divided evenly among 2 processes with 2 micro-batches\n"
         "  expected: a multiple of 4\n"
         "  fix:      --batch-size 8"
     )
@@ -1384,7 +1386,7 @@ def test_broken_image_arrives_as_the_same_error_from_every_process(broken: Split
         list(loader)
     assert str(caught.value) == (
         f"{tmp_path}/broken, split 'train', row 2: the image cannot be read (unknown format)\n"
-        "  expected: a JPEG, PNG, WebP or the like\n"
+        "  expected: a JPEG, PNG, WebP or similar file\n"
         "  fix:      replace or remove it"
     )
 

@@ -133,7 +133,7 @@ def test_views_are_the_same_images_varied_anew_and_mates_are_of_the_same_class(t
     assert not torch.equal(first.views["view"], first.images)
     assert not torch.equal(first.views["mate"][:4], later.views["mate"][:4])
     loader = training.loader
-    mates = loader.beside.places("mate", 1, np.arange(len(loader.split)))
+    mates = loader.beside.positions("mate", 1, np.arange(len(loader.split)))
     assert (loader.split.labels[mates] == loader.split.labels).all()
     assert 0 < (mates == np.arange(len(mates))).mean() < 0.6, "some are their own mates, by chance"
     # The mate is a constant: its pass has no gradient, and the network is the same.
@@ -147,7 +147,7 @@ def test_groups_of_a_class_stay_together_whatever_shares_them() -> None:
     seen: list[int] = []
     for share in shares:
         assert len(share) == 4
-        for places in share.places():
+        for places in share.positions():
             groups = places.reshape(-1, 3)
             assert (labels[groups] == labels[groups[:, :1]]).all()
             assert all(len(set(group)) == 3 for group in groups.tolist())

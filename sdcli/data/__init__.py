@@ -1,1 +1,1 @@
-"""Images: opened, split, varied and batched."""
+"""Images: opened, split, augmented and batched."""

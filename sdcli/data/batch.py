@@ -18,9 +18,9 @@ class Batch:
     images: Tensor
     """[B, 3, H, W], normalised."""
     labels: Tensor
-    """Class numbers [B]."""
+    """Class indices [B]."""
     index: Tensor
-    """Each image's position in its split [B]: the key of everything that is remembered per training image."""
+    """Each image's position in its split [B]: the key of all state that is kept per training image."""
     views: dict[str, Tensor] = field(default_factory=dict)
     """The recipe's views of these images [B, 3, H, W], by name."""
     whole: int = 0

@@ -1,7 +1,7 @@
-"""Small images decoded once: their bytes in one file that is mapped into memory, for this run and all later ones.
+"""Small images decoded once, into a memory-mapped file for this run and all later ones.
 
-Files lie in `cache_folder`, one for each table and input size, named by a hash of what they hold. They can be deleted
-at any time; nothing else removes them.
+The files are in `cache_folder`, one for each table and input size, named by a hash of their content. They can be
+deleted at any time; sdcli never deletes them.
 
 C channels, H W the input's height and width in pixels, M images of a file, N images of a split
 """
@@ -33,14 +33,14 @@ from sdcli.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Raised when the same data set would give other bytes than before."""
+"""Increased when the same data set would give other bytes than before."""
 MEMORY = 2 * 2**30
-"""How many bytes may be held in memory where there is no file."""
+"""Bytes that may be held in memory if there is no file."""
 CHUNK = 1024
-"""How many images are decoded before they are written."""
+"""Images decoded before they are written."""
 
 _Chunk: TypeAlias = tuple[int, NDArray[np.uint8]]
-"""Where it starts, and images [≤ CHUNK, C, H, W]."""
+"""Its start, and images [≤ CHUNK, C, H, W]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,27 +55,27 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Copies of the images at these places of the split [B, C, H, W]."""
-        return self.array[self.rows[places]]
+    def take(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Copies of the images at these positions in the split [B, C, H, W]."""
+        return self.array[self.rows[positions]]
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept: `SDCLI_CACHE`, else the folder sdcli in `XDG_CACHE_HOME`, else ~/.cache/sdcli."""
+    """The folder of decoded images: `SDCLI_CACHE`, else sdcli in `XDG_CACHE_HOME`, else ~/.cache/sdcli."""
     if own := os.environ.get("SDCLI_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdcli"
 
 
 def cached_pixels(split: Split, preprocess: Preprocess) -> tuple[Pixels | None, list[str]]:
-    """The split's images as bytes, decoded at most once per data set and input size, and what to tell the user.
+    """The split's images as bytes, decoded at most once per data set and input size, and notes for the user.
 
-    None where images or the input are larger than `SMALL`, and where there are more than `MEMORY` bytes and no file can
-    be written: then images are to be read one by one. A large image late in the table is found late. Bytes are those
-    that `transforms.eval_transform` normalises: images of another size are brought to the input size the same way.
+    None if images or the input are larger than `SMALL`, or if they need more than `MEMORY` bytes and no file can be
+    written: images are then read one by one. A large image late in the table is found late. The bytes are those that
+    `transforms.eval_transform` normalises: images of another size are resized to the input size the same way.
 
     The file holds the whole table that the split is part of, so that training and validation share it. Less than an
-    eighth of a table is not worth a file: it is decoded into memory. Raises UserError for an image that cannot be read.
+    eighth of a table is decoded into memory instead. Raises one UserError for all images that cannot be read.
     """
     if max(preprocess.size) > SMALL or _begins_large(split):
         return None, []
@@ -102,13 +102,13 @@ def _begins_large(split: Split) -> bool:
     try:
         return max(split.image(0).size) > SMALL
     except UserError:
-        return False  # decoding reports it, along with all others
+        return False  # decoding reports it, together with all others
 
 
 def _from_file(
     images: Images, num_images: int, fingerprint: str, preprocess: Preprocess, notes: list[str], *, make: bool
 ) -> NDArray[np.uint8] | None:
-    """All images of a table, from the file that there is, or that is made where it should be; else None and a note."""
+    """All images of a table from its file, written first if `make` is set; None, with a note, if that fails."""
     path = cache_folder() / f"{_file_name(fingerprint, num_images, preprocess)}.npy"
     shape = (num_images, *preprocess.input_size)
     array = _opened(path, shape)
@@ -116,31 +116,31 @@ def _from_file(
         try:
             _write(path, shape, _decoded(images, np.arange(num_images), preprocess))
         except OSError as error:
-            notes.append(f"decoded images are not kept for the next run: {error} (see SDCLI_CACHE)")
-        # Even then: another process may have made it.
+            notes.append(f"failed to cache decoded images: {error} (SDCLI_CACHE sets the folder)")
+        # Also after a failure: another process may have written it.
         array = _opened(path, shape)
     return array
 
 
 class _LargeImage(Exception):
-    """An image is larger than `SMALL`: it is to be cropped anew each time, not kept."""
+    """An image is larger than `SMALL`: it is cropped anew each time, so it cannot be cached."""
 
 
 def _file_name(fingerprint: str, num_images: int, preprocess: Preprocess) -> str:
-    # Pillow's releases decode and resize a little differently.
+    # Pillow releases decode and resize slightly differently.
     parts = (FORMAT, PIL.__version__, fingerprint, num_images, preprocess.input_size, preprocess.interpolation)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _decoded(images: Images, rows: NDArray[np.int64], preprocess: Preprocess) -> Iterator[_Chunk]:
-    """The images at these rows, `CHUNK` at a time. In one thread: so small an image is mostly Python's work."""
+    """The images at these rows, `CHUNK` at a time. Single-threaded: small images mostly cost Python's time."""
     whole = squash(preprocess)
     _LOG.info("decoding %s images", f"{len(rows):,}")
     errors = []
     for start in range(0, len(rows), CHUNK):
         chosen = rows[start : start + CHUNK].tolist()
         chunk = np.empty((len(chosen), *preprocess.input_size), dtype=np.uint8)
-        for place, row in enumerate(chosen):
+        for position, row in enumerate(chosen):
             try:
                 image = images.read(row)
             except UserError as error:
@@ -148,7 +148,7 @@ def _decoded(images: Images, rows: NDArray[np.int64], preprocess: Preprocess) ->
                 continue
             if max(image.size) > SMALL:
                 raise _LargeImage
-            chunk[place] = np.asarray(whole(image)).transpose(2, 0, 1)
+            chunk[position] = np.asarray(whole(image)).transpose(2, 0, 1)
         _LOG.debug("decoding images: %s of %s", f"{start + len(chosen):,}", f"{len(rows):,}")
         if not errors:
             yield start, chunk
@@ -157,7 +157,7 @@ def _decoded(images: Images, rows: NDArray[np.int64], preprocess: Preprocess) ->
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
-    """The file, mapped; None where there is none, or one that was cut off or holds something else."""
+    """The file, memory-mapped; None if it is missing, truncated or holds something else."""
     try:
         array = npy.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError):
@@ -167,9 +167,9 @@ def _opened(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
 
 
 def _write(path: Path, shape: tuple[int, ...], chunks: Iterator[_Chunk]) -> None:
-    """Makes the file under a name of its own, then gives it the right one: whoever else makes it does no harm.
+    """Writes the file under a temporary name and then renames it, so that several processes may write it at once.
 
-    Raises OSError where it cannot be written. Written, not mapped: on a full disk a mapped file ends the process.
+    Raises OSError on failure. Written, not mapped: on a full disk, writing to a mapped file kills the process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_over(path.parent)
@@ -188,7 +188,7 @@ def _write(path: Path, shape: tuple[int, ...], chunks: Iterator[_Chunk]) -> None
 
 
 def _remove_left_over(folder: Path) -> None:
-    """What runs that were killed while they wrote have left, a day later."""
+    """Deletes temporary files that killed runs left more than a day ago."""
     for path in folder.glob("*.tmp"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > 24 * 60 * 60:

@@ -1,4 +1,4 @@
-"""What a data set is: its splits, its classes, and where its images come from.
+"""A data set: its splits, its classes, and the source of its images.
 
 K classes, N images of a split
 """
@@ -21,14 +21,14 @@ from sdcli.data.transforms import Colour, Size
 
 @dataclass(frozen=True)
 class Named:
-    """A data set that has a short name."""
+    """A data set with a short name."""
 
     hub: str | None
-    """Where it is on the Hugging Face hub; None where it comes with the package, as assets/NAME/NAME.npz."""
+    """Its id on the Hugging Face hub; None if it comes with the package, as assets/NAME/NAME.npz."""
     hflip: bool = True
-    """Whether a mirrored image still shows the same thing."""
+    """Whether classes are mirror-invariant, so that a horizontal flip keeps the label."""
     measured: tuple[Size, Colour, Colour] | None = None
-    """Image size, mean and standard deviation of the training images, as published; None: measure them."""
+    """Published image size, mean and standard deviation of the training images; None: measure them."""
 
 
 NAMED = {
@@ -42,47 +42,47 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Our splits and the names that they go by elsewhere."""
+"""Each split and the names that data sets use for it."""
 
 LAYOUTS = (
     "a folder with one folder of images per class (train/CLASS/*.png), with parquet files that have a column of "
-    "images, or made by Dataset.save_to_disk"
+    "images, or written by Dataset.save_to_disk"
 )
 
 
 class Images(ABC):
-    """Where a split's images come from."""
+    """The source of a split's images."""
 
     @abstractmethod
     def read(self, row: int) -> Image.Image:
-        """The image in RGB; raises UserError, naming the row or the file, where it cannot be read."""
+        """The image in RGB. Raises UserError, naming the row or the file, if it cannot be read."""
 
     def identity(self) -> tuple[int, str] | None:
-        """How many there are in all, and what changes when one of them does; None where nothing tells."""
+        """How many images there are in all, and a fingerprint that changes with any of them; None if unknown."""
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels, read one by one. Pickles, so that workers of any start method can have it."""
+    """Images and their labels, read one by one. Can be pickled, for workers of any start method."""
 
     name: str
     """The data set's own name for it ("val")."""
     images: Images
     labels: NDArray[np.int64]
-    """Class numbers [N]."""
+    """Class indices [N]."""
     index: NDArray[np.int64]
-    """Each image's place in the split that the data set came with [N], whatever has been selected since."""
+    """Each image's index in the data set's own split [N]; a selection keeps it."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, i: int) -> Image.Image:
-        """The i-th image in RGB; raises UserError, naming the row or the file, where it cannot be read."""
+        """The i-th image in RGB. Raises UserError, naming the row or the file, if it cannot be read."""
         return self.images.read(int(self.index[i]))
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Split:
-        """The images at these places of this split; their `index` stays what it was."""
+        """The images at these positions; each keeps its `index`."""
         chosen = np.asarray(indices, dtype=np.int64)
         return Split(self.name, self.images, self.labels[chosen], self.index[chosen])
 
@@ -94,19 +94,19 @@ class ImageData:
     name: str
     """As the user typed it."""
     source: str
-    """What opens it again, from any working folder."""
+    """The name or path that opens it again, from any working folder."""
     classes: tuple[str, ...]
     splits: dict[str, Split]
-    """Those of "train", "validation" and "test" that there are. "test" is what is scored."""
+    """"train", "validation" and "test", as far as they exist. "test" is for the final score."""
     image_key: str | None = None
-    """The column of images, None where there are no columns."""
+    """The column of images; None if there are no columns."""
     label_key: str | None = None
     hflip: bool = True
-    """Whether a mirrored image still shows the same thing."""
+    """Whether classes are mirror-invariant, so that a horizontal flip keeps the label."""
     notes: tuple[str, ...] = ()
-    """What the user should know about how it was read."""
+    """Notes for the user on how it was read."""
     measured: tuple[Size, Colour, Colour] | None = None
-    """Image size, mean and standard deviation where they are known without measuring."""
+    """Image size, mean and standard deviation if they are known without measuring."""
 
     def class_counts(self) -> dict[str, NDArray[np.int64]]:
         """For each split the number of images of every class [K]."""
@@ -118,18 +118,19 @@ def whole_split(name: str, images: Images, labels: NDArray[Any]) -> Split:
 
 
 def short_name(data: ImageData) -> str:
-    """What tables and notes call it: a folder by its last part, others as they were typed."""
+    """Its name in tables and notes: the last part of a folder's path, other names as typed."""
     return printable(Path(data.source).name) if Path(data.source).is_absolute() else data.name
 
 
 def printable(name: str) -> str:
-    """A file's or folder's name with bytes that are no UTF-8 written out ("caf\\xe9"): such a name can be opened, but
+    """The name of a file or folder with bytes that are not UTF-8 escaped ("caf\\xe9"): such a name can be opened, but
     neither printed nor stored as text."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """ "1 image", "2 images"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:

@@ -27,21 +27,21 @@ class _Files(Images):
     """Images in files of their own."""
 
     paths: NDArray[np.bytes_]
-    """An array, not a list: a forked worker that reads a list of strings copies all of it, by counting references."""
+    """An array, not a list: reading a list of strings in a forked worker copies all of it, through reference counts."""
 
     def read(self, row: int) -> Image.Image:
         path = os.fsdecode(self.paths[row])
         return read_image(path, f"'{path}'")
 
     def identity(self) -> tuple[int, str] | None:
-        told = blake2b()
+        digest = blake2b()
         for path in self.paths.tolist():
             try:
                 status = os.stat(path)
             except OSError:
-                return None  # who reads it says so better
-            told.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
-        return len(self.paths), told.hexdigest()
+                return None  # reading it reports the reason
+            digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+        return len(self.paths), digest.hexdigest()
 
 
 @dataclass
@@ -49,11 +49,11 @@ class _Found:
     """What the folder of a split holds."""
 
     images: list[tuple[str, str]] = field(default_factory=list)
-    """(class, file), sorted by class, then folder, then file name, as torchvision's ImageFolder has them."""
+    """(class, file), sorted by class, then folder, then file name, as in torchvision's ImageFolder."""
     empty: list[str] = field(default_factory=list)
     """Class folders without an image."""
     skipped: list[str] = field(default_factory=list)
-    """Files in class folders that are not images by their extension."""
+    """Files in class folders without the extension of an image."""
     unlisted: list[str] = field(default_factory=list)
     """Images that the split's file of labels does not list."""
     unreadable: list[str] = field(default_factory=list)
@@ -65,16 +65,16 @@ class _Found:
 
 
 def open_class_folders(name: str, path: Path) -> ImageData | None:
-    """The data set below `path`: `[SPLIT/]CLASS/**/*.jpg`, perhaps in a single folder of its own; None where no folder
-    holds an image.
+    """The data set below `path`: `[SPLIT/]CLASS/**/*.jpg`, or a single folder with this layout; None if no folder holds
+    an image.
 
-    Folders are read as torchvision's ImageFolder reads them: the class is the folder directly below the split, images
+    Folders are read as by torchvision's ImageFolder: the class is the folder directly below the split, and images may
     lie at any depth in it. Hidden files and folders are ignored. A split may have its labels in a file instead, as
     Tiny-ImageNet's does: `val/val_annotations.txt`, with lines FILE<TAB>CLASS (further columns are ignored) for the
     images in `val/images` or in `val`. Other splits without labels are left out, with a note.
 
-    Raises UserError for files that cannot be images (empty, or no regular file), all at once and for all splits, and
-    for a class that the training split does not have. Raises OSError for folders that cannot be read.
+    Raises UserError for files that cannot be images (empty, or not regular), all at once and for all splits, and for a
+    class that the training split does not have. Raises OSError for folders that cannot be read.
     """
     folders, unlabelled = _split_folders(path)
     if not folders:
@@ -157,7 +157,7 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _leads_back(folder: str, name: str) -> bool:
-    """Whether `name` is a link to a folder above it, which would be followed for ever."""
+    """Whether `name` is a link to a folder above it, which would be followed forever."""
     if not os.path.islink(link := os.path.join(folder, name)):
         return False
     target = os.path.realpath(link)

@@ -1,4 +1,4 @@
-"""Tables loaded by `datasets`: from the hub, from a folder of parquet files, or as it saved them."""
+"""Tables loaded by `datasets`: from the hub, from a folder of parquet files, or from `Dataset.save_to_disk`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_from_disk(name: str, path: Path) -> dict[str, Any]:
         try:
             loaded = datasets.load_from_disk(str(path))
         except IndexError:
-            # `datasets` saves a split without rows as no file at all, and then looks for the first one.
+            # `datasets` saves a split without rows as no file at all, and fails to load it.
             raise _no_rows(name, "a split") from None
         except (OSError, ValueError, LookupError) as error:
             raise unreadable(name, error) from None
@@ -56,7 +56,7 @@ def load_from_folder(name: str, path: Path) -> dict[str, Any]:
 
 
 def load_from_hub(name: str, hub: str) -> dict[str, Any]:
-    """Downloads a data set, or takes it from the cache where the hub does not answer."""
+    """Downloads a data set, or takes it from the cache if the hub does not answer."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
@@ -72,9 +72,9 @@ def load_from_hub(name: str, hub: str) -> dict[str, Any]:
             ) from None
         except DatasetNotFoundError:
             raise UserError(
-                f"'{name}' is neither a folder nor a data set on the Hugging Face hub that you may read",
+                f"'{name}' is neither a folder nor a data set on the Hugging Face hub that you can access",
                 "a folder, or the id of a data set as OWNER/NAME",
-                f"look at https://huggingface.co/datasets/{hub}; where it asks for a login: hf auth login",
+                f"see https://huggingface.co/datasets/{hub}; if it requires a login: hf auth login",
             ) from None
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise unreadable(name, error) from None

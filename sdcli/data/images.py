@@ -1,4 +1,4 @@
-"""Image files, read upright and in RGB whatever their format."""
+"""Image files read as upright RGB, whatever their format."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sdcli.errors import UserError
 
 LISTED = 20
-"""How many images an error names."""
+"""Images that one error names."""
 
 
 def read_image(source: bytes | str | Path, where: str) -> Image.Image:
-    """An image file, or its bytes, in RGB and turned upright as its EXIF data say.
+    """An image file, or its bytes, in RGB and upright according to its EXIF orientation.
 
-    Grey and palettes become RGB, 16 bits become 8, and transparency is dropped, as timm does. Raises UserError, which
-    begins with `where`, for what cannot be read.
+    Grayscale and palettes become RGB, 16 bits become 8, and transparency is dropped, as in timm. Raises UserError that
+    starts with `where`, if the image cannot be read.
     """
-    # Pillow would ask six other formats first, which takes as long as it takes to decode 32x32 pixels.
+    # Pillow would try six other formats first, which takes as long as decoding 32x32 pixels.
     formats = ("WEBP",) if isinstance(source, bytes) and source[8:12] == b"WEBP" else None
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
@@ -33,7 +33,7 @@ def read_image(source: bytes | str | Path, where: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise anything on broken bytes
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
         raise UserError(
-            f"{where}: the image cannot be read ({reason})", "a JPEG, PNG, WebP or the like", "replace or remove it"
+            f"{where}: the image cannot be read ({reason})", "a JPEG, PNG, WebP or similar file", "replace or remove it"
         ) from None
 
 
@@ -49,8 +49,8 @@ def all_of(errors: Sequence[UserError]) -> UserError:
 
 
 def why_unreadable(file: str) -> str:
-    """What is wrong with an image file as far as shows without opening it, which would wait for ever on a named pipe;
-    "" where nothing is."""
+    """What is wrong with an image file, judged by its metadata; "" if nothing is. Opening it could wait forever: it may
+    be a named pipe."""
     try:
         status = os.stat(file)
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def reason_of(error: Exception) -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # convert() would cut 16 bits off at 255 instead of scaling them.
+        # convert() would clip 16-bit values at 255 instead of scaling them.
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit values without a known range")
@@ -81,6 +81,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("32-bit values without a known range")
     if "transparency" in image.info:
-        # Straight to RGB, Pillow warns about palettes with transparency.
+        # Converted directly to RGB, palettes with transparency make Pillow warn.
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Splits as batches, in an order and with variations that depend on seed, epoch and image alone."""
+"""Splits as batches. Their order and augmentation depend only on seed, epoch and image."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from sdcli.data.augment import key
 from sdcli.data.batch import Batch
-from sdcli.data.dataset import Split
+from sdcli.data.dataset import Split, counted
 from sdcli.data.transforms import SMALL, Preprocess, Transform
 from sdcli.errors import UserError
 
 
 def suitable_workers(device: torch.device, preprocess: Preprocess) -> int:
-    """How many processes should load images for a network on `device`.
+    """The default number of processes that load images for a network on `device`.
 
-    0 where a CPU sees small images: decoding them is a hundredth of the network's work, and processes that share its
-    cores make torch's threads wait for each other.
+    0 for small images on a CPU: decoding them takes a hundredth of the network's time, and processes that share its
+    cores make torch's threads wait for each other. For a GPU, the cores that this process may use, divided by the
+    processes on this machine.
     """
     if device.type == "cpu":
         return 0 if max(preprocess.size) <= SMALL else 1
@@ -44,12 +45,12 @@ def make_loader(
     beside: Beside | None = None,
     pin: bool = False,
 ) -> Loader:
-    """Batches of a split whose images are read and transformed one by one; with a `seed` they are varied.
+    """Batches of a split whose images are read and transformed one by one; a `seed` makes the transform random.
 
-    An image's variation depends on `seed`, the epoch and its `index` alone: the number of workers changes nothing, a
-    run can go on in the middle of an epoch, and torch's, NumPy's and Python's generators are left as they were. An
-    image that cannot be read raises its UserError while iterating, whichever process read it. `pin` puts batches where
-    a GPU can copy them from while it works.
+    An image's augmentation depends only on `seed`, the epoch and its `index`: the number of workers changes nothing, a
+    run can resume within an epoch, and the generators of torch, NumPy and Python keep their state. An image that cannot
+    be read raises its UserError while iterating, whichever process read it. `pin` puts batches into pinned memory, from
+    which a GPU copies asynchronously.
     """
     return Loader(
         _Served(split, transform, seed, beside),
@@ -58,16 +59,16 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        # Without its own it draws from torch's global one at the start of each epoch.
+        # Without its own generator, it draws from torch's global one at the start of each epoch.
         generator=torch.Generator(),
     )
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader whose epochs are told apart by their number; until `set_epoch` is called it is 0."""
+    """A DataLoader whose epochs are numbered; the number is 0 until `set_epoch` is called."""
 
     def set_epoch(self, epoch: int, skip_updates: int = 0) -> None:
-        """The next pass is this epoch's, without its first updates where a run goes on in the middle of it."""
+        """The next pass is this epoch, without its first updates if a run resumes within it."""
         assert isinstance(self.batch_sampler, EpochBatches)
         self.batch_sampler.set_epoch(epoch, skip_updates)
 
@@ -79,23 +80,23 @@ class Loader(DataLoader[Batch]):
                 break
             yield batch
         if error is not None:
-            # Ends the workers while they listen. An error holds on to the frames that it went through; if the workers'
-            # queues go with these, they may be closed first, and ending takes five seconds a worker.
+            # Stops the workers while they still listen. An error keeps the frames that it passed through; if the
+            # workers' queues are freed with these, they may close first, and stopping takes five seconds per worker.
             self._iterator = None
             raise error
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """What a worker sends in place of a batch. Raised there, the error would arrive as the text of its traceback."""
+    """Sent by a worker in place of a batch. Raised there, the error would arrive as the text of its traceback."""
 
     error: UserError
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Which images each batch of an epoch holds, as (epoch, place in the split): one process's share of them.
+    """The images of each batch of an epoch, as (epoch, position in the split): the share of one process.
 
-    The epoch goes with each image, since persistent workers do not hear of a new one.
+    Each image carries the epoch, since persistent workers are not notified of a new one.
     """
 
     def __init__(
@@ -109,15 +110,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         world: int = 1,
         mates: int = 0,
     ) -> None:
-        """With a `seed` for training: an order that depends on it and on the epoch alone. `batch_size` is that of an
-        update, whatever it is shared out to: `world` processes see every `world`-th of its images each, in `parts`
-        batches one after the other. An epoch's last update is made smaller so that all get as many, and is left out
-        where a batch would have a single image, since batch normalisation cannot train on it. With `mates` each drawn
-        image is followed by so many others of its class, and they stay together; an epoch is as long as without.
+        """With a `seed`, for training: a shuffled order that depends only on it and the epoch. `batch_size` is that of
+        an update, over all processes: each of `world` processes gets every `world`-th of its images, as `parts`
+        micro-batches. An epoch's last update is made smaller so that all get equally many, and is dropped if a
+        micro-batch would have a single image, since batch normalisation cannot train on it. With `mates`, each drawn
+        image is followed by this many others of its class, and they stay together; the epoch does not get longer.
 
-        Without a `seed`, for scoring: everything in order, and of each `world` batches a process gets one.
+        Without a `seed`, for scoring: everything in order, and each process gets one of every `world` batches.
 
-        Raises UserError where a batch cannot be shared out, or none would be left.
+        Raises UserError if a batch cannot be divided evenly, or none would be left.
         """
         self.num_images, self.batch_size, self.seed = len(split), batch_size, seed
         self.parts, self.rank, self.world, self.group = parts, rank, world, mates + 1
@@ -131,8 +132,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 fitting = max(shares, batch_size // shares * shares)
                 groups = f" in groups of {self.group}" if mates else ""
                 raise UserError(
-                    f"a batch of {batch_size} images cannot be shared out evenly{groups} to {world} processes "
-                    f"in {parts} parts each",
+                    f"a batch of {batch_size} images cannot be divided evenly{groups} among "
+                    f"{counted(world, 'process', 'processes')} with {counted(parts, 'micro-batch', 'micro-batches')}",
                     f"a multiple of {shares}",
                     f"--batch-size {fitting}",
                 )
@@ -149,11 +150,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     @property
     def updates(self) -> int:
-        """How many updates an epoch has; of a split that is scored, how many batches there are in all."""
+        """Updates per epoch; for a split that is scored, batches over all processes."""
         return -(-self.length // self.batch_size)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next pass is this epoch's, from the update after its first `start` on."""
+        """The next pass is this epoch, without its first `start` updates."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -161,8 +162,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             return len(range(self.rank, self.updates, self.world))
         return self.updates * self.parts
 
-    def places(self) -> Iterator[NDArray[np.int64]]:
-        """The places of each batch."""
+    def positions(self) -> Iterator[NDArray[np.int64]]:
+        """The positions in the split of each batch's images."""
         order = np.arange(self.num_images)
         if self.seed is None:
             for start in range(self.rank * self.batch_size, self.length, self.world * self.batch_size):
@@ -180,30 +181,30 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield from np.split(update[self.rank :: self.world].reshape(-1), self.parts)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for places in self.places():
-            yield [(self.epoch, place) for place in places.tolist()]
+        for positions in self.positions():
+            yield [(self.epoch, position) for position in positions.tolist()]
 
 
 class Beside:
-    """Which images are shown beside a batch's own (`[batch.views]`): a function of seed, epoch, name and image."""
+    """The images shown beside a batch's own (`[batch.views]`): a function of seed, epoch, name and image."""
 
     def __init__(self, labels: NDArray[np.int64], seed: int, views: Mapping[str, str]) -> None:
         self.labels, self.seed, self.views = torch.from_numpy(labels), seed, dict(views)
         self._drawn: dict[str, tuple[int, NDArray[np.int64]]] = {}
 
-    def places(self, name: str, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of the images that `name` shows beside those at `places`: the same, or others of their class."""
+    def positions(self, name: str, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The images that `name` shows beside those at `positions`: the same, or others of their class."""
         if self.views[name] == "itself":
-            return places
+            return positions
         if name not in self._drawn or self._drawn[name][0] != epoch:
             everything = torch.arange(len(self.labels))
             generator = _generator(self.seed, epoch, name)
             mates = classmates(self.labels, everything, itself=True, generator=generator)
             self._drawn[name] = epoch, mates[:, 0].numpy()
-        return self._drawn[name][1][places]
+        return self._drawn[name][1][positions]
 
     def seed_of(self, name: str) -> int:
-        """What varies these images otherwise than the batch's own."""
+        """The seed that makes these images differ from the batch's own."""
         return key(self.seed, name)
 
 
@@ -214,19 +215,18 @@ def _generator(seed: int, epoch: int, name: str) -> torch.Generator:
 def classmates(
     labels: Tensor, anchors: Tensor, num: int = 1, *, itself: bool = False, generator: torch.Generator | None = None
 ) -> Tensor:
-    """For each anchor (a place in `labels`) the places of `num` images of its class, drawn at random [A, M].
+    """For each anchor (an index into `labels`), the indices of `num` images of its class, drawn at random [A, M].
 
-    With `itself` an anchor may be drawn as its own mate, as in CS-KD (Yun et al. 2020, arXiv:2003.13964); without, it
-    is so only where its class has no other image, as in BAKE. The mates of one anchor differ as long as the class has
-    enough images.
+    With `itself`, an anchor may be its own mate, as in CS-KD (Yun et al. 2020, arXiv:2003.13964); without, only if its
+    class has no other image, as in BAKE. The mates of one anchor differ as long as the class has enough images.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     order = shuffled[labels[shuffled].argsort(stable=True)]
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     count = torch.bincount(labels)
     first = count.cumsum(0) - count
-    size, start, own = count[labels[anchors]], first[labels[anchors]], place[anchors] - first[labels[anchors]]
-    # A random stretch of the class's shuffled circle, which begins right after the anchor where that is left out.
+    size, start, own = count[labels[anchors]], first[labels[anchors]], position[anchors] - first[labels[anchors]]
+    # A random stretch of the class's shuffled circle, starting right after the anchor if that is excluded.
     drawn = size if itself else (size - 1).clamp(min=1)
     offset = (torch.rand(len(anchors), generator=generator, dtype=torch.float64) * drawn).long()
     steps = (offset[:, None] + torch.arange(num)) % drawn[:, None] + (0 if itself else 1)
@@ -234,7 +234,7 @@ def classmates(
 
 
 class _Served(Dataset[Batch]):
-    """A split as a DataLoader asks for it: a whole batch at a time. Without a seed the transform draws nothing."""
+    """A split as DataLoader reads it: a whole batch at a time. Without a seed the transform draws nothing."""
 
     def __init__(self, split: Split, transform: Transform, seed: int | None, beside: Beside | None) -> None:
         self.split, self.transform, self.seed, self.beside = split, transform, seed, beside
@@ -242,14 +242,14 @@ class _Served(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | _Failed:
-        chosen = np.array([place for _, place in places])
-        epoch = places[0][0]
+    def __getitems__(self, positions: list[tuple[int, int]]) -> Batch | _Failed:
+        chosen = np.array([position for _, position in positions])
+        epoch = positions[0][0]
         try:
             with _generators_kept():
                 images = self._images(chosen, epoch, self.seed)
                 views = {
-                    name: self._images(self.beside.places(name, epoch, chosen), epoch, self.beside.seed_of(name))
+                    name: self._images(self.beside.positions(name, epoch, chosen), epoch, self.beside.seed_of(name))
                     for name in (self.beside.views if self.beside else ())
                     if self.beside is not None
                 }
@@ -260,12 +260,12 @@ class _Served(Dataset[Batch]):
         labels, index = self.split.labels[chosen], self.split.index[chosen]
         return Batch(images, torch.from_numpy(labels), torch.from_numpy(index), views)
 
-    def _images(self, places: NDArray[np.int64], epoch: int, seed: int | None) -> Tensor:
+    def _images(self, positions: NDArray[np.int64], epoch: int, seed: int | None) -> Tensor:
         images = []
-        for place, number in zip(places.tolist(), self.split.index[places].tolist(), strict=True):
+        for position, index in zip(positions.tolist(), self.split.index[positions].tolist(), strict=True):
             if seed is not None:
-                _seed_generators(key(seed, epoch, number))
-            images.append(self.transform(self.split.image(place)))
+                _seed_generators(key(seed, epoch, index))
+            images.append(self.transform(self.split.image(position)))
         return torch.stack(images)
 
 
@@ -274,16 +274,16 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _seed_generators(seed: int) -> None:
-    """Seeds all that transforms draw from: torchvision's use torch, timm's use Python and NumPy."""
+    """Seeds every generator that transforms draw from: torchvision's use torch's, timm's use Python's and NumPy's."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # torch.manual_seed would seed the GPU's generator too, which dropout draws from.
+    # torch.manual_seed would also seed the GPU's generator, which dropout draws from.
     torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Puts the generators back: in the main process others draw from them too."""
+    """Restores the generators: in the main process, other code draws from them too."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

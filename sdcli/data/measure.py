@@ -18,8 +18,8 @@ from sdcli.errors import UserError
 def measure(data: ImageData) -> tuple[Size | None, Colour, Colour]:
     """Image size (None where images differ), mean and standard deviation per channel of the training images.
 
-    For CIFAR the published figures; else measured on up to 2,000 images, evenly spaced, and fewer where they are large:
-    about 50 million pixels, which takes a second or two.
+    The published values for CIFAR; for others measured on up to 2,000 evenly spaced images, fewer if they are large:
+    about 50 million pixels, which takes a second or two. Raises one UserError for all of them that cannot be read.
     """
     if data.measured:
         return data.measured
@@ -50,7 +50,7 @@ def measure(data: ImageData) -> tuple[Size | None, Colour, Colour]:
     if errors:
         raise all_of(list(errors.values()))
     mean = total / pixels
-    # An image set of one colour has no spread to divide by.
+    # Images of a single colour have no spread to divide by.
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))
     size = sizes.pop() if len(sizes) == 1 else None
     return size, _colour(mean), _colour(std)
@@ -62,8 +62,8 @@ def _colour(values: NDArray[np.float64]) -> Colour:
 
 
 def natural_size(size: Size | None) -> int | None:
-    """The input size for images of this size when nothing pretrained asks for another; None: the model's own.
+    """The input size for images of this size, unless pretrained weights require another; None: the model's own.
 
-    Small images keep theirs: enlarging them would cost much and show nothing new.
+    Small images keep their size: enlarging them costs much and adds nothing.
     """
     return None if size is None or max(size) > SMALL else max(size)

@@ -27,26 +27,27 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def open_dataset(name: str, *, image_key: str | None = None, label_key: str | None = None) -> ImageData:
-    """A data set by its short name, as a local folder (see `LAYOUTS`), or by its id on the Hugging Face hub.
+    """Opens a data set by its short name, a local folder (see `LAYOUTS`), or its id on the Hugging Face hub.
 
-    `image_key` and `label_key` name the columns where the usual names and types do not tell. Where there is no test
-    split with labels, the validation split is what is scored, as "test", as is usual for ImageNet; what to choose by is
-    then to be held out of "train". Splits without labels are left out. Classes are numbered as the data set says, else
-    in the order of the training split's sorted labels or folder names.
+    `image_key` and `label_key` name the columns if their usual names and types are ambiguous. Without a labelled test
+    split, the validation split is scored as "test", as is usual for ImageNet, and validation images are held out of
+    "train". Splits without labels are left out. Classes are numbered as in the data set, else in the order of the
+    training split's sorted labels or folder names.
 
-    Raises UserError for an unknown name, a path that does not exist or holds no images, a hub that cannot be reached, a
-    column that is missing or does not fit, and a label that is missing or unknown. No image is read yet.
+    Raises UserError for an unknown name, a path that does not exist or holds no images, a hub that does not answer,
+    files that cannot be images, a column that is missing or does not fit, and a label that is missing or unknown. Does
+    not decode any image.
     """
     _LOG.info("opening %s", name)
     data = _open(name, image_key, label_key)
-    # Arrow keeps what it needed to bring a table into its own format, as much as a large file of it holds.
+    # Arrow keeps the memory in which it converted a table, as much as a large file of it needs.
     if arrow := sys.modules.get("pyarrow"):
         arrow.default_memory_pool().release_unused()
     if len(data.classes) < 2:
         raise UserError(
             f"'{name}' has a single class, '{data.classes[0]}'",
             "two classes or more",
-            "give the folder of class folders",
+            "give the folder that holds the class folders",
         )
     return replace(data, notes=(*data.notes, *_missing_classes(data)))
 
@@ -77,7 +78,7 @@ def _open(name: str, image_key: str | None, label_key: str | None) -> ImageData:
         return _open_folder(name, path.resolve(), image_key, label_key)
     if exists:
         raise UserError(f"'{name}' is a file", LAYOUTS, _instead_of_file(path))
-    # "data/cifar" has the form of a hub id; where there is a folder "data" it is a mistyped path.
+    # "data/cifar" could be a hub id; if there is a folder "data", it is a mistyped path.
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return open_tables(name, name, load_from_hub(name, name), image_key, label_key, Named(name))
     if len(path.parts) > 1 or name.startswith((".", "~")):
@@ -86,7 +87,7 @@ def _open(name: str, image_key: str | None, label_key: str | None) -> ImageData:
 
 
 def refuse_columns(name: str, image_key: str | None, label_key: str | None) -> None:
-    """Raises UserError where a column is asked for and there are none: the option would have no effect."""
+    """Raises UserError for an option that names a column of data without columns: it would have no effect."""
     for flag, key in (("--image-key", image_key), ("--label-key", label_key)):
         if key is not None:
             raise UserError(f"{flag} {key}: '{name}' has no columns", "a data set of tables", f"leave {flag} out")
@@ -114,7 +115,7 @@ def _instead_of_file(path: Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Pixels(Images):
-    """Images that are in memory, grey [N, H, W]."""
+    """Grayscale images in memory [N, H, W]."""
 
     pixels: NDArray[np.uint8]
 
@@ -127,7 +128,7 @@ def _open_shipped(name: str, known: Named) -> ImageData:
         arrays = np.load(file, allow_pickle=False)
         splits = {}
         for split in ("train", "test"):
-            # Ink is counted from 0 to 16: see the file's README.
+            # Values range from 0 to 16: see the README beside the file.
             pixels = (arrays[f"{split}_images"].astype(np.uint16) * 255 // 16).astype(np.uint8)
             splits[split] = whole_split(split, _Pixels(pixels), arrays[f"{split}_labels"])
     classes = tuple(str(label) for label in range(int(splits["train"].labels.max()) + 1))
@@ -137,11 +138,11 @@ def _open_shipped(name: str, known: Named) -> ImageData:
 def _open_folder(name: str, path: Path, image_key: str | None, label_key: str | None) -> ImageData:
     home = Path(os.path.expanduser("~"))
     if path == Path(path.anchor) or path == home or path in home.parents:
-        # Every file below would be looked at.
+        # Reading it would walk the whole disk.
         raise UserError(f"'{name}' is not the folder of a data set", LAYOUTS, "give the data set's own folder")
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         return open_tables(name, str(path), load_from_disk(name, path), image_key, label_key, Named(None))
-    # Tables first: a hub repository may hold a few pictures beside them. Two levels are what the hub's layouts use.
+    # Tables first: a hub repository may hold a few pictures beside them. The hub's layouts use two levels.
     patterns = ("*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
     try:
         has_tables = any(next(path.glob(pattern), None) for pattern in patterns)

@@ -100,7 +100,7 @@ class ResidentLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.batches.epoch
-        shares = list(self.batches.places())
+        shares = list(self.batches.positions())
         if not shares:
             return
         order = np.concatenate(shares)
@@ -120,7 +120,7 @@ class ResidentLoader:
         views = {}
         for name, augmentation in self.others.items():
             assert self.beside is not None
-            chosen = self.beside.places(name, epoch, share)
+            chosen = self.beside.positions(name, epoch, share)
             places = torch.from_numpy(chosen).to(self.device, non_blocking=True)
             index = torch.from_numpy(self.split.index[chosen]).to(self.device, non_blocking=True)
             views[name] = augmentation(self._images(chosen, places), index, epoch)

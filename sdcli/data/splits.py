@@ -1,4 +1,4 @@
-"""Training, validation and test images kept apart: splits named, held out and limited."""
+"""Splits named, held out and limited. Training, validation and test images stay apart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdcli.errors import UserError
 
 
 def standard_splits(name: str, names: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Which of a data set's own splits is "train", "validation" and "test", in this order, and what is left out."""
+    """The data set's own splits that are "train", "validation" and "test", in this order, and notes on the others."""
     lower = {own.lower(): own for own in names}
     chosen = {}
     for split, aliases in SPLITS.items():
@@ -20,23 +20,23 @@ def standard_splits(name: str, names: list[str]) -> tuple[dict[str, str], list[s
         chosen = {"train": names[0]}
     if not chosen:
         known = ", ".join(alias for aliases in SPLITS.values() for alias in aliases)
-        raise UserError(f"'{name}' has the splits {', '.join(names)}", f"among them one of {known}", "rename them")
+        raise UserError(f"'{name}': unknown splits {', '.join(names)}", f"at least one of {known}", "rename a split")
     return chosen, [f"split '{own}' is not used" for own in names if own not in chosen.values()]
 
 
 def scored_as_test(splits: dict[str, Split]) -> tuple[dict[str, Split], list[str]]:
-    """A labelled validation split stands in for a test split that is not there."""
+    """Uses the validation split as the test split if there is none."""
     if "test" in splits or "validation" not in splits:
         return splits, []
     own = splits["validation"].name
     renamed = {"test" if split == "validation" else split: part for split, part in splits.items()}
-    return renamed, [f"there is no test split with labels: split '{own}' takes its place"]
+    return renamed, [f"no labelled test split: split '{own}' is scored instead"]
 
 
 def training_splits(data: ImageData, fraction: float, seed: int) -> tuple[Split, Split | None]:
-    """What to train on and what to choose by: the data set's own validation split, else one held out of train.
+    """The splits for training and validation: the data set's own validation split, else images held out of train.
 
-    Raises UserError where there is no split to train on, or where nothing would be left to score.
+    Raises UserError if there is no split to train on, or none would be left to score.
     """
     if "train" not in data.splits:
         raise UserError(
@@ -48,15 +48,19 @@ def training_splits(data: ImageData, fraction: float, seed: int) -> tuple[Split,
         return data.splits["train"], data.splits["validation"]
     train, validation = hold_out(data.splits["train"], fraction, seed)
     if validation is None and "test" not in data.splits:
-        raise UserError(f"'{data.name}' has nothing to score", "a test split, or a part of train", "--val-fraction 0.1")
+        raise UserError(
+            f"'{data.name}' has no test split, and no validation images are held out",
+            "images to score",
+            "--val-fraction 0.1",
+        )
     return train, validation
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
-    """Takes the same fraction of every class out of `split`, for validation; None where the fraction is 0.
+    """Holds the same fraction of every class out of `split`, for validation; None if the fraction is 0.
 
-    A class with two images or more keeps one on each side at least, one with a single image is for training. The same
-    `seed` always gives the same splits. Raises UserError where `fraction` is not in [0, 1) or holds nothing out.
+    A class with two or more images keeps at least one on each side; a single image stays in training. The same `seed`
+    always gives the same splits. Raises UserError if `fraction` is not in [0, 1) or holds nothing out.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"validation fraction {fraction:g}", "at least 0 and less than 1", "--val-fraction 0.1")
@@ -68,25 +72,25 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | N
     held = _draw(split.labels, quotas, seed)
     if not held.any():
         raise UserError(
-            f"split '{split.name}': no class has two images, so that one could be held out for validation",
-            "two images of a class",
+            f"split '{split.name}': no class has a second image to hold out for validation",
+            "at least two images of a class",
             "--val-fraction 0",
         )
     return split.select(np.flatnonzero(~held)), split.select(np.flatnonzero(held))
 
 
 def limited(split: Split, n: int | None, seed: int) -> Split:
-    """A random choice of `n` images with the same share of every class; all where there are no more or `n` is None."""
+    """A random choice of `n` images, stratified by class; all of them if `n` is None or not smaller."""
     if n is None or n >= len(split):
         return split
     if n < 1:
-        raise UserError(f"a limit of {n} images", "at least 1", "leave the limit out to use them all")
+        raise UserError(f"a limit of {n} images", "at least 1", "remove the limit to use all images")
     _, counts = np.unique(split.labels, return_counts=True)
     return split.select(np.flatnonzero(_draw(split.labels, _quotas(counts, n), seed)))
 
 
 def _quotas(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
-    """`total` shared out in proportion to `counts`, by largest remainders."""
+    """`total` divided in proportion to `counts`, by largest remainders."""
     shares = total * counts / counts.sum()
     quotas: NDArray[np.int64] = np.floor(shares).astype(np.int64)
     largest = np.argsort(quotas - shares, kind="stable")
@@ -95,10 +99,10 @@ def _quotas(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
 
 
 def _draw(labels: NDArray[np.int64], quotas: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
-    """Marks as many images of each class as its quota says, chosen at random."""
+    """Marks randomly chosen images of each class, up to its quota."""
     drawn = np.zeros(len(labels), dtype=np.bool_)
-    # Of NumPy's generators the one whose stream is frozen for good: a test image must not become a training image
-    # because a library was updated.
+    # The only generator of NumPy with a frozen stream: a library update must not turn a validation image into a
+    # training image.
     generator = np.random.RandomState(seed % 2**32)
     for label, quota in zip(np.unique(labels), quotas, strict=True):
         drawn[generator.permutation(np.flatnonzero(labels == label))[:quota]] = True

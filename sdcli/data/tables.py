@@ -1,4 +1,4 @@
-"""Data sets of tables: which columns hold the images and the labels, and what the classes are."""
+"""Data sets of tables: their columns of images and labels, and their classes."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "category")
 class Rows(Images):
     """Images in a column of a table."""
 
-    place: str
+    where: str
     table: Any
     key: str
     folders: tuple[str, ...] = ()
-    """Real paths: a row may name a file in one of them instead of holding an image, and relative to the first."""
+    """Real paths. A row may name a file in one of them instead of holding an image, relative to the first."""
 
     @cached_property
     def _column(self) -> Any:
-        # The column itself: a row of `datasets` costs a third of a millisecond, of this a few microseconds.
+        # The Arrow column: reading a row of it takes a few microseconds, of `datasets` a third of a millisecond.
         return self.table.with_format("arrow")[:].column(self.key)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The table pickles as the name of the file that it is mapped from, its column as all the bytes.
+        # Pickled, the table is the name of the file that it is mapped from, the column all of its bytes.
         return {name: value for name, value in self.__dict__.items() if name != "_column"}
 
     def read(self, row: int) -> Image.Image:
         value = self._column[row].as_py()
         image = value.get("bytes") if isinstance(value, dict) else value
-        return read_image(image or self._file(value["path"]), f"{self.place}, row {row}")
+        return read_image(image or self._file(value["path"]), f"{self.where}, row {row}")
 
     def check(self) -> None:
         """Raises UserError for rows that hold no image, or name a file that cannot be read or is not the data set's."""
@@ -62,7 +62,7 @@ class Rows(Images):
                 wrong.append(f"row {row} ({reason})")
         if wrong:
             raise UserError(
-                f"{self.place}: {counted(len(wrong), 'row')} without an image that can be read: {listed(wrong)}",
+                f"{self.where}: {counted(len(wrong), 'row')} without an image that can be read: {listed(wrong)}",
                 "an image in every row, or the path of one inside the folder of the data set",
                 "repair or remove them",
             )
@@ -94,22 +94,22 @@ def open_tables(
     for split, own in chosen.items():
         for key in (image_key, label_key):
             if key not in tables[own].column_names:
-                raise UserError(f"{_place(name, own)}: no column '{key}'", "the same columns in every split")
+                raise UserError(f"{_where(name, own)}: no column '{key}'", "the same columns in every split")
         values[split] = tables[own].select_columns([label_key]).with_format("arrow")[:].column(label_key).to_pylist()
     for split in list(values):
-        # A training split without labels is a mistake, which is shown below; a test split without them is usual.
+        # Test splits often have no labels; a training split without them is a mistake, reported below.
         if split != "train" and all(map(_is_missing, values[split])):
             notes.append(f"split '{chosen[split]}' is left out: it has no labels")
             del values[split]
     if not values:
-        raise UserError(f"{name}: there is no image with a '{label_key}'", "labelled images", "try another --label-key")
+        raise UserError(f"{name}: no image has a '{label_key}'", "labelled images", "try another --label-key")
     classes, numbers = _classes(name, label_key, features[label_key], next(iter(values.values())))
     splits, folders = {}, _image_folders(source)
     for split, own_values in values.items():
-        place = _place(name, chosen[split])
-        rows = Rows(place, tables[chosen[split]].select_columns([image_key]), image_key, folders)
+        where = _where(name, chosen[split])
+        rows = Rows(where, tables[chosen[split]].select_columns([image_key]), image_key, folders)
         rows.check()
-        splits[split] = whole_split(chosen[split], rows, _class_numbers(place, label_key, own_values, numbers))
+        splits[split] = whole_split(chosen[split], rows, _class_numbers(where, label_key, own_values, numbers))
     splits, more_notes = scored_as_test(splits)
     return ImageData(
         name,
@@ -125,7 +125,7 @@ def open_tables(
 
 
 def _image_folders(source: str) -> tuple[str, ...]:
-    """Where the images of a data set may lie: its own folder, and where `datasets` puts files and unpacked archives."""
+    """The folders that may hold images of a data set: its own, and the caches of downloads and unpacked archives."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -134,12 +134,12 @@ def _image_folders(source: str) -> tuple[str, ...]:
     return tuple(os.path.realpath(folder) for folder in (*own, *caches))
 
 
-def _place(name: str, split: str) -> str:
+def _where(name: str, split: str) -> str:
     return f"{name}, split '{split}'"
 
 
 def _find_column(name: str, what: str, key: str | None, features: Mapping[str, Any], usual: Sequence[str]) -> str:
-    """The column that the user names, else one with a usual name, else the only one that can be meant."""
+    """The column that the user names, else one with a usual name, else the only candidate."""
     kinds = {column: _holds(feature) for column, feature in features.items()}
     fitting = [column for column, held in kinds.items() if what in held]
     if key is not None:
@@ -149,15 +149,17 @@ def _find_column(name: str, what: str, key: str | None, features: Mapping[str, A
         near = did_you_mean(key, fitting if key not in kinds else [])
         raise UserError(f"{name}: {wrong}", _columns(kinds, fitting), near or f"leave --{what}-key out")
     named = [column for alias in usual for column in fitting if column.lower() == alias]
-    # Text is a label only where its name says so: it might as well be a file name or a caption.
+    # Text is a label only in a column with a usual name: it could be a file name or a caption.
     certain = [column for column in fitting if "text" not in kinds[column]]
     if named or len(certain) == 1:
         return (named or certain)[0]
     if not certain:
         fix = f"choose one with --{what}-key" if fitting else "choose another data set"
-        raise UserError(f"{name}: no column of {what}s was found", _columns(kinds, fitting), fix)
+        raise UserError(f"{name}: no column of {what}s found", _columns(kinds, fitting), fix)
     raise UserError(
-        f"{name}: {' and '.join(certain)} may each be the column of {what}s", "one", f"--{what}-key {certain[0]}"
+        f"{name}: {' and '.join(certain)} could each be the column of {what}s",
+        "one of them",
+        f"--{what}-key {certain[0]}",
     )
 
 
@@ -166,7 +168,7 @@ def _columns(kinds: Mapping[str, str], fitting: Sequence[str]) -> str:
 
 
 def _holds(feature: Any) -> str:
-    """What a column can be: "image", "label", "label text" or nothing."""
+    """What a column can hold: "image", "label", "label text" or ""."""
     import datasets
 
     is_image = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
@@ -183,12 +185,12 @@ def _holds(feature: Any) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    # The hub marks labels that are kept secret with -1.
+    # On the hub, -1 marks withheld labels.
     return value is None or (isinstance(value, int) and value < 0)
 
 
 def _classes(name: str, key: str, feature: Any, values: Sequence[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Class names, and the class number of each value in the column of labels."""
+    """Class names, and the class index of each value in the column of labels."""
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
@@ -196,19 +198,21 @@ def _classes(name: str, key: str, feature: Any, values: Sequence[Any]) -> tuple[
     distinct = sorted({value for value in values if not _is_missing(value)})
     if len(distinct) == len(values) > 2:
         raise UserError(
-            f"{name}: every image has another '{key}'", "a column of labels, shared by many images", "give --label-key"
+            f"{name}: '{key}' is different for every image",
+            "a column of labels, which many images share",
+            "name it with --label-key",
         )
     return tuple(str(value) for value in distinct), {value: number for number, value in enumerate(distinct)}
 
 
-def _class_numbers(place: str, key: str, values: Sequence[Any], numbers: Mapping[Any, int]) -> NDArray[np.int64]:
+def _class_numbers(where: str, key: str, values: Sequence[Any], numbers: Mapping[Any, int]) -> NDArray[np.int64]:
     labels = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
     if (wrong := np.flatnonzero(labels < 0)).size:
         row = int(wrong[0])
-        what = "the label is missing" if _is_missing(values[row]) else f"'{values[row]}' is none of the classes"
+        what = "the label is missing" if _is_missing(values[row]) else f"'{values[row]}' is not one of the classes"
         more = f" ({wrong.size} such rows in all)" if wrong.size > 1 else ""
         raise UserError(
-            f"{place}, row {row}: {key} = {values[row]!r}: {what}{more}",
+            f"{where}, row {row}: {key} = {values[row]!r}: {what}{more}",
             f"one of the {len(numbers)} classes in every row",
             "remove the row, or choose another column with --label-key",
         )

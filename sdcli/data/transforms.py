@@ -1,4 +1,4 @@
-"""Images to tensors: how a model sees them, and how training varies them.
+"""Transforms from images to tensors, one by one, for evaluation and training.
 
 C channels, H W an image's height and width in pixels
 """
@@ -19,11 +19,11 @@ from sdcli.errors import UserError, did_you_mean, unknown
 Size: TypeAlias = tuple[int, int]
 """Height and width."""
 Colour: TypeAlias = tuple[float, float, float]
-"""One value per channel, where 1 is the brightest."""
+"""One value per channel; 1 is the brightest."""
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 SMALL = 96
-"""Images of at most this many pixels a side are shown whole: cropping would cost too much of them."""
+"""Images of at most this many pixels a side are shown whole: cropping would lose too much of them."""
 
 POLICIES = {
     "cifar10": "AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019, arXiv:1805.09501), torchvision's",
@@ -42,7 +42,7 @@ TIMM_POLICIES = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images are brought to a model, in the words of timm's data config. Stored in the checkpoint."""
+    """How images are prepared for a model, in the terms of timm's data config. Stored in checkpoints."""
 
     input_size: tuple[int, int, int]
     """Channels, height, width."""
@@ -50,7 +50,7 @@ class Preprocess:
     std: Colour
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
-    """Which part of a large image's shorter side is seen in evaluation."""
+    """Share of a large image's shorter side that evaluation sees."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -58,7 +58,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """What `to_dict` gave, also after a way through JSON."""
+        """The inverse of `to_dict`, also after a round trip through JSON."""
         return cls(
             input_size=tuple(values["input_size"]),
             mean=tuple(values["mean"]),
@@ -85,10 +85,10 @@ class _BySize:
 
 
 class Cutout:
-    """Paints a square grey, with its centre anywhere in the image (DeVries and Taylor 2017, arXiv:1708.04552).
+    """Paints a grey square, centred anywhere in the image (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    It is cut off at the border, so it mostly covers less than `side` pixels a side. Comes after normalisation: 0 is the
-    data's mean.
+    It is clipped at the border, so it mostly covers less than `side` pixels a side. Applied after normalisation, where
+    0 is the data's mean.
     """
 
     def __init__(self, side: int) -> None:
@@ -105,8 +105,8 @@ class Cutout:
 def eval_transform(preprocess: Preprocess) -> Transform:
     """Image to normalised tensor [C, H, W], the same each time.
 
-    Large images as timm does: the shorter side to size / `crop_pct`, then the centre. Small ones (`SMALL`) whole,
-    brought to the input size where they do not have it.
+    Large images as in timm: the shorter side resized to size / `crop_pct`, then a centre crop. Small ones (`SMALL`)
+    whole, resized to the input size.
     """
     from timm.data import create_transform
     from torchvision import transforms
@@ -132,18 +132,18 @@ def train_transform(
     reprob: float = 0.0,
     fill: int = 0,
 ) -> Transform:
-    """Image to normalised tensor [C, H, W], different each time: crop, mirror, policy, cutout, erase.
+    """Image to normalised tensor [C, H, W], different each time: crop, flip, policy, cutout, erasing.
 
-    crop     "pad": a border of an eighth of the size, then a crop of the size; "resized": a part of 8 to 100 % of the
-             area, resized (timm's default); "auto": "pad" for small images (`SMALL`), else "resized"; "none": what
-             evaluation sees of small images, the centre of large ones
-    hflip    how often left and right are swapped, 0 to 1
+    crop     "pad": padding of an eighth of the size, then a crop of the size; "resized": a part of 8 to 100 % of the
+             area, resized (timm's default); "auto": "pad" for small images (`SMALL`), else "resized"; "none": small
+             images as in evaluation, the centre of large ones
+    hflip    probability of a horizontal flip, 0 to 1
     aa       "none", one of `POLICIES`, or timm's `--aa`: "rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "v0", "3a"
-    cutout   the square's side in pixels of the input size; 0: none
-    reprob   how often a rectangle is replaced by noise (Zhong et al. 2017, arXiv:1708.04896; timm's `reprob`), 0 to 1
-    fill     the grey of borders, 0 to 255; for timm's policies too, which themselves would take the data's mean
+    cutout   side of the square in pixels of the input; 0: none
+    reprob   probability that a rectangle becomes noise (Zhong et al. 2017, arXiv:1708.04896; timm's `reprob`), 0 to 1
+    fill     grey value of padding, 0 to 255; also for timm's policies, whose own default is the data's mean
 
-    Raises UserError for a policy that there is not.
+    Raises UserError for an unknown crop or policy.
     """
     from timm.data.random_erasing import RandomErasing
     from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
@@ -176,7 +176,7 @@ def train_transform(
 
 
 def check_policy(policy: str) -> None:
-    """Raises UserError for an augmentation policy that there is not; before any data are opened."""
+    """Raises UserError for an unknown augmentation policy, before any data are opened."""
     _policy(policy, Preprocess((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), fill=0)
 
 
@@ -191,7 +191,7 @@ def _policy(policy: str, preprocess: Preprocess, fill: int) -> list[Any]:
     if policy == "trivial":
         return [transforms.TrivialAugmentWide(fill=[fill] * 3)]
     kind, *options = policy.split("-")
-    # timm passes over an option without a number and over an unknown set of operations: what is misspelt has no effect.
+    # timm ignores an option without a number and an unknown set of operations: a misspelt one would have no effect.
     wrong = [option for option in options if not re.fullmatch(r"[a-z]+\d[\d.]*|t(weights|3aw?)", option)]
     if kind in TIMM_POLICIES and not wrong:
         try:
@@ -208,7 +208,7 @@ def _policy(policy: str, preprocess: Preprocess, fill: int) -> list[Any]:
             _mend_posterize(augment.transforms[0])
             return [augment]
         except (AssertionError, ValueError):
-            pass  # an unknown option or a number that is none: the error below says what there is
+            pass  # an unknown option or not a number: the error below lists the policies
     raise UserError(
         f"unknown augmentation policy '{policy}'",
         f"none, {', '.join(POLICIES)}, or timm's {', '.join(TIMM_POLICIES)} with their options (rand-m9-mstd0.5-inc1)",
@@ -217,9 +217,9 @@ def _policy(policy: str, preprocess: Preprocess, fill: int) -> list[Any]:
 
 
 def _mend_posterize(augment: Any) -> None:
-    """Lets timm's policies posterize to no bits at all, as "rand-m9-mstd0.5-inc1" does with one image in a thousand.
+    """Lets timm's policies posterize to 0 bits, as "rand-m9-mstd0.5-inc1" does for one image in a thousand.
 
-    It makes an image black; Pillow 13 raises instead.
+    The image becomes black; Pillow 13 raises an error instead.
     """
     from timm.data import auto_augment
 
@@ -238,7 +238,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Any:
 
 
 def squash(preprocess: Preprocess) -> Any:
-    """Brings small images to the input size, whole; image to image."""
+    """Resizes small images to the input size, whole; image to image."""
     from timm.data.transforms import str_to_interp_mode
     from torchvision import transforms
 
