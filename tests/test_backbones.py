@@ -142,9 +142,7 @@ def test_pretrained_weights_without_a_network_are_an_error_of_one_line(monkeypat
         create(architecture, device="cpu", pretrained=True)
     assert caught.value.wrong.startswith("pretrained weights of 'resnet18' cannot be loaded: ")
     assert "\n" not in caught.value.wrong
-    assert caught.value.fix == (
-        "--weights FILE.safetensors, or leave --pretrained out to start from random weights"
-    )
+    assert caught.value.fix == ("--weights FILE.safetensors, or leave --pretrained out to start from random weights")
 
 
 def test_pretrained_transform_is_what_preprocess_takes() -> None:
