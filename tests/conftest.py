@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -102,6 +103,13 @@ def refused(result: Result, message: str) -> None:
     # What was being done, in a pipe: "opening digits …".
     said = [line for line in result.err.strip().splitlines() if not line.endswith(" …")]
     assert "\n".join(said) == f"error: {message}"
+
+
+class Terminal(io.StringIO):
+    """What a terminal is sent."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def noise(number: int, height: int = 16, width: int = 16) -> Image.Image:

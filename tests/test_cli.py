@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import refused
+from conftest import Terminal, refused
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
@@ -248,13 +248,6 @@ def test_head_is_short_for_the_students_head(tmp_path, sdcli):
     assert 'head = "linear"' in (tmp_path / "run" / "recipe.toml").read_text()
 
 
-class Terminal(io.StringIO):
-    """What a terminal of 100 columns is sent."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 def test_on_a_terminal_epochs_bar_and_time_are_of_the_whole_run(tmp_path, sdcli, monkeypatch):
     shown = Terminal()
     monkeypatch.setenv("TERM", "xterm")
@@ -473,7 +466,7 @@ def test_ctrl_c_leaves_with_130(sdcli, monkeypatch):
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sdcli.network.backbones.resolve", stop)
+    monkeypatch.setattr("sdcli.network.blueprint.resolve", stop)
     assert sdcli("inspect", "test_resnet").code == 130
 
 

@@ -256,9 +256,9 @@ def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcl
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mine.yaml", "recipe 'mine.yaml' is not a .toml file\n"
-         "  expected: a recipe: a TOML file whose name ends in .toml\n"
-         "  fix:      sdcli recipes copy default mine.toml makes one to change"),
+        ("mine.yaml", "unknown recipe 'mine.yaml'\n"
+         "  expected: one of default, baseline, one, ema-teacher, byot-journal, mixup, …; 26 in all: sdcli recipes list\n"
+         "  fix:      recipes are TOML files: sdcli recipes copy default mine.toml makes one to change"),
         ("./byott.toml", "recipe file 'byott.toml' does not exist\n"
          "  expected: a .toml file, or a name of sdcli recipes list\n"
          "  fix:      did you mean 'byot'?"),

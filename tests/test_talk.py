@@ -6,14 +6,11 @@ import io
 import json
 import logging
 import math
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Command, noise
+from conftest import Command, Terminal, noise
 from rich.table import Table
 
 from sdcli.cli import talk
@@ -127,30 +124,16 @@ def test_in_a_pipe_each_stage_is_a_line_and_nothing_is_wrapped(tmp_path, sdcli: 
     assert result.out == ""
 
 
-@contextmanager
-def terminal() -> Iterator[tuple[io.TextIOWrapper, int]]:
-    """A pseudo-terminal: the end that a process writes to, and the one that shows it."""
-    shown, written = os.openpty()
-    with os.fdopen(written, "w", encoding="utf-8") as file:
-        yield file, shown
-    os.close(shown)
-
-
 def test_on_a_terminal_a_stage_is_replaced_and_at_the_end_removed(monkeypatch):
-    log = logging.getLogger("sdcli.test")
-    with terminal() as (file, shown):
-        monkeypatch.setattr("sys.stderr", file)
-        monkeypatch.setenv("TERM", "xterm")
-        with stages():
-            log.info("opening %s", CLEAR)
-            log.debug("decoding images: %s of %s", 1, 2)
-        log.info("nobody listens any more")
-        said = os.read(shown, 10_000).decode()
-    assert said.split("\r\x1b[2K") == [
-        "\x1b[2mopening \\x1b[2J …\x1b[0m",
-        "\x1b[2mdecoding images: 1 of 2 …\x1b[0m",
-        "",
-    ]
+    log, shown = logging.getLogger("sdcli.test"), Terminal()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    with stages():
+        log.info("opening %s", CLEAR)
+        log.debug("decoding images: %s of %s", 1, 2)
+    log.info("not shown any more")
+    stage = "\x1b[2mopening \\x1b[2J …\x1b[0m", "\x1b[2mdecoding images: 1 of 2 …\x1b[0m", ""
+    assert shown.getvalue().split("\r\x1b[2K") == list(stage)
 
 
 def test_only_the_first_of_several_processes_shows_stages(monkeypatch, capsys):

@@ -131,9 +131,7 @@ def _find(name: str, folder: Path) -> Path:
                 raise UserError(f"recipe '{name}' is a folder", "a .toml file")
             if path.suffix != ".toml":
                 raise UserError(
-                    f"recipe '{name}' is not a .toml file",
-                    "a recipe: a TOML file whose name ends in .toml",
-                    "sdcli recipes copy default mine.toml makes one to change",
+                    f"recipe '{name}' is not a .toml file", "a recipe: a TOML file whose name ends in .toml"
                 )
             if not path.exists():
                 raise unknown_file(path)
@@ -146,8 +144,7 @@ def _find(name: str, folder: Path) -> Path:
             f"recipe {name[:60]!r} is not a name or a path: {_reason(error)}", "a recipe's name, or a .toml file"
         ) from None
     if not known:
-        fix = f"for your own file write its path: ./{name}.toml" if re.fullmatch(r"[\w-]+", name) else ""
-        raise unknown("recipe", name, recipe_names(), fix, lists="sdcli recipes list")
+        raise unknown("recipe", name, recipe_names(), _fix_for(name), lists="sdcli recipes list")
     return path
 
 
@@ -161,9 +158,15 @@ def unknown_file(path: Path) -> UserError:
     return UserError(f"recipe file '{path}' does not exist", "a .toml file, or a name of sdcli recipes list", near)
 
 
+def _fix_for(name: str) -> str:
+    """How a name that no recipe has could have been meant."""
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
+        return "recipes are TOML files: sdcli recipes copy default mine.toml makes one to change"
+    return f"for your own file write its path: ./{name}.toml" if re.fullmatch(r"[\w-]+", name) else ""
+
+
 def _is_path(name: str) -> bool:
-    # A file of another kind was meant as a file too.
-    return name.endswith((".toml", ".yaml", ".yml", ".json")) or name.startswith((".", "/", "~"))
+    return name.endswith(".toml") or name.startswith((".", "/", "~"))
 
 
 def _short(path: Path) -> str:
