@@ -20,8 +20,8 @@ from sdcli.recipe.load import load_recipe
 from sdcli.run.events import Epoch
 from sdcli.run.prepare import prepare
 from sdcli.run.settings import Settings
+from sdcli.run.state import Position
 from sdcli.run.train import train_epoch
-from sdcli.run.training import Position
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16, by what the device's name holds: the makers' figures."""

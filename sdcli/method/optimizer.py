@@ -48,6 +48,14 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
     return optimizer
 
 
+def complete_momentum(optimizer: torch.optim.SGD) -> None:
+    """Gives every parameter of torch's SGD a momentum where some have one: its fused kernel takes all or none."""
+    started = any("momentum_buffer" in state for state in optimizer.state.values())
+    for group in optimizer.param_groups if started else []:
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def undecayed(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """Names of the parameters that timm's models exempt from weight decay (`no_weight_decay`), such as `pos_embed`.
 

@@ -8,6 +8,7 @@ last.safetensors   after the last epoch
 best.safetensors   the best on the validation split, where there is one
 report.json        how that checkpoint scores
 state/last.pt      where the run stands, for `--resume` (`state.py`)
+state/previous.pt  the state saved before it
 curves.png         losses and accuracies by epoch, where there is matplotlib (`cli/plots.py`)
 """
 

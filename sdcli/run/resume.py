@@ -19,6 +19,7 @@ from sdcli.run.prepare import BEFORE, build, check, settled, start_tracker, writ
 from sdcli.run.settings import FREE, MAY_CHANGE, Settings, unchanging
 from sdcli.run.state import load_state
 from sdcli.run.training import Training, restore
+from sdcli.run.verify import check_form
 
 
 def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
@@ -29,15 +30,7 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     gone, and data that are not those that it was trained on.
     """
     accelerator = check(settings, recipe, folder)
-    state = load_state(state_file(folder))
-    _check_same(folder, unchanging(settings, recipe), state["made"])
-    done = state["position"]["epoch"] - (0 if state["position"]["update"] else 1)
-    if (epochs := sum(recipe.phase_epochs)) < done:
-        raise UserError(
-            f"epochs = {epochs}, and the run in '{folder}' has begun or done {done}",
-            f"{done} or more",
-            "leave --epochs out, or start a new run",
-        )
+    state = read_state(folder, settings, recipe)
     _check_weights_ahead(recipe, state["phase"])
     with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "another --device"):
         training = build(settings, recipe, accelerator, Run(folder), state["data"])
@@ -48,6 +41,21 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     accelerator.wait_for_everyone()
     start_tracker(training)
     return training
+
+
+def read_state(folder: Path, settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """The state of the run in `folder`; raises UserError, as `resume` does, for all that shows before it is built."""
+    state = load_state(state_file(folder))
+    check_form(state_file(folder), state)
+    _check_same(folder, unchanging(settings, recipe), state["made"])
+    done = state["position"]["epoch"] - (0 if state["position"]["update"] else 1)
+    if (epochs := sum(recipe.phase_epochs)) < done:
+        raise UserError(
+            f"epochs = {epochs}, and the run in '{folder}' has begun or done {done}",
+            f"{done} or more",
+            "leave --epochs out, or start a new run",
+        )
+    return state
 
 
 def resumed(

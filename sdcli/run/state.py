@@ -1,64 +1,170 @@
-"""Where a run stands, in one file: all that is needed to go on as if it had never stopped.
+"""Where a run stands, in one file: all that is needed to resume as if it had never stopped.
 
-Tensors, numbers, strings, lists and dictionaries, nothing else: the file is read with `weights_only=True`, which runs
-no code that it may hold.
+The first line names the format and the digest of the rest, which holds tensors, numbers, strings, lists and
+dictionaries, nothing else: it is read with `weights_only=True`, which runs no code that it may hold. The state saved
+before the last one stays beside it.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
+import re
+import shutil
+from dataclasses import field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from sdcli.errors import UserError
 from sdcli.files import replacing
 
-VERSION = 2
+VERSION = 3
 """Of the file's layout; another one is refused."""
+
+HEADER = "sdcli state {version} sha256 {digest}\n"
+HEADER_LENGTH = len(HEADER.format(version=VERSION, digest=64 * "0"))
+
+
+@dataclass(config=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False))
+class Position:
+    """How far a run is. Checked when it is made, which is when a state is read."""
+
+    epoch: Annotated[int, Field(ge=1)] = 1
+    """The epoch that is being trained, counted from 1."""
+    update: Annotated[int, Field(ge=0)] = 0
+    """Updates done in it; all of them where only the scoring is left."""
+    num_images: Annotated[int, Field(ge=0)] = 0
+    """Seen in it so far, by all processes."""
+    lr: float = 0.0
+    """Of the last update."""
+    skipped: Annotated[int, Field(ge=0)] = 0
+    """Updates of it that were skipped, since a loss or the gradient was not finite (`optimizer.nonfinite`)."""
+    skipped_images: Annotated[int, Field(ge=0)] = 0
+    """The images of those updates, of all processes."""
+    in_a_row: Annotated[int, Field(ge=0)] = 0
+    """Updates skipped up to here without one between."""
+    sums: Tensor | None = None
+    """What each loss added, times the images that this process saw and that counted [losses]."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Each loss's share of the gradient's norm, when it was last measured in this epoch."""
+
+
+def previous(path: Path) -> Path:
+    """Where the state saved before the last one is kept."""
+    return path.with_name("previous.pt")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside the place and renames: the former state stays until the new one is whole and on the disk.
+    """Writes beside the place and renames: the former state stays until the new one is whole and on the disk, and is
+    kept as `previous`.
 
     Raises UserError where it cannot be written; the former state is then still there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside, beside.open("wb") as file:
-            torch.save({"version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with replacing(path) as beside:
+            _write(beside, state)
+            if path.exists():
+                _keep(path)
     except (OSError, RuntimeError) as error:
         # torch's writer turns a failed write into a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space is left on the disk" if full else " ".join(str(error).split())
-        kept = "the state before it is whole" if path.exists() else "there is none from before"
+        reason = "no space left on the disk" if full else " ".join(str(error).split())
+        kept = "the state before it is whole" if path.exists() else "there is no earlier one"
         raise UserError(
             f"the state of the run cannot be written to '{path}': {reason}; {kept}",
             "room for it in the run folder",
-            f"free some and go on: sdcli train --resume {path.parent.parent}",
+            f"free some space and resume: sdcli train --resume {path.parent.parent}",
         ) from None
 
 
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with path.open("w+b") as file:
+        file.write(bytes(HEADER_LENGTH))
+        torch.save(state, file)
+        file.seek(HEADER_LENGTH)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        file.write(HEADER.format(version=VERSION, digest=digest).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _keep(path: Path) -> None:
+    """Makes the last state the previous one, without a moment at which there is no last one."""
+    with replacing(previous(path)) as beside:
+        try:
+            os.link(path, beside)
+        except OSError:
+            # Not every file system has hard links.
+            shutil.copyfile(path, beside)
+
+
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, on the CPU; raises UserError for a file that is none."""
+    """What `save_state` wrote, on the CPU; raises UserError for a file that is damaged or of another format."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        version = state.pop("version")
+        with path.open("rb") as file:
+            _check_header(path, file)
+            if damage := _damage(file):
+                raise unusable(path, damage)
+            # From where the file stands on.
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises whatever comes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{path}' cannot be read: {reason}", "the state that sdcli train wrote") from None
-    if version != VERSION:
-        raise UserError(
-            f"'{path}' has format {version}", f"format {VERSION}, which this sdcli reads", "use the sdcli that wrote it"
-        )
+        raise unusable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    if not isinstance(state, dict):
+        raise unusable(path, f"it holds {type(state).__name__}, not a table")
     return state
+
+
+def _check_header(path: Path, file: BufferedReader) -> None:
+    """Raises UserError for a state of another format."""
+    start = file.read(HEADER_LENGTH)
+    found = re.match(rb"sdcli state (\d+) ", start)
+    # Formats 1 and 2 were torch's own file, a zip.
+    version = found[1].decode() if found else "2 or older" if start.startswith(b"PK") else ""
+    if version and version != str(VERSION):
+        raise UserError(
+            f"state cannot be used: '{path}' has format {version}",
+            f"format {VERSION}, which this sdcli reads",
+            "resume with the version of sdcli that saved it",
+        )
+
+
+def _damage(file: BufferedReader) -> str:
+    """How a state differs from what was written, or ""; leaves the file where its content begins."""
+    file.seek(0)
+    found = re.fullmatch(HEADER.format(version=VERSION, digest="([0-9a-f]{64})").encode(), file.read(HEADER_LENGTH))
+    if found is None:
+        return "it is damaged: it does not begin as a state does"
+    if hashlib.file_digest(file, "sha256").hexdigest() != found[1].decode():
+        return "it is damaged: its content does not match its digest"
+    file.seek(HEADER_LENGTH)
+    return ""
+
+
+def unusable(path: Path, reason: str) -> UserError:
+    """The error for a state that is not as it was saved; offers the one before it where that is whole."""
+    fix = "start a new run"
+    try:
+        with previous(path).open("rb") as file:
+            if not _damage(file):
+                fix = f"resume from the state saved before it: mv {previous(path)} {path}"
+    except OSError:
+        # There is no earlier state to offer.
+        pass
+    return UserError(f"state cannot be used: '{path}': {reason}", "the state as sdcli train saved it", fix)
 
 
 def random_states() -> dict[str, Any]:
@@ -76,10 +182,27 @@ def random_states() -> dict[str, Any]:
 
 def restore_random_states(states: dict[str, Any]) -> None:
     """Puts all generators back to where `random_states` found them."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(_python_state(states))
+    np.random.set_state(_numpy_state(states))
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def try_random_states(states: dict[str, Any]) -> None:
+    """Puts generators of its own to these states; raises whatever they raise where one is not a state."""
+    random.Random().setstate(_python_state(states))
+    np.random.RandomState().set_state(_numpy_state(states))
+    torch.Generator().set_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.Generator("cuda").set_state(states["cuda"])
+
+
+def _python_state(states: dict[str, Any]) -> Any:
+    version, words, gauss = states["python"]
+    return version, tuple(words), gauss
+
+
+def _numpy_state(states: dict[str, Any]) -> Any:
+    name, keys, *rest = states["numpy"]
+    return name, np.array(keys, dtype=np.uint32), *rest

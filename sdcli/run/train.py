@@ -17,7 +17,8 @@ from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report, evaluate
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
-from sdcli.run.training import Position, Training, enter_phase, save, share_buffers
+from sdcli.run.state import Position
+from sdcli.run.training import Training, enter_phase, save, share_buffers
 from sdcli.run.watch import (
     Watch,
     check_weights,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from sdcli.data.augment import Mixing
 from sdcli.data.dataset import Split
@@ -20,7 +20,7 @@ from sdcli.data.resident import ResidentLoader
 from sdcli.devices import interleaved
 from sdcli.method.learner import Learner
 from sdcli.method.objective import Objective
-from sdcli.method.optimizer import create_optimizer, create_schedule
+from sdcli.method.optimizer import complete_momentum, create_optimizer, create_schedule
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import build_network
@@ -28,31 +28,8 @@ from sdcli.recipe.address import TEACHER
 from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run
 from sdcli.run.settings import Settings, unchanging
-from sdcli.run.state import random_states, restore_random_states, save_state
-
-
-@dataclass
-class Position:
-    """How far a run is."""
-
-    epoch: int = 1
-    """The epoch that is being trained, counted from 1."""
-    update: int = 0
-    """Updates done in it; all of them where only the scoring is left."""
-    num_images: int = 0
-    """Seen in it so far, by all processes."""
-    lr: float = 0.0
-    """Of the last update."""
-    skipped: int = 0
-    """Updates of it that were left out, since a loss was not finite (`optimizer.nonfinite`)."""
-    skipped_images: int = 0
-    """The images of those updates, of all processes."""
-    in_a_row: int = 0
-    """Updates left out up to here without one between."""
-    sums: Tensor | None = None
-    """What each loss added, times the images that this process saw and that counted [losses]."""
-    shares: dict[str, float] = field(default_factory=dict)
-    """Each loss's share of the gradient's norm, when it was last measured in this epoch."""
+from sdcli.run.state import Position, random_states, restore_random_states, save_state, unusable
+from sdcli.run.verify import check_optimizer, check_scaler, check_tensors
 
 
 @dataclass
@@ -200,10 +177,21 @@ def share_buffers(training: Training) -> None:
 
 
 def restore(training: Training, state: Mapping[str, Any]) -> None:
-    """Puts everything back to where the state found it."""
+    """Puts everything back to where the state found it; raises UserError, with nothing changed yet, for a state of
+    another run."""
+    _check_place(training, Position(**state["position"]), state["phase"])
     enter_phase(training, state["phase"], begins=False)
+    path = training.run.state
+    check_tensors(path, "learner", state["learner"], training.learner.state_dict())
+    check_tensors(path, "ema", state["ema"] or {}, training.ema.module.state_dict() if training.ema else {})
+    # accelerate's wrapper holds torch's optimizer.
+    optimizer = training.optimizer.optimizer
+    check_optimizer(path, state["optimizer"], optimizer)
+    check_scaler(path, state["scaler"], training.accelerator.scaler)
     training.learner.load_state_dict(state["learner"])
-    training.optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(state["optimizer"])
+    if isinstance(optimizer, torch.optim.SGD):
+        complete_momentum(optimizer)
     if training.ema:
         training.ema.module.load_state_dict(state["ema"])
     if state["scaler"] and training.accelerator.scaler:
@@ -223,3 +211,20 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
             f"{len(everyones)} processes before, {training.accelerator.num_processes} now: "
             "the run goes on with other random numbers"
         )
+
+
+def _check_place(training: Training, position: Position, phase: int) -> None:
+    """Raises UserError for a place that the run cannot be at."""
+    epochs = training.recipe.phase_epochs
+    if phase >= len(epochs):
+        raise unusable(training.run.state, f"phase {phase + 1} of {len(epochs)}")
+    first, last = sum(epochs[:phase]) + 1, sum(epochs[: phase + 1])
+    # After its last epoch a phase has not been left yet.
+    begun = position.update > 0
+    if not first <= position.epoch <= last + (0 if begun else 1):
+        raise unusable(training.run.state, f"epoch {position.epoch} in a phase of epochs {first} to {last}")
+    if position.update > training.updates_per_epoch:
+        raise unusable(training.run.state, f"update {position.update} of {training.updates_per_epoch}")
+    num_losses = len(training.objectives[phase].names)
+    if begun != (position.sums is not None) or (position.sums is not None and position.sums.shape != (num_losses,)):
+        raise unusable(training.run.state, f"position.sums is not one number for each of {num_losses} losses")

@@ -12,7 +12,8 @@ from sdcli.data.batch import Batch
 from sdcli.devices import memory_wanted
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report
-from sdcli.run.training import Position, Training
+from sdcli.run.state import Position
+from sdcli.run.training import Training
 
 MOST_SKIPS = 100
 """Updates in a row that may be left out before a run gives up."""

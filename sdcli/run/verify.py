@@ -1,0 +1,161 @@
+"""Whether a saved state is one, and fits the run that resumes from it: compared before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from sdcli.errors import UserError
+from sdcli.method.optimizer import FUSED
+from sdcli.run.state import Position, try_random_states, unusable
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class _Optimizer(_Table):
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class _Random(_Table):
+    python: list[Any]
+    numpy: list[Any]
+    torch: Tensor
+    cuda: Tensor | None
+
+
+class _Made(_Table):
+    settings: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+class _State(_Table):
+    """What a state holds; `Position` checks its own table."""
+
+    position: dict[str, Any]
+    learner: dict[str, Tensor]
+    optimizer: _Optimizer
+    ema: dict[str, Tensor] | None
+    scaler: dict[str, float] | None
+    random: Annotated[list[_Random], Field(min_length=1)]
+    data: dict[str, int]
+    phase: Annotated[int, Field(ge=0)]
+    made: _Made
+
+
+def check_form(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises UserError for a state that lacks an entry, has a stray one, or one of another type."""
+    at: tuple[str, ...] = ()
+    try:
+        _State.model_validate(state)
+        at = ("position",)
+        Position(**state["position"])
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, (*at, *problem["loc"])))
+        raise unusable(path, f"{place}: {problem['msg'].lower()}") from None
+    for field in fields(Position):
+        # All have defaults, which are those of a run that begins.
+        if field.name not in state["position"]:
+            raise unusable(path, f"position.{field.name}: field required")
+    for states in state["random"]:
+        try:
+            try_random_states(states)
+        except Exception as error:  # generators raise whatever comes
+            raise unusable(path, f"random: {' '.join(str(error).split())}") from None
+
+
+def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises UserError where names, shapes or types of the tensors of `name` differ from those of the run."""
+    missing, stray = [key for key in expected if key not in found], [key for key in found if key not in expected]
+    for keys, what in ((missing, "is missing"), (stray, "is not part of this run")):
+        if keys:
+            raise _misfit(path, f"{name}.{keys[0]} {what}" + (f" ({len(keys)} in all)" if keys[1:] else ""))
+    for key, tensor in found.items():
+        _check_tensor(path, f"{name}.{key}", tensor, expected[key])
+
+
+def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError where the optimizer's saved state is not one of these parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    # The kernels of torch's fused optimizers read what they are given without looking.
+    fused = type(optimizer) in FUSED
+    if len(saved["param_groups"]) != len(groups):
+        raise _misfit(path, f"optimizer has {len(saved['param_groups'])} groups of parameters, not {len(groups)}")
+    parameters: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+    for number, (found, own) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        where = f"optimizer.param_groups.{number}"
+        # Other optimizers keep numbers of their own in a group, once they have taken a step.
+        if not own.keys() <= found.keys() or (fused and own.keys() != found.keys()):
+            raise _misfit(path, f"{where} has the keys {', '.join(found)}, not {', '.join(own)}")
+        if found["params"] != own["params"]:
+            raise _misfit(path, f"{where} has other parameters")
+        for key, value in own.items():
+            if _kind(found[key]) != _kind(value):
+                raise _misfit(path, f"{where}.{key} is {_kind(found[key])}, not {_kind(value)}")
+        pairs = zip(own["params"], optimizer.param_groups[number]["params"], strict=True)
+        parameters |= {index: (parameter, own) for index, parameter in pairs}
+    for index, entry in saved["state"].items():
+        if index not in parameters:
+            raise _misfit(path, f"optimizer.state.{index} belongs to no parameter")
+        if fused:
+            _check_entry(path, f"optimizer.state.{index}", entry, *parameters[index])
+
+
+def check_scaler(path: Path, saved: Mapping[str, float] | None, scaler: Any) -> None:
+    """Raises UserError where the gradient scaler's saved state is not one. A run that changes its device may gain or
+    lose the scaler."""
+    if saved is not None and scaler is not None and saved.keys() != scaler.state_dict().keys():
+        raise _misfit(path, f"scaler has {', '.join(saved)}, not {', '.join(scaler.state_dict())}")
+
+
+def _check_entry(path: Path, where: str, entry: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any]) -> None:
+    """One parameter's state of SGD, Adam or AdamW."""
+    if "momentum" in group:
+        expected = {"momentum_buffer": parameter} if group["momentum"] else {}
+    else:
+        expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        expected |= {"max_exp_avg_sq": parameter} if group["amsgrad"] else {}
+    for key in entry:
+        if not isinstance(entry[key], Tensor):
+            raise _misfit(path, f"{where}.{key} is {_kind(entry[key])}, not a tensor")
+    check_tensors(path, where, entry, expected)
+
+
+def _check_tensor(path: Path, where: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise _misfit(path, f"{where} has shape {list(found.shape)}, not {list(expected.shape)}")
+    if (found.dtype, found.layout, found.device.type) != (expected.dtype, torch.strided, "cpu"):
+        raise _misfit(path, f"{where} is {_form(found)}, not {str(expected.dtype).removeprefix('torch.')}")
+
+
+def _form(tensor: Tensor) -> str:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return " ".join(
+        str(part).removeprefix("torch.")
+        for part in (tensor.dtype, *(() if plain else (tensor.layout, tensor.device.type)))
+    )
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for comparison and for messages; one kind for all numbers."""
+    if value is None or isinstance(value, bool):
+        return "nothing" if value is None else "true or false"
+    return "a number" if isinstance(value, (int, float)) else type(value).__name__
+
+
+def _misfit(path: Path, reason: str) -> UserError:
+    """The error for a state of another network, optimizer or version."""
+    return UserError(
+        f"state cannot be used: '{path}': {reason}",
+        "the state of this run, saved with the same versions of sdcli, timm and torch",
+        "resume with those versions, or start a new run",
+    )
