@@ -31,6 +31,8 @@ class Entry:
     """Whether it needs one class per image, so that nothing may be mixed."""
     constant: bool = False
     """Whether no gradient passes it."""
+    reads_one: bool = False
+    """Whether it is called with one signal, rather than a list of them."""
 
     def couples(self, options: Mapping[str, Any]) -> bool:
         """Whether it sees the batch with these options."""
@@ -92,6 +94,7 @@ class Registry:
         sees_batch: bool | str = False,
         hard_labels: bool = False,
         constant: bool = False,
+        reads_one: bool = False,
     ) -> Callable[[Any], Any]:
         """Decorator: makes a function or class known under `name`; the rest as in `Entry`. Raises UserError for a name
         that there is already."""
@@ -103,7 +106,7 @@ class Registry:
                     f"a name that no other {self.what} has",
                     f'@….register("my_{name}")',
                 )
-            self.entries[name] = Entry(name, call, reads, sees_batch, hard_labels, constant)
+            self.entries[name] = Entry(name, call, reads, sees_batch, hard_labels, constant, reads_one)
             return call
 
         return add

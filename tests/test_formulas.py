@@ -19,7 +19,7 @@ from sdcli.method.losses.labels import cross_entropy, tf_nkd, virtual_teacher, v
 from sdcli.method.losses.logits import balanced_kl, dist, dkd, gated, kl, nkd, soft_cross_entropy
 from sdcli.method.losses.relations import propagate, similarity
 from sdcli.method.objective import Objective
-from sdcli.method.signals import SIGNALS, reads_one
+from sdcli.method.signals import SIGNALS
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
 from sdcli.recipe import ramps
@@ -508,7 +508,7 @@ def test_what_is_made_of_signals_is_finite_at_ten_thousand_and_float32_at_least(
     torch.manual_seed(0)
     signals = {place: extreme(even, dtype) for place in ("exit1", "final")}
     signals["final"].dense = torch.randn(6, 6, 9).to(dtype) * 1e4
-    of = "final" if reads_one(entry) else "all"
+    of = "final" if entry.reads_one else "all"
     widths = {place: PointSpec(6, 6) for place in signals}
     (make,) = build_signals({"made": Derived(kind=entry.name, of=of)}, widths, 6, 6)[0].values()
     for _ in range(2):
@@ -579,3 +579,22 @@ def test_a_ramp_without_length_is_on_from_the_start(ramp):
 
 def test_a_time_below_1_is_a_share_of_the_run():
     assert [ramps.in_epochs(time, 300) for time in (0.5, 1, 80)] == [150, 1, 80]
+
+
+@pytest.mark.parametrize("reads_one", [True, False])
+def test_a_signal_of_ones_own_gets_what_it_is_registered_for_whatever_its_arguments_are_called(reads_one, monkeypatch):
+    monkeypatch.setattr(SIGNALS, "entries", dict(SIGNALS.entries))
+
+    @SIGNALS.register("mine", reads_one=reads_one)
+    def mine(signal, batch):
+        return (signal if reads_one else signal[0]).logits
+
+    @SIGNALS.register("other", reads_one=reads_one)
+    def other(signals, batch):
+        return (signals if reads_one else signals[0]).logits
+
+    signals = {"final": random_signal()}
+    for kind in ("mine", "other"):
+        tables = {"made": Derived(kind=kind, of="final")}
+        (make,) = build_signals(tables, {"final": PointSpec(6, 6)}, 6, 6)[0].values()
+        assert torch.equal(make(signals, batch_of(list(range(6)))).logits, signals["final"].logits)

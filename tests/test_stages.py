@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from typing import Any
 
@@ -77,6 +78,11 @@ class Blocks(nn.Module):
 )
 def test_the_stages_of_a_family_are_its_own(name: str, expected: list[str]) -> None:
     assert modules(plan_of(name)) == expected
+
+
+def test_the_example_of_find_stages_is_true() -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(find_stages, "find_stages", globs={})
+    assert doctest.DocTestRunner().run(example) == (0, 5)
 
 
 def test_pyramid_is_found_by_what_timm_announces_and_trunk_by_equal_shares() -> None:

@@ -17,7 +17,7 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.objective import Objective
-from sdcli.method.signals import SIGNALS, SignalContext, reads_one
+from sdcli.method.signals import SIGNALS, SignalContext
 from sdcli.network.multi_exit import MultiExit, PointSpec
 from sdcli.network.signals import Signal
 from sdcli.recipe.address import FINAL, STUDENT, Address
@@ -31,7 +31,7 @@ class DerivedSignal(nn.Module):
     def __init__(self, of: Sequence[str], entry: Entry, setting: SignalContext, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.of = list(of)
-        self.reads_one = reads_one(entry)
+        self.reads_one = entry.reads_one
         self.reads_densely = entry.reads == "dense"
         self.sees_batch = bool(entry.sees_batch)
         built = isinstance(entry.call, type)
@@ -88,7 +88,7 @@ def build_signals(
         of = addresses.resolve(table.of, f"{where}.of")
         addresses.check_classifies(of, where)
         points = [Address.parse(point) for point in of]
-        if reads_one(entry) and len(of) != 1:
+        if entry.reads_one and len(of) != 1:
             raise UserError(
                 f"{where}: kind = '{table.kind}' reads one point", "one point", 'of = "final"', key=f"{where}.of"
             )

@@ -1,15 +1,14 @@
 """Predictions made from the predictions of several points, by the name that a recipe gives them.
 
-A kind is a function of (signals, batch), or of (signal, batch) where it is made of one alone, or a module with such a
-`forward` that is built from a `SignalContext`; its keyword-only arguments are its recipe keys. Either gives logits
-[B, K].
+A kind is a function of (signals, batch), or of (signal, batch) if it is registered with `reads_one=True`; or a module
+with such a `forward` that is built from a `SignalContext`. Its keyword-only arguments are its recipe keys. It returns
+logits [B, K].
 
 B batch, K classes, C channels, E signals
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -24,7 +23,7 @@ from sdcli.method.losses.labels import votes as count_votes
 from sdcli.method.losses.logits import gated
 from sdcli.method.losses.relations import propagate
 from sdcli.network.signals import Signal
-from sdcli.registry import Entry, Registry
+from sdcli.registry import Registry
 
 SIGNALS = Registry("signal")
 
@@ -43,12 +42,6 @@ class SignalContext:
 def ensemble(logits: Iterable[Tensor]) -> Tensor:
     """The mean of the points' logits [B, K]: the ensemble of BYOT's authors (arXiv:1905.08094)."""
     return torch.stack(list(logits)).mean(dim=0)
-
-
-def reads_one(entry: Entry) -> bool:
-    """Whether a kind is made of one signal alone."""
-    call = getattr(entry.call, "forward", entry.call)
-    return "signal" in inspect.signature(call).parameters
 
 
 def _logits(signal: Signal) -> Tensor:
@@ -88,7 +81,7 @@ class Gated(nn.Module):
         return gated([_logits(signal) for signal in signals], weights)
 
 
-@SIGNALS.register("propagated", sees_batch=True, constant=True)
+@SIGNALS.register("propagated", reads_one=True, sees_batch=True, constant=True)
 def propagated(
     signal: Signal,
     batch: Batch,
@@ -107,7 +100,7 @@ def propagated(
     return temperature * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
 
 
-@SIGNALS.register("memory", hard_labels=True, constant=True)
+@SIGNALS.register("memory", reads_one=True, hard_labels=True, constant=True)
 class Memory(nn.Module):
     """What was said of each training image when it was last seen, and its label before: PS-KD's teacher (Kim et al.
     2021, arXiv:2006.12000).
@@ -139,7 +132,7 @@ class Memory(nn.Module):
         return past
 
 
-@SIGNALS.register("votes", reads="dense", constant=True)
+@SIGNALS.register("votes", reads="dense", reads_one=True, constant=True)
 def votes(signal: Signal, batch: Batch) -> Tensor:
     """How many places of the last map each class wins when the classifier is shown one at a time [B, K]: what ranks the
     classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Of `final` alone. No gradient passes.

@@ -1,0 +1,115 @@
+"""From the chosen boundaries to the plan: stages, classifier, parameters out of use, and what is unusual."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from sdcli.network.layout import Layout
+from sdcli.network.stages import Stage, StagePlan
+from sdcli.network.tap_points import TapPoint, TracedModel
+from sdcli.network.trace import RESHAPES, reaching
+
+
+def describe(traced: TracedModel, points: Sequence[TapPoint], found_by: str) -> StagePlan:
+    """The plan of a model that is cut at `points`."""
+    model = traced.model
+    stages = tuple(_stage(model, point, points) for point in points)
+    classifier, embedding_dim = _classifier(traced)
+    unused = _unused(traced)
+    return StagePlan(
+        model=traced.name,
+        input_size=traced.input_size,
+        stages=stages,
+        found_by=found_by,
+        notes=tuple(_notes(model, stages, unused, classifier)),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        macs=traced.macs,
+        unused=unused,
+        classifier=classifier,
+        embedding_dim=embedding_dim or stages[-1].num_chs,
+        encoder=getattr(model, "num_classes", None) == 0,
+    )
+
+
+def _stage(model: nn.Module, point: TapPoint, points: Sequence[TapPoint]) -> Stage:
+    others = [path for other in points if other is not point for path, _ in other.paths]
+    # A container of several stages returns what the last of them does; the stage is that last one.
+    own = [tap for tap in point.paths if not any(path.startswith(f"{tap[0]}.") for path in others)]
+    own = own or [point.paths[-1]]
+    (module, entry), layout = own[0], point.layout
+    return Stage(
+        module=module,
+        tensor=entry,
+        num_chs=layout.num_chs,
+        size=layout.size,
+        reduction=point.reduction,
+        output_fmt=layout.output_fmt,
+        num_prefix_tokens=layout.num_prefix_tokens,
+        clean=point.clean,
+        params=point.params,
+        macs=point.macs,
+        inner=tuple(path for path, inner in own[1:] if inner == entry and path.startswith(f"{module}.")),
+        windows=_windows(model, layout),
+    )
+
+
+def _windows(model: nn.Module, layout: Layout) -> int:
+    """How often the tokens of a stage are still folded into windows of 2x2: Hiera keeps its own schedule of it."""
+    schedule = getattr(getattr(model, "reroll", None), "schedule", {})
+    return next((len(left) for left, size in schedule.values() if tuple(size) == layout.size), 0)
+
+
+def _unused(traced: TracedModel) -> tuple[str, ...]:
+    graph = traced.record.graph
+    used = {id(graph.values[node]) for node in reaching(graph.sources, traced.record.outputs)}
+    return tuple(name for name, parameter in traced.model.named_parameters() if id(parameter) not in used)
+
+
+def _classifier(traced: TracedModel) -> tuple[str | None, int | None]:
+    """The innermost module that makes the logits of one vector, and the width of that vector."""
+    record = traced.record
+    values = record.graph.values
+    if getattr(traced.model, "num_classes", None) == 0:
+        # An encoder: what it puts out is pooled to the embedding, and a head of ours follows.
+        shape = values[record.outputs[0]].shape
+        return None, int(shape[1] if len(shape) == 4 else shape[-1])
+    if len(record.outputs) != 1:
+        return None, None
+    logits = {record.outputs[0]}
+    for operation in reversed(record.graph.operations):
+        if operation.name in RESHAPES and not logits.isdisjoint(operation.results):
+            logits.update(operation.sources)
+    for path, (call, *more) in traced.calls.items():
+        if more or len(call.inputs) != 1 or len(call.outputs) != 1 or call.outputs[0][1] not in logits:
+            continue
+        shape = values[call.inputs[0]].shape
+        if call.inputs[0] not in logits and shape.numel() == shape[1]:
+            return path, int(shape[1])
+    return None, None
+
+
+def _notes(model: nn.Module, stages: Sequence[Stage], unused: Sequence[str], classifier: str | None) -> Iterator[str]:
+    unclean = [stage.module for stage in stages if not stage.clean]
+    if unclean:
+        yield (
+            f"What follows {_listed(unclean)} also reads earlier tensors: exits there can be trained and read, but "
+            "the network can neither be stopped nor cut off there."
+        )
+    several = [stage.module for stage in stages if stage.tensor is not None and not stage.clean]
+    if several:
+        yield f"{_listed(several)} return several maps, of which one is read."
+    if stages[0].windows:
+        yield "The tokens lie in nested windows, not row by row; maps are put back in order."
+    if not getattr(model, "num_classes", 0):
+        yield "The model has no classifier: its output is pooled and gets a linear one of ours."
+    elif classifier is None:
+        yield "No single module turns an embedding into the logits: the last stage's map, pooled, stands for it."
+    if unused:
+        few = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+        yield f"{len(unused)} parameters never reach the output and are not trained: {few}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,123 @@
+"""The tensors of one forward pass on which a stage could end.
+
+The record of a forward pass (`trace.py`) shows which modules return maps and in which layout, what each map cost so
+far, and which of them are *clean cuts*: tensors on which everything later depends and on nothing else earlier
+(dominators of the logits in the dataflow graph). Exits, truncation and early exit are exact there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sdcli.errors import UserError
+from sdcli.network.layout import Layout, layout_of, reduction_of
+from sdcli.network.trace import Call, Record, calls_by_path, channel_axes, clean_cuts, record_forward
+
+MOST_PREFIX_TOKENS = 16
+
+# A map of one position is a pooled vector, except where the image is so small that it may be all that is left of it.
+LARGEST_IMAGE_OF_POINTS = 64
+
+
+@dataclass(frozen=True)
+class TapPoint:
+    """A map of the image that one or more modules return."""
+
+    node: int
+    paths: tuple[tuple[str, int | None], ...]
+    """The modules that return it, each once per forward, outermost first, with the entry of their tuple."""
+    layout: Layout
+    reduction: int
+    clean: bool
+    params: int
+    macs: int
+
+    @property
+    def depth(self) -> int:
+        return self.paths[0][0].count(".")
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model, the record of one forward pass, and the tap points in it."""
+
+    name: str
+    model: nn.Module
+    input_size: tuple[int, int, int]
+    record: Record
+    calls: Mapping[str, list[Call]]
+    """By path, without the model's own."""
+    points: tuple[TapPoint, ...]
+    """In the order of the forward pass."""
+
+    @property
+    def macs(self) -> int:
+        return self.record.macs
+
+
+def trace_model(model: nn.Module, input_size: tuple[int, int, int], name: str) -> TracedModel:
+    """One forward pass of `model` and its tap points; raises UserError where it refuses the input size."""
+    parameter = next(model.parameters(), None)
+    image = torch.zeros(1, *input_size)
+    image = image if parameter is None else image.to(parameter)
+    try:
+        record = record_forward(model, [image])
+    except Exception as error:
+        # A model raises whatever it likes for a size that does not suit it.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        size = "x".join(map(str, input_size))
+        raise UserError(f"{name} does not run on an image of {size}: {reason}") from error
+    calls = {path: calls for path, calls in calls_by_path(record.calls).items() if path}
+    height, width = input_size[1:]
+    points = _find_points(model, record, calls, (height, width))
+    return TracedModel(name, model, input_size, record, calls, tuple(points))
+
+
+def _find_points(
+    model: nn.Module, record: Record, calls: Mapping[str, list[Call]], image: tuple[int, int]
+) -> list[TapPoint]:
+    graph = record.graph
+    clean, axes = clean_cuts(record), channel_axes(graph)
+    own = getattr(model, "num_prefix_tokens", None)
+    prefixes = [*([own] if isinstance(own, int) else []), *range(MOST_PREFIX_TOKENS + 1)]
+    returned = _returned_by(model, calls)
+    points = []
+    for node in sorted(returned.keys() - graph.rewritten):
+        groups = [sorted(group, key=lambda tap: tap[0].depth) for group in returned[node] if group]
+        layout = layout_of(graph.values[node].shape, axes.get(node), image, prefixes)
+        if not groups or layout is None or (layout.size == (1, 1) and image[0] > LARGEST_IMAGE_OF_POINTS):
+            continue
+        taps = min(groups, key=lambda group: group[0][0].depth)
+        paths = tuple((call.path, entry) for call, entry in taps)
+        reduction = reduction_of(image[0], layout.size[0])
+        outermost = taps[0][0]
+        points.append(TapPoint(node, paths, layout, reduction, node in clean, outermost.params, outermost.macs))
+    return points
+
+
+def _returned_by(model: nn.Module, calls: Mapping[str, list[Call]]) -> dict[int, list[list[tuple[Call, int | None]]]]:
+    """The calls that return each node, with the entry of their tuple, in groups that return the same in training too.
+
+    Modules that are called more than once are left out: a hook there would see several tensors.
+    """
+    returned: dict[int, list[list[tuple[Call, int | None]]]] = {}
+    for path, (call, *more) in calls.items():
+        if more:
+            continue
+        for entry, node in call.outputs:
+            groups = returned.setdefault(node, [[]])
+            if node not in call.inputs:
+                groups[-1].append((call, entry))
+            elif _is_random(model.get_submodule(path)):
+                # In training a dropout returns something else: its container and the module before it differ.
+                groups.append([])
+    return returned
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module that returned what it was given may be a dropout, rather than an identity by any name."""
+    return not isinstance(module, (nn.Identity, nn.Sequential)) and not any(True for _ in module.children())
