@@ -17,6 +17,7 @@ from rich.text import Text
 from sdcli.cli.plots import has_matplotlib, save_curves
 from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import note, talk
+from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
@@ -39,7 +40,11 @@ def follow(training: Training, events: Iterable[Event]) -> Stopped | None:
     console.print(_heading(training))
     stopped = (_follow_live if console.is_terminal else _follow_plain)(training, events)
     if has_matplotlib() and read_log(training.run.folder):
-        save_curves(training.run.folder, training.run.folder / "curves.png")
+        try:
+            save_curves(training.run.folder, training.run.folder / "curves.png")
+        except UserError as error:
+            # The run itself is done, or saved.
+            note(error.wrong)
     if stopped is not None:
         console.print(
             Text.assemble(

@@ -18,7 +18,7 @@ import torch
 from sdcli.errors import UserError
 from sdcli.files import replacing
 
-VERSION = 2
+VERSION = 3
 """Of the file's layout; another one is refused."""
 
 
