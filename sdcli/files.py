@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -12,11 +13,21 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that replaces it when the block ends: no reader finds half a file.
 
-    If the block fails, the temporary file is removed and `path` stays as it was.
+    If the block fails, the temporary file is removed and `path` stays as it was. Its name is that of one block alone,
+    so that two processes may replace the same file.
     """
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield beside
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        # A folder that has become read-only raises here too; the block has then raised the error to report.
+        with suppress(OSError):
+            beside.unlink()
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed; for folders that no other process writes to."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            path.unlink()

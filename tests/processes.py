@@ -6,15 +6,20 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sdcli.cli import main
+
+LONGEST_S = 300.0
+"""After which a process hangs: many times what any takes."""
 
 SERVER = multiprocessing.get_context("forkserver")
 # Not this module: before Python 3.13 the server does not find it.
@@ -30,28 +35,61 @@ LOADED = [
 SERVER.set_forkserver_preload([*LOADED, "torchmetrics.functional.classification"])
 
 
-def _begin(arguments: list[str], folder: str, environment: dict[str, str], said: list[str]) -> None:
+CLOSED = "closed"
+"""A stream of a process that is closed when it starts, as by `>&-`."""
+
+
+def _begin(
+    arguments: list[str], folder: str, environment: dict[str, str], said: list[str], leads: bool, ignored: list[int]
+) -> None:
+    if leads:
+        os.setpgid(0, 0)
+    # Jobs in the background of a shell begin with Ctrl-C ignored, tests among them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for number, file in enumerate(said, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    for number, (name, file) in enumerate(zip(("stdout", "stderr"), said, strict=True), start=1):
+        if file == CLOSED:
+            os.close(number)
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
+        else:
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT)
+            os.dup2(handle, number)
+            os.close(handle)
     torch.set_num_threads(1)
     sys.argv = ["sdcli", *arguments]
     main()
 
 
 class Process:
-    """`sdcli` with these arguments, in a process that knows nothing of the test's own."""
+    """`sdcli` with these arguments, in a process that knows nothing of the test's own.
 
-    def __init__(self, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    `out` and `err` name what its streams are, files of its own by default. With `leads` it has a process group of its
+    own, as under timeout(1) or in a terminal; `ignored` are signals that it starts with ignored, as under nohup.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        out: Path | str | None = None,
+        err: Path | str | None = None,
+        leads: bool = False,
+        ignored: Sequence[int] = (),
+    ) -> None:
         folder = tempfile.mkdtemp(prefix="sdcli-test-")
         atexit.register(shutil.rmtree, folder)
-        said = [os.path.join(folder, name) for name in ("out", "err")]
+        said = [str(file or os.path.join(folder, name)) for name, file in (("out", out), ("err", err))]
         given = [str(argument) for argument in arguments]
         environment = {**os.environ, **(env or {})}
         self._said = said
-        self._process = SERVER.Process(target=_begin, args=(given, str(cwd or Path.cwd()), environment, said))
+        work = (given, str(cwd or Path.cwd()), environment, said, leads, list(ignored))
+        self._process = SERVER.Process(target=_begin, args=work)
         self._process.start()
 
     @property
@@ -64,14 +102,21 @@ class Process:
         return self._process.exitcode
 
     def wait(self) -> int:
-        self._process.join()
+        self._process.join(LONGEST_S)
         code = self._process.exitcode
-        assert code is not None
+        if code is None:
+            self._process.kill()
+        assert code is not None, f"hangs: {self.err}"
         return code
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def signal_group(self, number: int) -> None:
+        """To the process and its workers, where it leads a group."""
+        if self.poll() is None:
+            os.killpg(self.pid, number)
 
     @property
     def out(self) -> str:
@@ -82,8 +127,8 @@ class Process:
         return Path(self._said[1]).read_text()
 
 
-def finished(*arguments: object, cwd: Path | None = None) -> Process:
-    process = Process(*arguments, cwd=cwd)
+def finished(*arguments: object, **options: Any) -> Process:
+    process = Process(*arguments, **options)
     process.wait()
     return process
 

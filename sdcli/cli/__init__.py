@@ -15,6 +15,7 @@ from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
 from sdcli.cli import recipes as recipes_command
 from sdcli.cli import train as train_command
+from sdcli.cli.streams import secure
 from sdcli.cli.usage import Commands
 from sdcli.errors import UserError
 
@@ -71,21 +72,28 @@ def main() -> None:
     # Read when torch is loaded. By default its threads spin while they wait for each other, and beside any other busy
     # process an epoch then takes 1.5 times as long; alone, sleeping costs 3 % (benchmarks/threads.py, two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    secure()
     try:
         app()
-    except UserError as error:
+    except BaseException as error:
+        if _interrupted(error):
+            # Also where a library, or typer, has made something else of it.
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+        if not isinstance(error, UserError):
+            raise
         if os.environ.get("RANK", "0") != "0":
             # Most errors are everyone's: the first process has said it, and its launcher ends the others.
             time.sleep(5)
         _print_error(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of a pipe has left (`sdcli … | head`): nobody is left to tell.
-        sys.stderr.close()
-        sys.exit(1)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error goes back to Ctrl-C."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _print_error(error: UserError) -> None:

@@ -9,8 +9,8 @@ from sdcli.errors import UserError
 from sdcli.files import replacing
 from sdcli.run.folder import read_log
 
-WIDTH, HEIGHT = 11.0, 4.2
-"""Inches, at 150 dots each."""
+WIDTH, HEIGHT = 5.5, 4.2
+"""Of a panel, in inches, at 150 dots each."""
 
 
 def has_matplotlib() -> bool:
@@ -30,12 +30,11 @@ def save_curves(run: Path, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=150, layout="constrained")
+    draw = [_losses, _accuracies] if any(line["validation"] for line in log) else [_losses]
+    figure = Figure(figsize=(WIDTH * len(draw), HEIGHT), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    losses, accuracies = figure.subplots(1, 2)
-    _losses(losses, log)
-    _accuracies(accuracies, log)
-    for axes in (losses, accuracies):
+    for panel, axes in zip(draw, figure.subplots(1, len(draw), squeeze=False)[0], strict=True):
+        panel(axes, log)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -65,9 +64,6 @@ def _accuracies(axes: Any, log: list[dict[str, Any]]) -> None:
     """Top-1 on the validation split: exits from light to dark, the ensemble dashed."""
     scored = [line for line in log if line["validation"]]
     axes.set_title("validation: top-1, %", fontsize=10, loc="left")
-    if not scored:
-        axes.text(0.5, 0.5, "nothing was held out", ha="center", va="center", transform=axes.transAxes)
-        return
     epochs = [line["epoch"] for line in scored]
     points = [result["point"] for result in scored[-1]["validation"]["exits"]]
     for place, point in enumerate(points):

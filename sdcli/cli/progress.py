@@ -20,6 +20,7 @@ from rich.text import Text
 from sdcli.cli.plots import has_matplotlib, save_curves
 from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import counted, end_stage, is_watched, message, note, talk
+from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
@@ -44,7 +45,11 @@ def follow(training: Training, events: Iterable[Event]) -> Stopped | None:
     end = (_follow_live if is_watched() else _follow_plain)(training, events)
     folder = training.run.folder
     if has_matplotlib() and read_log(folder):
-        save_curves(folder, folder / "curves.png")
+        try:
+            save_curves(folder, folder / "curves.png")
+        except UserError as error:
+            # The run itself is done, or saved.
+            note(error.wrong)
     resume = (f"sdcli train --resume {shlex.quote(str(folder))}", "bold")
     if isinstance(end, Stopped):
         message(f"stopped in epoch {end.epoch} after update {end.update}; the state is saved. Resume with: ", resume)

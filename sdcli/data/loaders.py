@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sdcli.data.augment import key
 from sdcli.data.batch import Batch
@@ -57,6 +60,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_parent,
         persistent_workers=workers > 0,
         pin_memory=pin,
         # Without its own generator, it draws from torch's global one at the start of each epoch.
@@ -73,17 +77,68 @@ class Loader(DataLoader[Batch]):
         self.batch_sampler.set_epoch(epoch, skip_updates)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        error = None
-        for batch in super().__iter__():
-            if isinstance(batch, _Failed):
-                error = batch.error
-                break
-            yield batch
-        if error is not None:
-            # Stops the workers while they still listen. An error keeps the frames that it passed through; if the
-            # workers' queues are freed with these, they may close first, and stopping takes five seconds per worker.
-            self._iterator = None
-            raise error
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, _Failed):
+                    raise batch.error
+                yield batch
+        except Exception as error:
+            lost = self._lost()
+            # Ends the workers while they listen: an error holds on to the frames that it went through, and if the
+            # workers' queues go with these, they may be closed first, and ending takes five seconds a worker.
+            self.close()
+            if lost is None:
+                raise
+            raise lost from error
+
+    def close(self) -> None:
+        """Ends the workers, if there are any; the next pass starts others."""
+        iterator, self._iterator = self._iterator, None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
+
+    def _get_iterator(self) -> Any:
+        # torch would raise an error for a worker that dies wherever the main thread is, in the middle of an update too.
+        # Without its handler the error comes where a batch is waited for.
+        former = signal.getsignal(signal.SIGCHLD) if os.name == "posix" else None
+        iterator = super()._get_iterator()
+        if former is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, former)
+        for worker in getattr(iterator, "_workers", ()):
+            # What torch does at last to a worker that does not end by itself; SIGTERM is ignored.
+            worker.terminate = worker.kill
+        return iterator
+
+    def _lost(self) -> UserError | None:
+        """The error for a worker that something has ended; None where all are there."""
+        for worker in getattr(self._iterator, "_workers", ()):
+            if (code := worker.exitcode) is not None:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return UserError(
+                    f"process {worker.pid}, one of {self.num_workers} that load images, {how}{CAUSES.get(-code, '')}",
+                    "processes that last as long as they are needed",
+                    "--workers 0" + (f", or fewer than {self.num_workers}" if self.num_workers > 1 else ""),
+                )
+        return None
+
+
+CAUSES = {
+    int(getattr(signal, name)): cause
+    for name, cause in (
+        ("SIGKILL", ": the machine has probably run out of memory"),
+        ("SIGBUS", ": shared memory (/dev/shm) has probably run out"),
+    )
+    if hasattr(signal, name)
+}
+"""Why a worker is usually killed, by signal."""
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Has a worker ignore what ends a run: a terminal, timeout(1), systemd and Slurm send it to all processes at once,
+    and the run needs its workers until it has saved its state. They end with their parent anyway."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ best.safetensors   the best on the validation split, where there is one
 report.json        how that checkpoint scores
 state/last.pt      where the run stands, for `--resume` (`state.py`)
 state/previous.pt  the state saved before it
+state/lock         locked while a process trains the run (`lock.py`)
 curves.png         losses and accuracies by epoch, where there is matplotlib (`cli/plots.py`)
 """
 
@@ -17,39 +18,64 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sdcli.errors import UserError, did_you_mean
 from sdcli.evaluation.evaluate import Report
-from sdcli.files import replacing
+from sdcli.files import remove_temporary, replacing
 from sdcli.network.checkpoint import Description, save_checkpoint
+from sdcli.run.lock import Lock
+
+LOG, SUMMARY = "log.jsonl", "summary.csv"
 
 EARLY = {"recipe.toml", "run.json", "state"}
-"""What a run writes before its first state is whole."""
+"""What a run writes before its first state is complete."""
+
+WRITABLE = "a run folder that can be written to, on a disk with free space"
 
 
 class Run:
-    """A run folder. Every process knows where it is; only the first one keeps the log, and writes."""
+    """A run folder. Every process knows where it is; only the first one locks it, and writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rows: list[dict[str, Any]] = []
-        self._log = ""
+        self._lock = Lock(lock_file(folder))
+        self._columns: list[str] = []
 
     def begin(self) -> None:
-        """Makes the folder; raises UserError where it already holds anything."""
-        check_output(self.folder)
+        """Makes the folder and locks it; raises UserError where it already holds anything, or another process writes
+        to it."""
+        _check_empty(self.folder)
         make_folder(self.folder)
+        self.lock()
+        # Another process may have begun and ended a run here since.
+        _check_empty(self.folder)
+
+    def lock(self) -> None:
+        """Keeps other processes out until `unlock`, or until this process ends; raises UserError where one is in."""
+        if self._lock.take(self.folder):
+            for folder in (self.folder, self.state.parent):
+                remove_temporary(folder)
+
+    def unlock(self) -> None:
+        self._lock.release()
 
     def go_on(self, epochs: int) -> None:
-        """Goes on after `epochs` whole ones: what the log tells of later ones is forgotten."""
-        for line in read_log(self.folder)[:epochs]:
-            self._remember(line)
-        self._write_log()
+        """Resumes after `epochs` complete ones: cuts the log to them. Raises UserError where it has fewer."""
+        log = read_log(self.folder)
+        if len(log) < epochs:
+            raise _damaged(self.folder / LOG, f"it has {len(log)} of {epochs} epochs")
+        with writing(self.folder / LOG) as path:
+            write_text(path, "".join(map(_log_line, log[:epochs])))
+        self._write_summary(log[:epochs])
 
     @property
     def state(self) -> Path:
@@ -58,65 +84,106 @@ class Run:
 
     def write_recipe(self, text: str) -> None:
         """The resolved recipe, which `--recipe` takes again."""
-        write_text(self.folder / "recipe.toml", text)
+        with writing(self.folder / "recipe.toml") as path:
+            write_text(path, text)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """What the command line chose beside the recipe."""
-        write_text(self.folder / "run.json", json.dumps(settings, indent=2) + "\n")
+        with writing(self.folder / "run.json") as path:
+            write_text(path, json.dumps(settings, indent=2) + "\n")
 
     def log_epoch(self, line: Mapping[str, Any]) -> None:
-        """Adds an epoch to `log.jsonl` and `summary.csv`."""
-        self._remember(line)
-        self._write_log()
+        """Adds an epoch to `log.jsonl` and `summary.csv`; raises UserError where they cannot be written."""
+        with writing(self.folder / LOG) as path:
+            append_text(path, _log_line(line))
+        row = _summary_row(line)
+        if set(row) <= set(self._columns):
+            with writing(self.folder / SUMMARY) as path:
+                append_text(path, _csv([row], self._columns))
+        else:
+            self._write_summary(read_log(self.folder))
 
-    def _remember(self, line: Mapping[str, Any]) -> None:
-        self._log += json.dumps(line) + "\n"
-        self._rows.append(_summary_row(line))
-
-    def _write_log(self) -> None:
-        write_text(self.folder / "log.jsonl", self._log)
-        columns = list(dict.fromkeys(column for row in self._rows for column in row))
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, columns)
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_text(self.folder / "summary.csv", table.getvalue())
+    def _write_summary(self, log: Sequence[Mapping[str, Any]]) -> None:
+        rows = [_summary_row(line) for line in log]
+        self._columns = list(dict.fromkeys(column for row in rows for column in row))
+        with writing(self.folder / SUMMARY) as path:
+            write_text(path, _csv([dict(zip(self._columns, self._columns, strict=True)), *rows], self._columns))
 
     def save(self, name: str, tensors: Mapping[str, Tensor], description: Description) -> Path:
         """Writes `last` or `best`."""
-        path = self.folder / f"{name}.safetensors"
-        save_checkpoint(path, tensors, description)
+        with writing(self.folder / f"{name}.safetensors") as path:
+            save_checkpoint(path, tensors, description)
         return path
 
     def write_report(self, report: Report, checkpoint: str) -> None:
         """How `checkpoint` scores."""
-        write_text(
-            self.folder / "report.json", json.dumps({"checkpoint": checkpoint, **report.to_dict()}, indent=2) + "\n"
-        )
+        with writing(self.folder / "report.json") as path:
+            write_text(path, json.dumps({"checkpoint": checkpoint, **report.to_dict()}, indent=2) + "\n")
 
 
-def check_output(folder: Path) -> None:
-    """Raises UserError where a run's folder already holds anything: nothing is ever overwritten.
+def check_output(folder: Path, dataset: str) -> None:
+    """Raises UserError where a run cannot have this folder: another process trains a run in it, it holds anything
+    already, or it would mix with the images of a local `dataset`.
 
-    What a run has left that died before its first state does not count."""
+    Nothing is ever overwritten; what a run has left that died before its first state does not count.
+    """
+    data = Path(dataset)
+    if data.is_absolute() and data.is_dir():
+        _check_apart(folder, data.resolve())
+    if (lock := lock_file(folder)).exists():
+        probe = Lock(lock)
+        probe.take(folder)
+        probe.release()
+    _check_empty(folder)
+
+
+def _check_apart(folder: Path, data: Path) -> None:
+    output, runs = folder.resolve(), Path("runs")
+    if output == data:
+        where = "is the folder of the data set"
+    elif output.is_relative_to(data):
+        where = f"is inside the folder of the data set, '{data}'"
+    elif data.is_relative_to(output):
+        where = f"contains the folder of the data set, '{data}'"
+    else:
+        return
+    if runs.resolve().is_relative_to(data):
+        runs = data.parent / "runs"
+    free = _free(runs / (output.name or "run"))
+    raise UserError(f"output '{folder}' {where}", "a folder apart from the data set", f"--output {free}")
+
+
+def _check_empty(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or _never_began(folder))):
         return
+    another = f"--output {_free(folder)}"
     if state_file(folder).exists():
         raise UserError(
             f"output '{folder}' holds a run already",
             "a new or empty folder",
-            f"another --output, or go on with it: sdcli train --resume {folder}",
+            f"{another}, or resume the run: sdcli train --resume {folder}",
         )
     what = "holds a run already" if (folder / "recipe.toml").exists() else "is not an empty folder"
-    raise UserError(
-        f"output '{folder}' {what}", "a new or empty folder", f"another --output, or remove it: rm -r {folder}"
-    )
+    raise UserError(f"output '{folder}' {what}", "a new or empty folder", another)
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or one with a number behind its name, that is not there yet."""
+    # "." and "/" have no name to number.
+    stem = folder if folder.name else folder / "run"
+    names = chain([stem], (stem.with_name(f"{stem.name}-{number}") for number in count(2)))
+    return next(path for path in names if not path.exists())
 
 
 def _never_began(folder: Path) -> bool:
-    """Whether a run died here before its first state was whole: it has left these files and nothing else."""
-    left = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
-    return (not left or "run.json" in left <= EARLY) and not state_file(folder).exists()
+    """Whether a run died here before its first state was complete: it has left these files and nothing else."""
+    left, state = _names(folder), _names(folder / "state")
+    return (left <= {"state"} or "run.json" in left <= EARLY) and state <= {"lock"}
+
+
+def _names(folder: Path) -> set[str]:
+    """What a folder holds beside temporary files."""
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")} if folder.is_dir() else set()
 
 
 def state_file(folder: Path) -> Path:
@@ -124,10 +191,15 @@ def state_file(folder: Path) -> Path:
     return folder / "state" / "last.pt"
 
 
+def lock_file(folder: Path) -> Path:
+    """What is locked while a process trains the run."""
+    return folder / "state" / "lock"
+
+
 def make_folder(folder: Path) -> None:
-    """Raises UserError where it cannot be made."""
+    """Makes a run folder; raises UserError where it cannot be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        state_file(folder).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output '{folder}' cannot be made: {error.strerror}", "a folder to write to") from None
 
@@ -152,25 +224,59 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """One table per epoch; none where nothing is logged yet."""
-    path = folder / "log.jsonl"
+    """One table per epoch; none where nothing is logged yet. The last line may be incomplete, if its writer was killed
+    or is writing it: it is left out."""
+    path = folder / LOG
+    log: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            log.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise _damaged(path, f"line {number}: {error}") from None
+    return log
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"'{path}' is not what a run has written: {reason}", "the file as the run wrote it", "put it back")
+
+
+def _log_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
+def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    table = io.StringIO(newline="")
+    csv.DictWriter(table, columns).writerows(rows)
+    return table.getvalue()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Turns what goes wrong while a file of a run is written into a UserError."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: ValueError) -> UserError:
-    return UserError(f"'{path}' is not what a run has written: {error}", "the file as the run wrote it", "put it back")
+        yield path
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        resume = f", then: sdcli train --resume {path.parent}" if state_file(path.parent).exists() else ""
+        raise UserError(
+            f"'{path}' cannot be written: {reason}", WRITABLE, f"free space or make it writable{resume}"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises UserError where it cannot be written; the file is then as it was."""
-    try:
-        with replacing(path) as beside:
-            beside.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}", "a folder with room to write to") from None
+    """Replaces the file; where that fails it stays as it was."""
+    with replacing(path) as beside:
+        beside.write_bytes(text.encode())
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to the file, which is then on the disk; where that fails its last line may be incomplete."""
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _summary_row(line: Mapping[str, Any]) -> dict[str, Any]:

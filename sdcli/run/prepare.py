@@ -52,7 +52,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     recipe = settled(recipe)
     run = Run(from_first(accelerator, output))
     if accelerator.is_main_process:
-        check_output(run.folder)
+        check_output(run.folder, settings.dataset)
     with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "a smaller model, another --device"):
         training = build(settings, recipe, accelerator, run)
         enter_phase(training, 0)

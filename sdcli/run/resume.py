@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sdcli.devices import short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
@@ -30,11 +32,18 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     gone, and data that are not those that it was trained on.
     """
     accelerator = check(settings, recipe, folder)
+    run = Run(folder)
+    if accelerator.is_main_process:
+        run.lock()
     state = read_state(folder, settings, recipe)
     _check_weights_ahead(recipe, state["phase"])
     with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "another --device"):
-        training = build(settings, recipe, accelerator, Run(folder), state["data"])
+        training = build(settings, recipe, accelerator, run, state["data"])
         restore(training, state)
+    if training.accelerator.device.type == "cpu" and (threads := torch.get_num_threads()) != state["threads"]:
+        training.notes.append(
+            f"{state['threads']} CPU threads before, {threads} now: sums are rounded differently, in their last digits"
+        )
     if training.is_first:
         training.run.go_on(training.position.epoch - 1)
         write_choices(training)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.data.batch import Batch
+from sdcli.data.loaders import Loader
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report, evaluate
@@ -50,8 +51,11 @@ def fit(
     validation split, as BYOT's authors choose, only that they do so on the test split. Without a validation split
     nothing is chosen: the last epoch is scored on the test split, once.
 
-    The state is saved after every epoch, every `save_every` updates, and when `told_to_stop` gives a signal's number.
+    The state is saved after every epoch, every `save_every` updates, when `told_to_stop` gives a signal's number, and
+    when images cannot be loaded.
     """
+    if training.is_first:
+        training.run.lock()
     try:
         yield from _fit(training, told_to_stop)
     except UserError:
@@ -60,6 +64,11 @@ def fit(
         if (told := explained(error, training)) is None:
             raise
         raise told from error
+    finally:
+        for loader in (training.loader, training.scored_loader):
+            if isinstance(loader, Loader):
+                loader.close()
+        training.run.unlock()
 
 
 def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator[Step | Epoch | Finished | Stopped]:
@@ -83,11 +92,14 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
                 # Told to stop, they cannot leave in the middle of it, and a launcher may not wait for its end.
                 save(training)
             try:
-                epoch = replace(epoch, validation=finite(score(training, told_to_stop), training))
+                report = score(training, told_to_stop)
             except _Stop as stop:
                 save(training)
                 yield Stopped(position.epoch, position.update, stop.args[0])
                 return
+            except UserError as error:
+                raise _saved(training, error) from error
+            epoch = replace(epoch, validation=finite(report, training))
         if training.is_first:
             training.run.log_epoch(epoch.to_log())
             _save_checkpoint(training, "last", epoch)
@@ -102,7 +114,12 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
     if best is not None:
         name, number, report = "best", *best
     else:
-        name, number, report = "last", training.epochs, finite(score(training), training)
+        try:
+            report = finite(score(training, told_to_stop), training)
+        except _Stop as stop:
+            yield Stopped(training.epochs, training.updates_per_epoch, stop.args[0])
+            return
+        name, number = "last", training.epochs
     if training.is_first:
         training.run.write_report(report, f"{name}.safetensors")
     if training.settings.track is not None:
@@ -217,8 +234,15 @@ def train_epoch(
     start = told = time.monotonic()
     before = position.num_images
     loaded = iter(training.loader)
+    losses: Tensor | None = None
     while position.update < training.updates_per_epoch:
-        batches = next_update(training, loaded)
+        try:
+            batches = next_update(training, loaded)
+        except UserError as error:
+            if losses is not None:
+                watch.check(losses)
+                check_weights(training)
+            raise _saved(training, error) from error
         epochs = training.recipe.phase_epochs[training.phase]
         training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
         shares = gradient_shares(training, batches[0]) if is_measured(training) else None
@@ -281,6 +305,16 @@ def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
             batch.views = {n: t.contiguous(memory_format=torch.channels_last) for n, t in batch.views.items()}
     return batches
+
+
+def _saved(training: Training, error: UserError) -> UserError:
+    """Saves the state because of an error of the images, and returns it with the way to resume."""
+    if training.accelerator.num_processes > 1:
+        # All have to save together, and the others go on to their next update.
+        return error
+    save(training)
+    resume = f"sdcli train --resume {training.run.folder}"
+    return error.but(fix=f"{error.fix}; the state is saved, resume with: {resume}")
 
 
 def _agreed(training: Training, signal: int | None) -> int | None:

@@ -160,6 +160,7 @@ def save(training: Training) -> None:
             "ema": training.ema.module.state_dict() if training.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
             "random": everyones,
+            "threads": torch.get_num_threads(),
             "data": training.data,
             "phase": training.phase,
             "made": unchanging(training.settings, training.recipe),

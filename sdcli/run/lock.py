@@ -1,0 +1,73 @@
+"""One process per run folder: a lock that ends with its process, however the process ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from sdcli.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover (Windows)
+    fcntl = None  # type: ignore[assignment]
+
+HELD = (errno.EACCES, errno.EAGAIN)
+"""What an attempt to lock a locked file fails with; anything else is a file system without locks."""
+
+
+class Lock:
+    """The lock of one file, held by this process from `take` to `release`.
+
+    It is a lock of the whole process (fcntl), not of an open file (flock): the processes that load images inherit open
+    files, and would hold on to such a lock for seconds after the run was killed. Closing any handle of the file in this
+    process releases it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle: int | None = None
+
+    def take(self, run: Path) -> bool:
+        """Takes the lock of `run`, if it is not taken yet. False where the file system has no locks.
+
+        Raises UserError where another process holds it, or the file cannot be written.
+        """
+        if self.handle is not None or fcntl is None:
+            return self.handle is not None
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"'{self.path}' cannot be written: {error.strerror}", "a run folder that can be written to"
+            ) from None
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            if error.errno in HELD:
+                raise _in_use(run, holder) from None
+            return False
+        self.handle = handle
+        # Who holds it is for the other's message; a full disk is reported where the state is saved.
+        with suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return True
+
+    def release(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+
+
+def _in_use(run: Path, holder: str) -> UserError:
+    return UserError(
+        f"run '{run}' is in use by {holder or 'another process'}",
+        "a run that no other process is training",
+        "wait until it ends, stop it with Ctrl-C or SIGTERM (its state is saved), or choose another --output",
+    )
