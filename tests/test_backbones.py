@@ -103,6 +103,21 @@ def test_a_misspelt_model_gets_the_nearest_name() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "fix"),
+    [
+        ("timm/resnet18.a1_in1k", "resnet18.a1_in1k --pretrained"),
+        ("someone/resnet18", "hf-hub:someone/resnet18, if this is a timm model of the Hugging Face hub"),
+    ],
+)
+def test_an_id_of_the_hub_is_answered_with_what_to_type(model: str, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(model, num_classes=10, image_size=None)
+    assert str(caught.value) == (
+        f"unknown model '{model}'\n  expected: a timm architecture, such as resnet18\n  fix:      {fix}"
+    )
+
+
 def test_unknown_weights_list_the_known_ones() -> None:
     with pytest.raises(UserError) as caught:
         resolve("test_resnet.r160_in2k", num_classes=10, image_size=None)

@@ -375,8 +375,15 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
         (["--unset", "losses.hnt"], "--unset losses.hnt: the recipe does not set losses.hnt\n  expected: one of losses.task, "
          "losses.exits, losses.soft, losses.hint\n  fix:      did you mean 'losses.hint'?"),
         (["--pretrained", "--weights", "x.safetensors"], "--pretrained and --weights exclude each other\n  expected: one of them"),
-        (["--weights", "no.safetensors"], "checkpoint 'FOLDER/no.safetensors' does not exist\n  expected: a .safetensors file, such as "
-         "RUN/best.safetensors"),
+        (["--weights", "no.safetensors"], "--weights no.safetensors: networks.student.weights: checkpoint 'no.safetensors' does not "
+         "exist\n  expected: a .safetensors file, such as RUN/best.safetensors"),
+        (["--exits", "5000"], "test_resnet cannot be cut into 5000 stages\n  expected: between 1 and 5\n  fix:      --exits 5"),
+        (["--exits", "layer1,layer2,layer1"], "exits: 'layer1' is named 2 times\n"
+         "  expected: each module once"),
+        (["--set", "networks.student.model_args.in_chans=1"], "--set networks.student.model_args.in_chans=1: networks.student.model_args."
+         "in_chans = 1\n  expected: 3: images are read as RGB, grey ones too\n  fix:      leave in_chans out"),
+        (["--set", "networks.student.branches=100000000"], "--set networks.student.branches=100000000: networks.student.branches = "
+         "100000000\n  expected: less than or equal to 64"),
     ],
 )  # fmt: skip
 def test_a_mistake_ends_before_anything_is_written(options, message, tmp_path, sdcli, monkeypatch):
@@ -460,6 +467,30 @@ def test_classes_that_do_not_match_are_explained(trained, tmp_path, sdcli):
 def test_an_unknown_model_gets_the_nearest_name(sdcli):
     result = sdcli("inspect", "resnet81")
     assert result.code == 2 and "unknown model 'resnet81'" in result.err and "did you mean 'resnet18'?" in result.err
+
+
+def test_weights_that_a_name_means_are_not_loaded_silently_nor_left_out_silently(tmp_path, sdcli):
+    result = sdcli("train", "test_resnet.r160_in1k", *QUICK, "--epochs", 1, "--output", tmp_path / "run")
+    assert (
+        "note: test_resnet.r160_in1k starts from random weights; --pretrained loads the weights that it names"
+        in " ".join(result.err.split())
+    )
+
+
+def test_an_exit_in_the_stem_gets_a_note(sdcli):
+    result = sdcli("inspect", "resnet18", "--exits", "conv1,layer2")
+    assert result.code == 0
+    assert "note: conv1 ends after 6.5% of the MACs: expect low accuracy at its exit." in result.err
+    assert "layer2" not in result.err
+
+
+def test_a_classifier_that_does_most_of_the_work_is_refused(sdcli):
+    refused(
+        sdcli("inspect", "mobilenetv3_small_050", "--num-classes", 100_000),
+        "82% of the MACs of mobilenetv3_small_050 come after its last map, in the classifier\n"
+        "  expected: a network that does most of its work in its stages\n"
+        "  fix:      fewer classes, a larger image, or modules to read after: --exits MODULE,MODULE",
+    )
 
 
 def test_ctrl_c_leaves_with_130(sdcli, monkeypatch):

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Command, refused
 from processes import finished
 
@@ -317,6 +318,34 @@ def test_a_model_shows_points_widths_and_exits_that_nothing_teaches(
     refused(sdcli("recipes", "check", file, "--model", "test_resnet"), message.replace("FILE", str(file)))
 
 
+@pytest.mark.parametrize("file", ["./nofile.safetensors", "/no/such/file.safetensors"])
+def test_starting_weights_that_do_not_exist_are_missed_by_the_check(
+    file: str, sdcli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(BYOT + f'[networks.student]\nweights = "{file}"\n', encoding="utf-8")
+    refused(
+        sdcli("recipes", "check", "./mine.toml"),
+        f"{tmp_path / 'mine.toml'}: networks.student.weights: checkpoint '{Path(file)}' does not exist\n"
+        "  expected: a .safetensors file, such as RUN/best.safetensors",
+    )
+
+
+def test_starting_weights_of_another_format_are_refused_with_the_lines_that_convert_them(
+    sdcli: Command, tmp_path: Path
+) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "old.pth")
+    file = write(tmp_path, BYOT + f'[networks.student]\nweights = "{tmp_path / "old.pth"}"\n', "mine.toml")
+    result = sdcli("recipes", "check", file)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(
+        f"error: {file}: networks.student.weights: '{tmp_path / 'old.pth'}' cannot be read as "
+    )
+    code = result.err.partition("fix:      convert it in Python: ")[2]
+    exec(f"import torch, safetensors.torch; {code}")
+    assert (tmp_path / "old.safetensors").is_file()
+
+
 def test_what_has_no_effect_is_noted(sdcli: Command, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(BYOT + "epochs = 100\n[schedule]\ndecay_milestones = [75, 130]\n[losses.hint]\nweight = 0\n")
@@ -457,6 +486,37 @@ def test_an_imported_head_without_a_classifier_is_refused(sdcli: Command, tmp_pa
         "  expected: a module whose classifier is an nn.Linear that reads the embedding\n"
         "  fix:      self.classifier = nn.Linear(embedding_dim, num_classes)",
     )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("super().__init__()", "super().__init__(); [][1]",
+         "head 'flat' cannot be built after layer1, whose map is 32x40x40: IndexError: list index out of range\n"
+         "  expected: a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
+        ("features.mean(dim=(2, 3))", "features.mean(dim=(2, 4))",
+         "head 'flat' does not run after layer1, whose map is 32x40x40: IndexError: Dimension out of range (expected to "
+         "be in range of [-4, 3], but got 4)\n"
+         "  expected: a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
+        ("return embedding, ", "return ",
+         "head 'flat' after layer1 returns [2, 1000] for 2 images\n"
+         "  expected: a tuple: the embedding that its classifier reads [2, 32] and the logits [2, 1000]\n"
+         "  fix:      return embedding, self.classifier(embedding)"),
+        ("return embedding, ", "return features, ",
+         "head 'flat' after layer1 returns [2, 32, 40, 40] and [2, 1000] for 2 images\n"
+         "  expected: a tuple: the embedding that its classifier reads [2, 32] and the logits [2, 1000]\n"
+         "  fix:      return embedding, self.classifier(embedding)"),
+    ],
+)  # fmt: skip
+def test_an_imported_head_that_fails_is_named_with_its_stage_before_any_data(
+    old: str, new: str, message: str, sdcli: Command, tmp_path: Path
+) -> None:
+    assert old in HEAD
+    file = write(tmp_path, HEAD.replace(old, new))
+    recipe = write(tmp_path, 'extends = "deep-supervision"\n[networks.student]\nhead = "flat"\n', "mine.toml")
+    refused(sdcli("recipes", "check", recipe, "--import", file, "--model", "test_resnet"), f"{recipe}: {message}")
+    result = sdcli("train", "test_resnet", "--dataset", "no-such-data", "--recipe", recipe, "--import", file)
+    refused(result, message)
 
 
 def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_path: Path) -> None:

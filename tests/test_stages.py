@@ -167,6 +167,16 @@ def test_two_names_of_one_tensor_are_refused() -> None:
     )
 
 
+def test_a_module_named_twice_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        plan_of("resnet18", exits=["layer1", "layer2", "layer1"])
+    assert str(caught.value) == "exits: 'layer1' is named 2 times\n  expected: each module once"
+
+
+def test_one_module_may_be_named_alone() -> None:
+    assert modules(plan_of("resnet18", exits="layer2")) == ["layer2", "layer4"]
+
+
 def test_a_misspelt_module_gets_the_nearest_name() -> None:
     with pytest.raises(UserError) as caught:
         plan_of("resnet18", exits=["layr2"])

@@ -124,6 +124,11 @@ MESSAGES = {
     "train resnet18 --precision bf61": (
         "invalid value: --precision bf61\n  expected: one of fp32, bf16, fp16\n  fix:      did you mean 'bf16'?"
     ),
+    "train resnet18 --image-size 100000": "invalid value: --image-size 100000\n  expected: an integer from 1 to 4096",
+    "inspect resnet18 --image-size 100000": "invalid value: --image-size 100000\n  expected: an integer from 1 to 4096",
+    "inspect resnet18 --num-classes 10000000": (
+        "invalid value: --num-classes 10000000\n  expected: an integer from 1 to 100000"
+    ),
     "eval": (
         "RUN is missing\n  expected: a run folder (its best checkpoint, or the last one where none was chosen), or a "
         ".safetensors file\n  fix:      sdcli eval runs/first"

@@ -28,6 +28,11 @@ SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "stages": lambda row: len(row["stages"]),
 }
 
+LARGEST_IMAGE = 4096
+"""Of `--image-size`: the maps of larger images fit into no memory."""
+
+MOST_CLASSES = 100_000
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
@@ -50,10 +55,12 @@ def inspect(
         str, typer.Option(metavar="NAME", help="The head of each exit: auto, or one of sdcli recipes heads.")
     ] = "auto",
     image_size: Annotated[
-        int | None, typer.Option(min=1, metavar="PIXELS", help="Input height and width. [default: the model's]")
+        int | None,
+        typer.Option(min=1, max=LARGEST_IMAGE, metavar="PIXELS", help="Input height and width. [default: the model's]"),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of classes. [default: the model's]")
+        int | None,
+        typer.Option(min=1, max=MOST_CLASSES, metavar="N", help="Number of classes. [default: the model's]"),
     ] = None,
     stem: Annotated[
         str,

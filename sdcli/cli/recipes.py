@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdcli.cli.inspect import LARGEST_IMAGE
 from sdcli.cli.talk import counted
 from sdcli.cli.usage import Command, Group, misplaced
 from sdcli.errors import UserError, unknown
@@ -147,7 +148,8 @@ def check(
         str | None, typer.Option(metavar="MODEL", help="Check exits and widths with this timm model too.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, metavar="PIXELS", help="Input height and width. [default: the model's]")
+        int | None,
+        typer.Option(min=1, max=LARGEST_IMAGE, metavar="PIXELS", help="Input height and width. [default: the model's]"),
     ] = None,
     set_: Set = None,
     unset: Unset = None,
@@ -172,7 +174,7 @@ def check(
     from sdcli.extensions import load_imports
 
     with stages(plain=False):
-        from sdcli.method.check import check_names, check_with_model, remarks
+        from sdcli.method.check import check_files, check_names, check_with_model, remarks
         from sdcli.network.backbones import resolve
 
         with only_results():
@@ -183,12 +185,13 @@ def check(
             exits = ""
             with _in_file(file, origins):
                 check_names(recipe)
+                check_files(recipe)
                 if model is not None:
                     student = check_with_model(recipe, model, image_size=image_size)
                     exits = f"; {model}: {', '.join(student.points)}"
             end_stage()
             line(f"{file}: ok  {_summary(recipe)}{exits}")
-            for text in remarks(recipe):
+            for text in remarks(recipe, model):
                 note(f"{file}: {text}")
 
 

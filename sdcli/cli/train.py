@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sdcli.cli.inspect import parse_exits
+from sdcli.cli.inspect import LARGEST_IMAGE, parse_exits
 from sdcli.cli.recipes import overrides as changes
 from sdcli.cli.usage import Command, misplaced
 from sdcli.errors import UserError
@@ -135,6 +135,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
+            max=LARGEST_IMAGE,
             metavar="PIXELS",
             help="Input height and width. [default: that of the images up to 96 pixels or of pretrained weights, else "
             "the model's]",

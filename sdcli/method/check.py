@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -10,12 +12,16 @@ from sdcli.errors import UserError, did_you_mean
 from sdcli.method.learner import build_objectives, check_signals, read_densely
 from sdcli.method.optimizer import check_optimizer, check_schedule
 from sdcli.method.terms import check_losses, check_mixing, check_networks
-from sdcli.network.backbones import resolve
+from sdcli.network.backbones import names_weights, resolve
 from sdcli.network.blueprint import Blueprint
-from sdcli.network.heads import HEADS
+from sdcli.network.checkpoint import open_tensors
+from sdcli.network.heads import HEADS, check_head
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.address import STUDENT, TEACHER, Address
 from sdcli.recipe.schema import Network, Recipe
+
+CHANNELS = 3
+"""Of every image that a network gets."""
 
 CLASSES = 2
 """Of the heads before the data are known: their number changes nothing that is checked."""
@@ -45,6 +51,14 @@ def check_names(recipe: Recipe) -> None:
                 f'--set networks.{name}.{given}="auto"',
             )
         _check_weights(f"networks.{name}.weights", network.weights)
+        channels = network.model_args.get("in_chans", CHANNELS)
+        if channels != CHANNELS:
+            raise UserError(
+                f"networks.{name}.model_args.in_chans = {channels!r}",
+                f"{CHANNELS}: images are read as RGB, grey ones too",
+                "leave in_chans out",
+                key=f"networks.{name}.model_args.in_chans",
+            )
     for name, network in recipe.others.items():
         if not network.learns and network.weights == "random" and recipe.reads(name):
             raise UserError(
@@ -66,12 +80,26 @@ def check_names(recipe: Recipe) -> None:
         check_schedule(recipe.schedule, epochs)
 
 
+def check_files(recipe: Recipe) -> None:
+    """Raises UserError for starting weights that do not exist or are no safetensors file."""
+    for name, network in recipe.networks.items():
+        if network.weights not in ("random", "pretrained"):
+            try:
+                with open_tensors(Path(network.weights).expanduser()):
+                    pass
+            except UserError as error:
+                raise error.within(f"networks.{name}.weights", key=f"networks.{name}.weights") from None
+
+
 def _check_weights(where: str, weights: str) -> None:
     # A word is not a file: nobody means a checkpoint without a dot or a slash.
     if weights not in ("random", "pretrained") and not set("./~") & set(weights):
         known = ("random", "pretrained")
         raise UserError(
-            f"{where} = '{weights}'", "random, pretrained, or a .safetensors file", did_you_mean(weights, known)
+            f"{where} = '{weights}'",
+            "random, pretrained, or a .safetensors file",
+            did_you_mean(weights, known),
+            key=where,
         )
 
 
@@ -94,12 +122,22 @@ def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = Non
 
 
 def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
-    return build(Blueprint.draft(table, model, image_size=image_size), device="meta")
+    blueprint = Blueprint.draft(table, model, image_size=image_size)
+    network = build(blueprint, device="meta")
+    for point, kind in blueprint.heads.items():
+        if kind in HEADS.entries:
+            check_head(kind, network.heads[point], network.stages[point], len(blueprint.classes))
+    return network
 
 
-def remarks(recipe: Recipe) -> list[str]:
-    """What is allowed and has no effect."""
+def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
+    """What is allowed and has no effect; `model` is the student's, where it is known."""
     found = []
+    for name, network in {STUDENT: recipe.student, **recipe.others}.items():
+        named = model if name == STUDENT else network.model
+        if named is not None and names_weights(named) and network.weights == "random":
+            how = "--pretrained" if name == STUDENT else f"--set networks.{name}.weights=pretrained"
+            found.append(f"{named} starts from random weights; {how} loads the weights that it names")
     schedule, epochs = recipe.schedule, max(recipe.phase_epochs)
     late = [time for time in schedule.decay_milestones if time >= 1 and time >= epochs]
     if schedule.sched == "multistep" and late:

@@ -187,6 +187,13 @@ def _repository(model: str) -> str:
     return (known.hf_hub_id or "") if known else ""
 
 
+def names_weights(model: str) -> bool:
+    """Whether a model's name says which pretrained weights are meant: by timm's tag, or by a source."""
+    from timm.models import split_model_name_tag
+
+    return model.startswith(SOURCES) or bool(split_model_name_tag(model)[1])
+
+
 def _check_name(model: str) -> None:
     """Raises UserError for a name that timm does not know, and suggests the nearest one."""
     import timm
@@ -196,7 +203,14 @@ def _check_name(model: str) -> None:
         return
     name, tag = split_model_name_tag(model)
     if not timm.is_model(name):
-        fix = did_you_mean(name, timm.list_models()) or "sdcli inspect 'resnet*' shows those of a family"
+        owner, _, repository = model.rpartition("/")
+        if owner == "timm" and timm.is_model(split_model_name_tag(repository)[0]):
+            # The hub's id of timm's own weights.
+            fix = f"{repository} --pretrained"
+        elif owner:
+            fix = f"hf-hub:{model}, if this is a timm model of the Hugging Face hub"
+        else:
+            fix = did_you_mean(name, timm.list_models()) or "sdcli inspect 'resnet*' lists a family"
         raise UserError(f"unknown model '{model}'", "a timm architecture, such as resnet18", fix)
     if tag and model not in (tagged := timm.list_pretrained(f"{name}.*")):
         raise unknown("weights", model, tagged, f"{name} without a tag")

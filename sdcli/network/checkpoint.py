@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,9 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of any safetensors file; raises UserError for one that is missing, truncated or another
-    format."""
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Any safetensors file, opened; raises UserError for one that is missing, truncated or another format."""
     if not path.exists():
         raise UserError(f"checkpoint '{path}' does not exist", "a .safetensors file, such as RUN/best.safetensors")
     if path.is_dir():
@@ -116,13 +117,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"'{path}' is not a regular file", "a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"'{path}' cannot be read as safetensors: {error}",
             "a whole .safetensors file",
             _converted(path) or "copy it again if it was cut short",
         ) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of any safetensors file; raises UserError as `open_tensors` does."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def _converted(path: Path) -> str:

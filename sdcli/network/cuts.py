@@ -54,7 +54,8 @@ def find_stages(
     if exits is None or isinstance(exits, int):
         points, found_by = _numbered(traced, exits)
     else:
-        points, found_by = named_boundaries(traced, exits), "named"
+        names = [exits] if isinstance(exits, str) else exits
+        points, found_by = named_boundaries(traced, names), "named"
     return describe(traced, points, found_by)
 
 
@@ -63,6 +64,13 @@ def _numbered(traced: TracedModel, exits: int | None) -> tuple[list[TapPoint], s
     natural, found_by = natural_boundaries(traced)
     points, macs = traced.points, traced.macs
     if not natural:
+        behind = 1 - points[-1].macs / macs if points and macs else 0.0
+        if behind > 0.5:
+            raise UserError(
+                f"{behind:.0%} of the MACs of {traced.name} come after its last map, in the classifier",
+                "a network that does most of its work in its stages",
+                "fewer classes, a larger image, or modules to read after: --exits MODULE,MODULE",
+            )
         raise UserError(
             f"{traced.name} has no stages of its own: no modules return maps between which the work is shared",
             "a network of stages or blocks",

@@ -11,6 +11,9 @@ from sdcli.network.stages import Stage, StagePlan
 from sdcli.network.tap_points import TapPoint, TracedModel
 from sdcli.network.trace import RESHAPES, reaching
 
+# An exit that a user places after less of the work than this gets a note.
+EARLY_SHARE = 0.1
+
 
 def describe(traced: TracedModel, points: Sequence[TapPoint], found_by: str) -> StagePlan:
     """The plan of a model that is cut at `points`."""
@@ -18,12 +21,15 @@ def describe(traced: TracedModel, points: Sequence[TapPoint], found_by: str) -> 
     stages = tuple(_stage(model, point, points) for point in points)
     classifier, embedding_dim = _classifier(traced)
     unused = _unused(traced)
+    notes = list(_notes(model, stages, unused, classifier))
+    if found_by == "named":
+        notes += _early(stages, traced.macs)
     return StagePlan(
         model=traced.name,
         input_size=traced.input_size,
         stages=stages,
         found_by=found_by,
-        notes=tuple(_notes(model, stages, unused, classifier)),
+        notes=tuple(notes),
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs=traced.macs,
         unused=unused,
@@ -109,6 +115,15 @@ def _notes(model: nn.Module, stages: Sequence[Stage], unused: Sequence[str], cla
     if unused:
         few = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
         yield f"{len(unused)} parameters never reach the output and are not trained: {few}."
+
+
+def _early(stages: Sequence[Stage], macs: int) -> list[str]:
+    """A note on each stage that ends in the stem or close behind it."""
+    return [
+        f"{stage.module} ends after {stage.macs / macs:.1%} of the MACs: expect low accuracy at its exit."
+        for stage in stages
+        if stage.macs < EARLY_SHARE * macs
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,10 +9,13 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sdcli.errors import UserError
 from sdcli.network.stages import Stage, StagePlan
@@ -35,10 +38,12 @@ def suitable_head(plan: StagePlan, stage: Stage) -> str:
 
 
 def build_head(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
-    """A fresh head for one stage; raises UserError for an unknown kind."""
+    """A fresh head for one stage; raises UserError for an unknown kind and a head that cannot be built."""
     if kind == POOLED:
         return PooledHead(plan.embedding_dim, num_classes)
-    head = HEADS.find(kind).call(plan, stage, num_classes)
+    make = HEADS.find(kind).call
+    with _blaming(kind, stage, "cannot be built"):
+        head = make(plan, stage, num_classes)
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "classifier", None), nn.Linear):
         raise UserError(
             f"head '{kind}' has no linear classifier",
@@ -46,6 +51,47 @@ def build_head(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> nn
             "self.classifier = nn.Linear(embedding_dim, num_classes)",
         )
     return head
+
+
+def check_head(kind: str, head: nn.Module, stage: Stage, num_classes: int) -> None:
+    """Runs a head on maps of its stage's size: as in training on two images, and as in evaluation on one.
+
+    Meant for the meta device, where that costs nothing. Raises UserError where the head raises, and where it returns
+    something else than an embedding [B, D] and logits [B, K].
+    """
+    assert isinstance(head.classifier, nn.Linear)
+    device = head.classifier.weight.device
+    for batch, training in ((2, True), (1, False)):
+        head.train(training)
+        features = torch.empty(batch, stage.num_chs, *stage.size, device=device)
+        prefix = torch.empty(batch, stage.num_prefix_tokens, stage.num_chs, device=device)
+        with torch.no_grad(), _blaming(kind, stage, "does not run"):
+            answer = head(features, prefix)
+        wanted = [[batch, head.classifier.in_features], [batch, num_classes]]
+        found = [list(part.shape) for part in tree_leaves(answer) if isinstance(part, Tensor)]
+        if not isinstance(answer, tuple) or found != wanted:
+            shapes = " and ".join(map(str, found)) or type(answer).__name__
+            raise UserError(
+                f"head '{kind}' after {stage.module} returns {shapes} for {batch} image{'s' * (batch > 1)}",
+                f"a tuple: the embedding that its classifier reads {wanted[0]} and the logits {wanted[1]}",
+                "return embedding, self.classifier(embedding)",
+            )
+
+
+@contextmanager
+def _blaming(kind: str, stage: Stage, what: str) -> Iterator[None]:
+    """Turns whatever a user's own head raises into one message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        shape = "x".join(map(str, (stage.num_chs, *stage.size)))
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"head '{kind}' {what} after {stage.module}, whose map is {shape}: {type(error).__name__}: {reason}",
+            "a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)",
+        ) from error
 
 
 def head_cost(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> tuple[int, int]:

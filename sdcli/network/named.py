@@ -19,6 +19,8 @@ def named_boundaries(traced: TracedModel, names: Sequence[str]) -> list[TapPoint
     own = natural_boundaries(traced)[0] or traced.points
     points: dict[int, TapPoint] = {}
     for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"exits: '{name}' is named {names.count(name)} times", "each module once")
         point = _tappable(traced, name, own)
         if point.node in points:
             raise UserError(

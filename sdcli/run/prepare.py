@@ -25,7 +25,7 @@ from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
 from sdcli.method.catalogue import completed
-from sdcli.method.check import check_names, check_with_model, remarks
+from sdcli.method.check import check_files, check_names, check_with_model, remarks
 from sdcli.method.learner import Learner, build_objectives
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
@@ -49,6 +49,7 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     is wrong with recipe, model or folder, and before the first batch for the rest.
     """
     accelerator = check(settings, recipe, output)
+    check_files(recipe)
     recipe = settled(recipe)
     run = Run(from_first(accelerator, output))
     if accelerator.is_main_process:
@@ -184,7 +185,7 @@ def build(
         mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
         data=about_data,
         objectives=objectives,
-        notes=[*splits.dataset.notes, *notes, *remarks(recipe)],
+        notes=[*splits.dataset.notes, *notes, *remarks(recipe, settings.model)],
     )
 
 
