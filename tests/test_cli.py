@@ -427,12 +427,26 @@ def test_a_device_that_is_not_there_is_explained(device, present, message, tmp_p
     refused(sdcli("train", "test_resnet", *QUICK, "--device", device, "--output", tmp_path / "run"), message)
 
 
-def test_pretrained_weights_that_cannot_be_loaded_are_explained_for_the_command_line(tmp_path, sdcli):
-    result = sdcli("train", "test_resnet", *QUICK, "--pretrained", "--output", tmp_path / "run")
-    assert result.code == 2 and "pretrained weights of 'test_resnet' cannot be loaded: " in result.err
-    assert result.err.endswith(
-        "  fix:      --weights FILE.safetensors, or leave --pretrained out to start from random weights\n"
-    )
+@pytest.mark.parametrize(
+    ("model", "wrong", "fix"),
+    [
+        (
+            "test_resnet",
+            "pretrained weights of 'test_resnet' are not in the cache, and HF_HUB_OFFLINE is set\n",
+            "hf download timm/test_resnet.r160_in1k, then copy its cache; or --weights FILE.safetensors; or leave --pretrained out\n",
+        ),
+        (
+            "darknet17",
+            "pretrained weights of 'darknet17' cannot be loaded: ",
+            "  fix:      --weights FILE.safetensors, or leave --pretrained out to start from random weights\n",
+        ),
+    ],
+)
+def test_pretrained_weights_that_cannot_be_loaded_are_explained_for_the_command_line(
+    tmp_path, sdcli, model, wrong, fix
+):
+    result = sdcli("train", model, *QUICK, "--pretrained", "--output", tmp_path / "run")
+    assert result.code == 2 and wrong in result.err and result.err.endswith(fix)
 
 
 @pytest.mark.parametrize(
