@@ -22,6 +22,7 @@ from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import counted, end_stage, is_watched, message, note, talk
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report
+from sdcli.run.best import COARSE, quality
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
 from sdcli.run.training import Training
@@ -163,7 +164,7 @@ def _follow_live(training: Training, events: Iterable[Event]) -> Finished | Stop
     with Live(Group(bar), console=console, refresh_per_second=8) as live:
         for event in events:
             if isinstance(event, Stopped | Finished):
-                live.update(Group(*_epoch_tables(epochs, console), bar))
+                live.update(Group(*_epoch_tables(epochs, console, training.recipe.best), bar))
                 return event
             if isinstance(event, Step):
                 done = (event.epoch - 1) * steps + event.update
@@ -174,7 +175,7 @@ def _follow_live(training: Training, events: Iterable[Event]) -> Finished | Stop
                 epochs.append(event)
                 shares = Text(f"epoch {event.epoch}{_skipped(event)}", style="bold") if event.skipped else shares
                 bar.update(task, completed=event.epoch * steps, speed=event.images_per_s)
-            live.update(Group(*_epoch_tables(epochs, console), shares, losses, bar))
+            live.update(Group(*_epoch_tables(epochs, console, training.recipe.best), shares, losses, bar))
     return None
 
 
@@ -182,17 +183,17 @@ ROWS = 8
 """Epochs that the table shows."""
 
 
-def _epoch_tables(epochs: list[Epoch], console: Console) -> list[Table]:
+def _epoch_tables(epochs: list[Epoch], console: Console, by: str) -> list[Table]:
     """The table of the last epochs, without the losses where the terminal is too narrow for them; none before the first
     epoch is done."""
     if not epochs:
         return []
-    table = _epoch_table(epochs)
+    table = _epoch_table(epochs, by)
     fits = Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width
-    return [table if fits else _epoch_table(epochs, with_losses=False)]
+    return [table if fits else _epoch_table(epochs, by, with_losses=False)]
 
 
-def _epoch_table(epochs: list[Epoch], with_losses: bool = True) -> Table:
+def _epoch_table(epochs: list[Epoch], by: str, with_losses: bool = True) -> Table:
     """The last epochs: losses by name, accuracy by exit; the best epoch in bold."""
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("epoch", justify="right", no_wrap=True)
@@ -203,14 +204,12 @@ def _epoch_table(epochs: list[Epoch], with_losses: bool = True) -> Table:
     scored = report_rows(epochs[-1].validation) if epochs[-1].validation else []
     for result in scored:
         table.add_column(f"{result.point}\ntop-1 %", justify="right", no_wrap=True)
-    best = max((e.validation.best.top1 for e in epochs if e.validation and e.phase == epochs[-1].phase), default=None)
+    compared = [e for e in epochs if e.validation and e.phase == epochs[-1].phase]
+    best = max(compared, key=lambda e: quality(e.validation, by) if e.validation else (0.0, 0.0), default=None)
     for epoch in epochs[-ROWS:]:
         cells = [f"{epoch.losses[name]:.4f}" if name in epoch.losses else "" for name in names]
         cells += [f"{result.top1:.2f}" for result in (report_rows(epoch.validation) if epoch.validation else [])]
-        is_best = (
-            epoch.validation is not None and epoch.phase == epochs[-1].phase and epoch.validation.best.top1 == best
-        )
-        table.add_row(str(epoch.epoch), *cells, style="bold" if is_best else "")
+        table.add_row(str(epoch.epoch), *cells, style="bold" if epoch is best else "")
     return table
 
 
@@ -220,8 +219,17 @@ def _summary(training: Training, end: Finished) -> list[list[str | tuple[str, st
     command = f"sdcli eval {shlex.quote(str(training.run.folder))}"
     if "test" not in training.splits:
         command += " --split validation"
+    lines: list[list[str | tuple[str, str]]] = []
+    if len(set(end.best_epochs.values())) > 1:
+        lines.append([f"best epoch of each: {', '.join(f'{point} {n}' for point, n in end.best_epochs.items())}"])
+    if which == "best" and training.num_val < COARSE:
+        share = 100 / training.num_val
+        lines.append(
+            [f"caution: one of {training.num_val} validation images is {share:.1f} points; epochs may differ by chance"]
+        )
     return [
         [(f"{which} epoch: {end.epoch}", "bold"), f" ({end.checkpoint.name})  |  {_scores(end.report)}"],
+        *lines,
         ["next: ", (command, "bold")],
     ]
 

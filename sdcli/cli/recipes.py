@@ -182,16 +182,17 @@ def check(
         if model is not None:
             resolve(model, num_classes=None, image_size=image_size)
         for file, recipe, origins in found:
-            exits = ""
+            exits, notes = "", remarks(recipe, model)
             with _in_file(file, origins):
                 check_names(recipe)
                 check_files(recipe)
                 if model is not None:
-                    student = check_with_model(recipe, model, image_size=image_size)
-                    exits = f"; {model}: {', '.join(student.points)}"
+                    checked = check_with_model(recipe, model, image_size=image_size)
+                    exits = f"; {model}: {', '.join(checked.student.points)}"
+                    notes += checked.notes
             end_stage()
             line(f"{file}: ok  {_summary(recipe)}{exits}")
-            for text in remarks(recipe, model):
+            for text in notes:
                 note(f"{file}: {text}")
 
 

@@ -59,11 +59,6 @@ class Report:
         exits = tuple(ExitResult(**result) for result in table["exits"])
         return cls(**{**table, "exits": exits, "ensemble": ensemble})
 
-    @property
-    def best(self) -> ExitResult:
-        """What one would pick a checkpoint by: the ensemble, as BYOT's authors do, else the only exit."""
-        return self.ensemble or self.exits[-1]
-
 
 Collect: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """What all processes have of something that each has every n-th part of, on the CPU and in order."""

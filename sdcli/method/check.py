@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,15 +12,16 @@ from torch import nn
 from sdcli.data.transforms import check_policy
 from sdcli.errors import UserError, did_you_mean
 from sdcli.method.learner import build_objectives, check_signals, read_densely
+from sdcli.method.objective import Objective
 from sdcli.method.optimizer import check_optimizer, check_schedule
 from sdcli.method.terms import check_losses, check_mixing, check_networks
 from sdcli.network.backbones import names_weights, resolve
-from sdcli.network.blueprint import Blueprint
+from sdcli.network.blueprint import ENSEMBLE, Blueprint
 from sdcli.network.checkpoint import open_tensors
 from sdcli.network.heads import HEADS, check_head
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.address import STUDENT, TEACHER, Address
-from sdcli.recipe.schema import Network, Recipe
+from sdcli.recipe.schema import MEAN, Network, Recipe
 
 CHANNELS = 3
 """Of every image that a network gets."""
@@ -103,11 +106,20 @@ def _check_weights(where: str, weights: str) -> None:
         )
 
 
-def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = None) -> MultiExit:
-    """The student as the recipe makes it of `model`, on the meta device: no weights, no data, no memory.
+@dataclass(frozen=True)
+class Checked:
+    """A recipe with a model, on the meta device: no weights, no data, no memory."""
 
-    Raises UserError for what only shows with a model: exits that it does not have, widths that do not match, and exits
-    that no loss teaches.
+    student: MultiExit
+    notes: list[str]
+    """What has no effect with this model."""
+
+
+def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = None) -> Checked:
+    """Builds the recipe's networks with `model` as the student, on the meta device.
+
+    Raises UserError for what only shows with a model: exits that it does not have, widths that do not match, exits that
+    no loss teaches, and a `best` that names an exit without a classifier.
     """
     networks = {STUDENT: _on_meta(recipe.student, model, image_size)}
     for name, table in recipe.others.items():
@@ -116,9 +128,23 @@ def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = Non
     own = {name: networks.get(name, networks[STUDENT]) for name in recipe.taking_part}
     specs = {str(Address(name, p)): spec for name, network in own.items() for p, spec in network.specs.items()}
     with torch.device("meta"):
-        _, derived = build_objectives(recipe, specs, CLASSES, 1)
+        objectives, derived = build_objectives(recipe, specs, CLASSES, 1)
     read_densely(own, derived)
-    return networks[STUDENT]
+    known = [MEAN, ENSEMBLE, *networks[STUDENT].classifiers]
+    if recipe.best not in known:
+        raise UserError(
+            f"best = '{recipe.best}': the network has no such classifier",
+            f"one of {', '.join(known)}",
+            did_you_mean(recipe.best, known),
+            key="best",
+        )
+    return Checked(networks[STUDENT], idle_losses(objectives))
+
+
+def idle_losses(objectives: Iterable[Objective]) -> list[str]:
+    """A note for each loss that none of the networks has a point for, such as BYOT's hint with `exits = "none"`."""
+    idle = dict.fromkeys(name for objective in objectives for name in objective.idle)
+    return [f"losses.{name} has no effect: the network has none of the points that it is on" for name in idle]
 
 
 def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:

@@ -17,6 +17,7 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
 """The name of a network or a view, which addresses are made of."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
 """The name of a loss or a signal."""
+MEAN = "mean"
 MOST_EPOCHS = 1_000_000
 MOST_IMAGES = 1_000_000
 """Of an update."""
@@ -272,6 +273,9 @@ class Recipe(Table):
     """A link."""
     epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
     """Of each phase, where there are several."""
+    best: Annotated[str, Field(pattern=r"^(mean|ensemble|final|exit[1-9][0-9]*)$")] = MEAN
+    """What the best epoch is chosen by on the validation split: the top-1 of the `ensemble`, of `final` or an exit, or
+    the `mean` of all of these classifiers but the ensemble."""
     networks: dict[Word, Network] = {}
     """The tables `[networks.NAME]`."""
     batch: BatchTable = BatchTable()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Finished:
     checkpoint: Path
     epoch: int
     report: Report
+    best_epochs: dict[str, int] = field(default_factory=dict)
+    """The best epoch of each point by itself, in the last phase; empty without a validation split."""
 
 
 @dataclass(frozen=True)

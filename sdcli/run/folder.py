@@ -115,10 +115,11 @@ class Run:
             save_checkpoint(path, tensors, description)
         return path
 
-    def write_report(self, report: Report, checkpoint: str) -> None:
-        """How `checkpoint` scores."""
+    def write_report(self, report: Report, checkpoint: str, epoch: int, best_epochs: Mapping[str, int]) -> None:
+        """How `checkpoint` of this epoch scores, and which epoch was the best of each point."""
+        table = {"checkpoint": checkpoint, "epoch": epoch, "best_epochs": dict(best_epochs), **report.to_dict()}
         with writing(self.folder / "report.json") as path:
-            write_text(path, json.dumps({"checkpoint": checkpoint, **report.to_dict()}, indent=2) + "\n")
+            write_text(path, json.dumps(table, indent=2) + "\n")
 
 
 def check_output(folder: Path, dataset: str) -> None:

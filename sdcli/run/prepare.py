@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sdcli.data.augment import Mixing
-from sdcli.data.dataset import ImageData, Split, short_name
+from sdcli.data.dataset import NAMED, ImageData, Split, short_name
 from sdcli.data.loaders import EpochBatches, Loader
 from sdcli.data.measure import measure, natural_size
 from sdcli.data.open import open_dataset
@@ -25,7 +25,7 @@ from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
 from sdcli.method.catalogue import completed
-from sdcli.method.check import check_files, check_names, check_with_model, remarks
+from sdcli.method.check import check_files, check_names, check_with_model, idle_losses, remarks
 from sdcli.method.learner import Learner, build_objectives
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
@@ -95,7 +95,10 @@ def check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
     check_names(recipe)
     _LOG.info("checking the recipe with %s", settings.model)
     # On meta: exits, widths and what teaches them show before the data are looked for.
-    check_with_model(recipe, settings.model, image_size=settings.image_size)
+    image_size = settings.image_size
+    if image_size is None and recipe.student.weights != "pretrained" and settings.dataset in NAMED:
+        image_size = natural_size(NAMED[settings.dataset].size)
+    check_with_model(recipe, settings.model, image_size=image_size)
     return accelerator_for(settings.device, settings.precision, settings.track, folder)
 
 
@@ -159,8 +162,7 @@ def build(
         # A schedule that a later phase cannot have is refused now.
         optimizer = create_optimizer([learner], recipe.optimizer)
         create_schedule(optimizer, recipe.schedule, epochs, order.updates)
-    idle = dict.fromkeys(name for objective in objectives for name in objective.idle)
-    notes += [f"losses.{name} has no effect: the networks have none of the points that it is on" for name in idle]
+    notes += idle_losses(objectives)
     coupled = [f"losses.{term.name}" for objective in objectives for term in objective.terms if term.sees_batch]
     coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
     notes += _shares(order, dict.fromkeys(coupled))

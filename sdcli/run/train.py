@@ -16,9 +16,11 @@ from sdcli.data.loaders import Loader
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report, evaluate
+from sdcli.run.best import Best
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
 from sdcli.run.state import Position
+from sdcli.run.track import track_epoch, track_step
 from sdcli.run.training import Training, enter_phase, save, share_buffers
 from sdcli.run.watch import (
     Watch,
@@ -47,9 +49,9 @@ def fit(
 ) -> Iterator[Step | Epoch | Finished | Stopped]:
     """Trains to the end, writing the run folder on the way; tells where it is now and then.
 
-    `best` is the epoch with the highest top-1 of the ensemble (of the final exit where there are no others) on the
-    validation split, as BYOT's authors choose, only that they do so on the test split. Without a validation split
-    nothing is chosen: the last epoch is scored on the test split, once.
+    `best` is the epoch that is best on the validation split by the recipe's `best`; BYOT's authors choose by the
+    ensemble and on the test split. Without a validation split nothing is chosen: the last epoch is scored on the test
+    split, once.
 
     The state is saved after every epoch, every `save_every` updates, when `told_to_stop` gives a signal's number, and
     when images cannot be loaded.
@@ -77,7 +79,7 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
     while position.epoch <= training.epochs:
         if training.phase_of != training.phase:
             enter_phase(training, training.phase_of)
-            best = None
+            best = Best(training.recipe.best)
         epoch: Epoch | None = None
         for event in train_epoch(training, told_to_stop):
             if isinstance(event, Epoch):
@@ -103,16 +105,14 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
         if training.is_first:
             training.run.log_epoch(epoch.to_log())
             _save_checkpoint(training, "last", epoch)
-        if epoch.validation and (best is None or _beats(epoch.validation, best[1])):
-            best = epoch.epoch, epoch.validation
-            if training.is_first:
-                _save_checkpoint(training, "best", epoch)
+        if epoch.validation and best.see(epoch.epoch, epoch.validation) and training.is_first:
+            _save_checkpoint(training, "best", epoch)
         position = training.position = Position(epoch.epoch + 1)
         save(training)
-        _track(training, epoch)
+        track_epoch(training, epoch)
         yield epoch
-    if best is not None:
-        name, number, report = "best", *best
+    if best.report is not None:
+        name, number, report = "best", best.epoch, best.report
     else:
         try:
             report = finite(score(training, told_to_stop), training)
@@ -121,10 +121,10 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
             return
         name, number = "last", training.epochs
     if training.is_first:
-        training.run.write_report(report, f"{name}.safetensors")
+        training.run.write_report(report, f"{name}.safetensors", number, best.epochs)
     if training.settings.track is not None:
         training.accelerator.end_training()
-    yield Finished(training.run.folder / f"{name}.safetensors", number, report)
+    yield Finished(training.run.folder / f"{name}.safetensors", number, report, best.epochs)
 
 
 def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: None) -> Report:
@@ -267,7 +267,7 @@ def train_epoch(
             told = now
             speed = (position.num_images - before) / (now - start)
             named = watch.check(losses)
-            _track_step(training, named)
+            track_step(training, named)
             yield Step(position.epoch, position.update, training.updates_per_epoch, speed, position.lr, named, shares)
         signal = _agreed(training, told_to_stop())
         # The last update is followed by a state anyway, that of the epoch.
@@ -327,41 +327,14 @@ def _agreed(training: Training, signal: int | None) -> int | None:
     return next((signal for signal in signals if signal is not None), None)
 
 
-def _track(training: Training, epoch: Epoch) -> None:
-    if training.settings.track is None:
-        return
-    values = {f"train/{name}": value for name, value in epoch.losses.items()}
-    values |= {f"gradient_share/{name}": value for name, value in epoch.shares.items()}
-    if epoch.validation:
-        results = [*epoch.validation.exits, *([epoch.validation.ensemble] if epoch.validation.ensemble else [])]
-        values |= {f"validation/top1_{result.point}": result.top1 for result in results}
-        values |= {f"validation/nll_{result.point}": result.nll for result in results}
-    training.accelerator.log(values, step=epoch.epoch * training.updates_per_epoch)
-
-
-def _track_step(training: Training, losses: dict[str, float]) -> None:
-    if training.settings.track is not None:
-        position = training.position
-        values = {f"step/{name}": value for name, value in losses.items()} | {"step/lr": position.lr}
-        done = (position.epoch - 1) * training.updates_per_epoch + position.update
-        training.accelerator.log(values, step=done)
-
-
-def _best_so_far(training: Training) -> tuple[int, Report] | None:
-    """The epoch of this phase to beat, from the log of a run that goes on."""
-    best: tuple[int, Report] | None = None
+def _best_so_far(training: Training) -> Best:
+    """The best epoch of this phase, from the log of a run that resumes."""
+    best = Best(training.recipe.best)
     before = sum(training.recipe.phase_epochs[: training.phase])
     for line in read_log(training.run.folder)[before : training.position.epoch - 1]:
         if line["validation"]:
-            report = Report.from_dict(line["validation"])
-            if best is None or _beats(report, best[1]):
-                best = line["epoch"], report
+            best.see(line["epoch"], Report.from_dict(line["validation"]))
     return best
-
-
-def _beats(report: Report, other: Report) -> bool:
-    """More accurate, or as accurate and surer of the right class."""
-    return (report.best.top1, -report.best.nll) > (other.best.top1, -other.best.nll)
 
 
 def _save_checkpoint(training: Training, name: str, epoch: Epoch) -> None:
