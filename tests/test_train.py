@@ -292,6 +292,42 @@ def test_files_of_a_run_that_were_edited_are_refused(
     assert message in str(error.value)
 
 
+def test_no_file_that_a_run_folder_names_is_run(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """Whoever hands over a run folder may have named any file in it."""
+    copied, evil = tmp_path / "run", tmp_path / "evil.py"
+    shutil.copytree(whole[1], copied)
+    evil.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'hacked')!r}).touch()\n")
+    settings = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**settings, "imports": [str(evil)]}))
+    with pytest.raises(UserError) as error:
+        resume(copied, *resumed(copied, {}, None, []))
+    assert str(error.value) == (
+        f"the run in '{copied}' was started with --import {evil}\n"
+        "  expected: --import for its files again: no file that a run folder names is run by itself\n"
+        f"  fix:      if you trust them: sdcli train --resume {copied} --import {evil}"
+    )
+    resume(copied, *resumed(copied, {"imports": []}, None, []))
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(("settings", "reason"), [
+    ({"imports": [3]}, "imports.0: input should be a valid string"),
+    ({"seed": "7"}, "seed: input should be a valid integer"),
+    ({"model": None}, "model: input should be a valid string"),
+    ([], "model: field required"),
+    (3, "it holds no table"),
+])  # fmt: skip
+def test_settings_of_other_types_are_named(
+    whole: tuple[Recipe, Path], tmp_path: Path, settings: Any, reason: str
+) -> None:
+    shutil.copytree(whole[1], copied := tmp_path / "run")
+    own = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**own, **settings} if isinstance(settings, dict) else settings))
+    with pytest.raises(UserError) as error:
+        resumed(copied, {}, None, [])
+    assert error.value.wrong == f"'{copied / 'run.json'}' is not what a run has written: {reason}"
+
+
 @pytest.mark.parametrize("file", ["run.json", "log.jsonl"])
 def test_a_damaged_file_of_a_run_is_named(whole: tuple[Recipe, Path], tmp_path: Path, file: str) -> None:
     copied = tmp_path / "run"

@@ -23,7 +23,7 @@ from sdcli.data.splits import limited, training_splits
 from sdcli.data.transforms import Preprocess
 from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
-from sdcli.extensions import load_imports
+from sdcli.extensions import digests, load_imports
 from sdcli.method.catalogue import completed
 from sdcli.method.check import check_files, check_names, check_with_model, remarks
 from sdcli.method.learner import Learner, build_objectives
@@ -184,6 +184,7 @@ def build(
         num_val=len(splits.val) if splits.val else 0,
         mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
         data=about_data,
+        imports=digests(settings.imports),
         objectives=objectives,
         notes=[*splits.dataset.notes, *notes, *remarks(recipe, settings.model)],
     )

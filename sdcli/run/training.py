@@ -58,6 +58,8 @@ class Training:
     mixing: Mixing | None
     data: dict[str, Any]
     """What tells the training split from another."""
+    imports: dict[str, str]
+    """The user's own Python files and their sha256."""
     objectives: list[Objective]
     """One for each phase."""
     phase: int = -1
@@ -162,6 +164,7 @@ def save(training: Training) -> None:
             "random": everyones,
             "threads": torch.get_num_threads(),
             "data": training.data,
+            "imports": training.imports,
             "phase": training.phase,
             "made": unchanging(training.settings, training.recipe),
         },
