@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sdcli.devices import short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
+from sdcli.recipe.address import STUDENT
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.merge import Override
@@ -158,15 +159,19 @@ def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None
 
 
 def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
-    """Raises UserError where a fresh phase that is still ahead begins from a file that is gone."""
-    weights = recipe.student.weights
+    """Raises UserError where a file of weights is gone that is still needed: by a network that does not learn, or by a
+    fresh phase that is still ahead."""
     ahead = any(later.fresh for later in recipe.all_phases[phase + 1 :])
-    if ahead and weights not in ("random", "pretrained") and not Path(weights).is_file():
-        raise UserError(
-            f"networks.student.weights = '{weights}': there is no such file, and a fresh phase is to begin from it",
-            "the file that the run was started from",
-            "put it back",
-        )
+    needed = {name: f"networks.{name} is loaded from it" for name, table in recipe.others.items() if not table.learns}
+    needed |= {STUDENT: "a fresh phase is to begin from it"} if ahead else {}
+    for name, why in needed.items():
+        weights = (recipe.networks.get(name) or recipe.student).weights
+        if weights not in ("random", "pretrained") and not Path(weights).is_file():
+            raise UserError(
+                f"networks.{name}.weights = '{weights}': there is no such file, and {why}",
+                "the file that the run was started from",
+                "put it back",
+            )
 
 
 def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:

@@ -48,6 +48,7 @@ class _State(_Table):
     random: Annotated[list[_Random], Field(min_length=1)]
     data: dict[str, int]
     imports: dict[str, str]
+    loaded: dict[str, str]
     phase: Annotated[int, Field(ge=0)]
     threads: Annotated[int, Field(ge=1)]
     made: _Made
