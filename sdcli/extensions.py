@@ -28,6 +28,11 @@ def load_imports(files: Iterable[Path | str]) -> None:
         _load(_existing(Path(file).expanduser()))
 
 
+def digests(files: Iterable[Path | str]) -> dict[str, str]:
+    """The sha256 of each file's content, by its path as it is given."""
+    return {str(file): sha256(_existing(Path(file).expanduser()).read_bytes()).hexdigest() for file in files}
+
+
 def _existing(path: Path) -> Path:
     if path.is_file():
         return path.resolve()

@@ -546,18 +546,26 @@ def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_
     )  # fmt: skip
     assert trained.wait() == 0, trained.err
     assert json.loads((folder / "runs/mine/run.json").read_text())["imports"] == [str(folder / "mine.py")]
-    resumed = finished("train", "--resume", folder / "runs/mine", "--epochs", 2, cwd=tmp_path)
+    again = finished("train", "--resume", folder / "runs/mine", "--epochs", 2, cwd=tmp_path)
+    assert again.wait() == 2
+    assert again.err == (
+        f"error: the run in '{folder / 'runs/mine'}' was started with --import {folder / 'mine.py'}\n"
+        "  expected: --import for its files again: no file that a run folder names is run by itself\n"
+        f"  fix:      if you trust them: sdcli train --resume {folder / 'runs/mine'} --import {folder / 'mine.py'}\n"
+    )
+    resumed = finished("train", "--resume", "work/runs/mine", "--epochs", 2, "--import", "work/mine.py", cwd=tmp_path)
     assert resumed.wait() == 0, resumed.err
     assert len((folder / "runs/mine/log.jsonl").read_text().splitlines()) == 2
+    assert "has changed" not in resumed.err
 
     moved = (folder / "mine.py").rename(tmp_path / "moved.py")
     scored = finished("eval", "runs/mine/last.safetensors", "--limit", 16, "-j", 0, "--device", "cpu", cwd=folder)
     assert scored.wait() == 0, scored.err
-    lost = finished("train", "--resume", "runs/mine", "--epochs", 3, cwd=folder)
-    assert lost.wait() == 2
-    assert lost.err.startswith(f"error: --import {folder / 'mine.py'}: there is no such file\n")
+    moved.write_text(moved.read_text() + "# A remark.\n")
+    moved = moved.rename(tmp_path / "mine.py")
     again = finished("train", "--resume", "runs/mine", "--epochs", 3, "--import", moved, cwd=folder)
     assert again.wait() == 0, again.err
+    assert f"{moved} has changed since the run was last saved; the run resumes with what it is now" in again.err
 
 
 HEAD = """

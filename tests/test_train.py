@@ -292,6 +292,42 @@ def test_files_of_a_run_that_were_edited_are_refused(
     assert message in str(error.value)
 
 
+def test_no_file_that_a_run_folder_names_is_run(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """Whoever hands over a run folder may have named any file in it."""
+    copied, evil = tmp_path / "run", tmp_path / "evil.py"
+    shutil.copytree(whole[1], copied)
+    evil.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'hacked')!r}).touch()\n")
+    settings = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**settings, "imports": [str(evil)]}))
+    with pytest.raises(UserError) as error:
+        resume(copied, *resumed(copied, {}, None, []))
+    assert str(error.value) == (
+        f"the run in '{copied}' was started with --import {evil}\n"
+        "  expected: --import for its files again: no file that a run folder names is run by itself\n"
+        f"  fix:      if you trust them: sdcli train --resume {copied} --import {evil}"
+    )
+    resume(copied, *resumed(copied, {"imports": []}, None, []))
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(("settings", "reason"), [
+    ({"imports": [3]}, "imports.0: input should be a valid string"),
+    ({"seed": "7"}, "seed: input should be a valid integer"),
+    ({"model": None}, "model: input should be a valid string"),
+    ([], "model: field required"),
+    (3, "it holds no table"),
+])  # fmt: skip
+def test_settings_of_other_types_are_named(
+    whole: tuple[Recipe, Path], tmp_path: Path, settings: Any, reason: str
+) -> None:
+    shutil.copytree(whole[1], copied := tmp_path / "run")
+    own = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**own, **settings} if isinstance(settings, dict) else settings))
+    with pytest.raises(UserError) as error:
+        resumed(copied, {}, None, [])
+    assert error.value.wrong == f"'{copied / 'run.json'}' is not what a run has written: {reason}"
+
+
 @pytest.mark.parametrize("file", ["run.json", "log.jsonl"])
 def test_a_damaged_file_of_a_run_is_named(whole: tuple[Recipe, Path], tmp_path: Path, file: str) -> None:
     copied = tmp_path / "run"
@@ -914,18 +950,81 @@ def test_steps_tell_where_training_is(training: Training) -> None:
     assert first.shares is not None and set(first.losses) == {"task", "exits", "soft", "hint"}
 
 
-def test_a_frozen_network_neither_learns_nor_moves(tmp_path: Path) -> None:
-    recipe = tmp_path / "taught.toml"
-    recipe.write_text(
-        'extends = "quick"\nepochs = 1\n[networks.teacher]\nmodel = "test_resnet"\nexits = "none"\nlearns = false\n'
-        '[losses.taught]\nkind = "kl"\non = "final"\ntarget = "teacher.final"\n'
-    )
+TAUGHT = """
+extends = "quick"
+epochs = 2
+[batch]
+size = 24
+[networks.teacher]
+model = "test_resnet"
+exits = "none"
+learns = false
+weights = "{weights}"
+[losses.taught]
+kind = "kl"
+on = "final"
+target = "teacher.final"
+"""
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe with a teacher that does not learn, and the file of its weights."""
+    folder = tmp_path_factory.mktemp("taught")
+    short = replace(QUICK, model="test_resnet", limit_train=48)
+    finish(prepare(short, load_recipe(["baseline"], ["epochs=1", "batch.size=24"]), folder / "teacher"))
+    weights = folder / "teacher" / "last.safetensors"
+    (folder / "taught.toml").write_text(TAUGHT.format(weights=weights))
+    return folder / "taught.toml", weights
+
+
+def test_a_frozen_network_neither_learns_nor_moves(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, weights = taught
     training = prepare(replace(QUICK, limit_train=48), load(recipe), tmp_path / "run")
     teacher = training.learner.networks["teacher"]
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     finish(training)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert equal(dict(teacher.state_dict()), load_file(weights))
     with pytest.raises(UserError) as error:
-        prepare(QUICK, load(recipe, 'losses.taught.on="teacher.final"', 'losses.taught.target="final"'), tmp_path / "x")
+        prepare(QUICK, load(recipe, "losses.taught.on=teacher.final", "losses.taught.target=final"), tmp_path / "x")
     assert error.value.wrong == "losses.taught.on = 'teacher.final': networks.teacher does not learn"
     assert not (tmp_path / "x").exists()
+
+
+def test_a_frozen_network_is_not_saved_but_loaded_again(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nor is the average twice, where it teaches."""
+    recipe, _ = taught
+    settings, overrides = replace(QUICK, limit_train=48), ["ema.decay=0.9", "losses.soft.target=ema.final"]
+    finish(prepare(settings, load(recipe, *overrides), tmp_path / "whole"))
+    assert isinstance(list(fit(prepare(settings, load(recipe, *overrides), tmp_path / "run"), after(1)))[-1], Stopped)
+    state = state_of(tmp_path / "run")
+    assert {name.split(".")[1] for name in state["learner"] if name.startswith("networks.")} == {"student"}
+    finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+    assert same(tmp_path / "whole", tmp_path / "run")
+    assert not any("teacher" in name for name in load_file(tmp_path / "run" / "best.safetensors"))
+
+
+def test_a_frozen_network_with_other_weights_is_refused(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, weights = taught
+    prepare(replace(QUICK, limit_train=48), load(recipe), tmp_path / "run")
+    content = weights.read_bytes()
+
+    def refused() -> str:
+        with pytest.raises(UserError) as error:
+            resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, []))
+        return str(error.value)
+
+    try:
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert refused() == (
+            "networks.teacher, which does not learn, has other weights than when the run was started\n"
+            f"  expected: the same weights from {weights}\n"
+            "  fix:      put the file back"
+        )
+        weights.unlink()
+        assert refused() == (
+            f"networks.teacher.weights = '{weights}': there is no such file, and networks.teacher is loaded from it\n"
+            "  expected: the file that the run was started from\n"
+            "  fix:      put it back"
+        )
+    finally:
+        weights.write_bytes(content)

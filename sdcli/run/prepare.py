@@ -23,7 +23,7 @@ from sdcli.data.splits import limited, training_splits
 from sdcli.data.transforms import Preprocess
 from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
-from sdcli.extensions import load_imports
+from sdcli.extensions import digests, load_imports
 from sdcli.method.catalogue import completed
 from sdcli.method.check import check_files, check_names, check_with_model, idle_losses, remarks
 from sdcli.method.learner import Learner, build_objectives
@@ -37,6 +37,7 @@ from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run, check_output
 from sdcli.run.settings import Settings
+from sdcli.run.state import digest_of
 from sdcli.run.training import Training, enter_phase, save
 
 _LOG = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def build(
     set_seed(settings.seed)
     networks, notes = _build_networks(settings, recipe, splits, begins=trained_on is None)
     student = networks[STUDENT]
+    loaded = {name: digest_of(networks[name].state_dict()) for name, t in recipe.others.items() if not t.learns}
     blueprint = student.blueprint
     ema = _average(student, recipe)
     if recipe.reads(AVERAGE) and ema is not None:
@@ -186,6 +188,8 @@ def build(
         num_val=len(splits.val) if splits.val else 0,
         mixing=_mixing(recipe, len(classes), settings.seed, accelerator.device),
         data=about_data,
+        imports=digests(settings.imports),
+        loaded=loaded,
         objectives=objectives,
         notes=[*splits.dataset.notes, *notes, *remarks(recipe, settings.model)],
     )
@@ -202,7 +206,8 @@ def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
 def _build_networks(
     settings: Settings, recipe: Recipe, splits: Splits, begins: bool
 ) -> tuple[dict[str, MultiExit], list[str]]:
-    """The recipe's networks, and what a user should know about them. Weights are only loaded where the run `begins`."""
+    """The recipe's networks, and what a user should know about them. Weights of those that learn are only loaded where
+    the run `begins`."""
     _LOG.info("measuring the images")
     size, *colours = measure(splits.dataset)
     mean, std = colours
@@ -215,7 +220,8 @@ def _build_networks(
     for name, table in {STUDENT: recipe.student, **recipe.others}.items():
         model = settings.model if name == STUDENT else str(table.model)
         blueprint = Blueprint.draft(table, model, classes, image_size=image_size, colours=(mean, std))
-        networks[name], loaded = build_network(table, blueprint, begins=begins)
+        # The state of a run does not hold what never changes and can be loaded again.
+        networks[name], loaded = build_network(table, blueprint, begins=begins or not table.learns)
         if begins and name != STUDENT and not table.learns:
             _check_knows(name, recipe, loaded)
         more = [*blueprint.notes, *loaded.notes] if name == STUDENT else loaded.notes

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from sdcli.devices import short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
+from sdcli.recipe.address import STUDENT
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.merge import Override
@@ -44,6 +47,7 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
         training.notes.append(
             f"{state['threads']} CPU threads before, {threads} now: sums are rounded differently, in their last digits"
         )
+    training.notes += _changed_imports(state["imports"], training.imports)
     if training.is_first:
         training.run.go_on(training.position.epoch - 1)
         write_choices(training)
@@ -73,11 +77,17 @@ def resumed(
     """Settings and recipe of a run that goes on, with what the command line gives anew.
 
     `given` are settings by name; `recipe` is a whole one, where one is named, and `overrides` refine the run's own
-    where none is. Raises UserError for a change that would make it another run.
+    where none is. Raises UserError for a change that would make it another run, and for files to import that are not
+    given: whoever made the folder may have named any file in it, so that only the user's own `--import` runs one.
     """
-    table = read_settings(folder)
-    known = {f.name for f in fields(Settings)}
-    former = Settings(**{name: value for name, value in table.items() if name in known})
+    former = _former_settings(folder)
+    if former.imports and "imports" not in given:
+        options = " ".join(f"--import {shlex.quote(file)}" for file in former.imports)
+        raise UserError(
+            f"the run in '{folder}' was started with {options}",
+            "--import for its files again: no file that a run folder names is run by itself",
+            f"if you trust them: sdcli train --resume {shlex.quote(str(folder))} {options}",
+        )
     settings = replace(former, **given)
     for name in given:
         was, value = getattr(former, name), getattr(settings, name)
@@ -107,6 +117,30 @@ def resumed(
     return settings, check_recipe({**own.model_dump(exclude_none=True), "epochs": wanted.epochs})
 
 
+def _former_settings(folder: Path) -> Settings:
+    """What the command line chose when the run was started."""
+    table = read_settings(folder)
+    try:
+        return Settings(**{f.name: table[f.name] for f in fields(Settings) if f.name in table})
+    except TypeError:
+        reason = "it holds no table"
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
+    file = folder / "run.json"
+    raise UserError(f"'{file}' is not what a run has written: {reason}", "the file as the run wrote it", "put it back")
+
+
+def _changed_imports(former: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Remarks on files to import that are not what they were, by their paths and digests."""
+    names = {Path(file).name for file in former}
+    return [
+        f"{file} has changed since the run was last saved; the run resumes with what it is now"
+        for file, digest in now.items()
+        if Path(file).name in names and digest not in former.values()
+    ]
+
+
 def _flag(setting: str) -> str:
     """A setting as the command line has it."""
     return {"model": "MODEL", "imports": "--import"}.get(setting, f"--{setting.replace('_', '-')}")
@@ -125,15 +159,19 @@ def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None
 
 
 def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
-    """Raises UserError where a fresh phase that is still ahead begins from a file that is gone."""
-    weights = recipe.student.weights
+    """Raises UserError where a file of weights is gone that is still needed: by a network that does not learn, or by a
+    fresh phase that is still ahead."""
     ahead = any(later.fresh for later in recipe.all_phases[phase + 1 :])
-    if ahead and weights not in ("random", "pretrained") and not Path(weights).is_file():
-        raise UserError(
-            f"networks.student.weights = '{weights}': there is no such file, and a fresh phase is to begin from it",
-            "the file that the run was started from",
-            "put it back",
-        )
+    needed = {name: f"networks.{name} is loaded from it" for name, table in recipe.others.items() if not table.learns}
+    needed |= {STUDENT: "a fresh phase is to begin from it"} if ahead else {}
+    for name, why in needed.items():
+        weights = (recipe.networks.get(name) or recipe.student).weights
+        if weights not in ("random", "pretrained") and not Path(weights).is_file():
+            raise UserError(
+                f"networks.{name}.weights = '{weights}': there is no such file, and {why}",
+                "the file that the run was started from",
+                "put it back",
+            )
 
 
 def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:

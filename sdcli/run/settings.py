@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 from sdcli.data.dataset import NAMED
 from sdcli.devices import Precision
@@ -18,9 +21,10 @@ MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", 
 that compare images see the images of one process and one part at a time.)"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Settings:
-    """What the command line chooses beside the recipe: what changes from run to run."""
+    """What the command line chooses beside the recipe: what changes from run to run. Raises pydantic's ValidationError
+    for a value of another type."""
 
     model: str
     dataset: str
@@ -45,7 +49,7 @@ class Settings:
     track: str | None = None
     """One of accelerate's trackers."""
     imports: list[str] = field(default_factory=list)
-    """The user's own Python files, which register losses and heads; whole paths."""
+    """The user's own Python files, which register losses and heads; whole paths. A resumed run is given them anew."""
 
     def __post_init__(self) -> None:
         # A run goes on from any folder.

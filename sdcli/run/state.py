@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import field
 from io import BufferedReader
 from pathlib import Path
@@ -165,6 +166,15 @@ def unusable(path: Path, reason: str) -> UserError:
         # There is no earlier state to offer.
         pass
     return UserError(f"state cannot be used: '{path}': {reason}", "the state as sdcli train saved it", fix)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def random_states() -> dict[str, Any]:

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from sdcli.data.augment import Mixing
 from sdcli.data.dataset import Split
 from sdcli.data.loaders import Loader
 from sdcli.data.resident import ResidentLoader
 from sdcli.devices import interleaved
+from sdcli.errors import UserError
 from sdcli.method.learner import Learner
 from sdcli.method.objective import Objective
 from sdcli.method.optimizer import complete_momentum, create_optimizer, create_schedule
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import build_network
-from sdcli.recipe.address import TEACHER
+from sdcli.recipe.address import AVERAGE, TEACHER
 from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run
 from sdcli.run.settings import Settings, unchanging
@@ -58,6 +59,10 @@ class Training:
     mixing: Mixing | None
     data: dict[str, Any]
     """What tells the training split from another."""
+    imports: dict[str, str]
+    """The user's own Python files and their sha256."""
+    loaded: dict[str, str]
+    """The networks that do not learn, and the digest of their tensors: a resumed run loads them again."""
     objectives: list[Objective]
     """One for each phase."""
     phase: int = -1
@@ -155,17 +160,27 @@ def save(training: Training) -> None:
         training.run.state,
         {
             "position": {**asdict(training.position), "sums": sums},
-            "learner": training.learner.state_dict(),
+            "learner": saved_tensors(training),
             "optimizer": training.optimizer.state_dict(),
             "ema": training.ema.module.state_dict() if training.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
             "random": everyones,
             "threads": torch.get_num_threads(),
             "data": training.data,
+            "imports": training.imports,
+            "loaded": training.loaded,
             "phase": training.phase,
             "made": unchanging(training.settings, training.recipe),
         },
     )
+
+
+def saved_tensors(training: Training) -> dict[str, Tensor]:
+    """The learner's tensors, without those that a resumed run has from elsewhere: networks that are loaded again, and
+    the average, which is saved by itself."""
+    elsewhere = [*training.loaded, *([AVERAGE] if training.ema else [])]
+    start = tuple(f"networks.{name}." for name in elsewhere)
+    return {name: tensor for name, tensor in training.learner.state_dict().items() if not name.startswith(start)}
 
 
 def share_buffers(training: Training) -> None:
@@ -183,13 +198,14 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
     _check_place(training, Position(**state["position"]), state["phase"])
     enter_phase(training, state["phase"], begins=False)
     path = training.run.state
-    check_tensors(path, "learner", state["learner"], training.learner.state_dict())
+    _check_loaded(training, state["loaded"])
+    check_tensors(path, "learner", state["learner"], saved_tensors(training))
     check_tensors(path, "ema", state["ema"] or {}, training.ema.module.state_dict() if training.ema else {})
     # accelerate's wrapper holds torch's optimizer.
     optimizer = training.optimizer.optimizer
     check_optimizer(path, state["optimizer"], optimizer)
     check_scaler(path, state["scaler"], training.accelerator.scaler)
-    training.learner.load_state_dict(state["learner"])
+    training.learner.load_state_dict(state["learner"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     if isinstance(optimizer, torch.optim.SGD):
         complete_momentum(optimizer)
@@ -212,6 +228,20 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
             f"{len(everyones)} processes before, {training.accelerator.num_processes} now: "
             "the run goes on with other random numbers"
         )
+
+
+def _check_loaded(training: Training, digests: Mapping[str, str]) -> None:
+    """Raises UserError for a network that does not learn and has other weights than when the run was started."""
+    if digests.keys() != training.loaded.keys():
+        raise unusable(training.run.state, f"loaded: {', '.join(digests)}, not {', '.join(training.loaded)}")
+    for name, digest in digests.items():
+        if training.loaded[name] != digest:
+            source = training.recipe.networks[name].weights
+            raise UserError(
+                f"networks.{name}, which does not learn, has other weights than when the run was started",
+                f"the same weights from {source}" if source != "pretrained" else "the same pretrained weights of timm",
+                "put the file back" if source != "pretrained" else "resume with the version of timm that it began with",
+            )
 
 
 def _check_place(training: Training, position: Position, phase: int) -> None:

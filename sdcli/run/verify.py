@@ -47,6 +47,8 @@ class _State(_Table):
     scaler: dict[str, float] | None
     random: Annotated[list[_Random], Field(min_length=1)]
     data: dict[str, int]
+    imports: dict[str, str]
+    loaded: dict[str, str]
     phase: Annotated[int, Field(ge=0)]
     threads: Annotated[int, Field(ge=1)]
     made: _Made
