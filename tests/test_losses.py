@@ -210,8 +210,8 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
         ),
         (
             ["losses.hint.on=exit1"],
-            "losses.hint at exit1: a hint compares embeddings of 16 and 32 values\n"
-            "  expected: two of the same width\n"
+            "losses.hint at exit1: the embeddings have different widths: 16 and 32\n"
+            "  expected: embeddings of the same width\n"
             '  fix:      adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
         ),
         (
