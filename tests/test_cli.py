@@ -365,10 +365,10 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
          "  fix:      did you mean 'temperature'?"),
         (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of kl, dkd, nkd, balanced_kl, "
           "tf_nkd, similarity, …; 16 in all: sdcli recipes losses\n  fix:      did you mean 'kl'?"),
-        (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9', a point that this network does not have\n"
+        (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9': the network has no such point\n"
          "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
-        (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
-         "run has, or a share of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
+        (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run (epochs = 2)\n  expected: fewer epochs than the "
+         "run, or a fraction of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
         (["--lr", -1], "--lr -1.0: optimizer.lr = -1.0\n  expected: greater than 0\n  fix:      the default is 0.1"),
         (["--stem", "cifr"], "--stem cifr: networks.student.stem = 'cifr'\n  expected: 'auto', 'imagenet' or 'cifar'\n"
          "  fix:      did you mean 'cifar'?"),

@@ -159,8 +159,8 @@ def test_a_loss_that_needs_one_class_per_image_is_refused_where_they_are_mixed(n
     with pytest.raises(UserError) as caught:
         Objective(losses, widths, mixes=True)
     assert str(caught.value) == (
-        f"losses.new: kind = '{name}' needs one class per image, and batch.mixup and batch.cutmix mix them\n"
-        "  expected: a recipe that mixes nothing, or another loss\n"
+        f"losses.new: kind = '{name}' needs one class per image, but batch.mixup or batch.cutmix mixes classes\n"
+        "  expected: no mixup or cutmix, or another loss\n"
         "  fix:      --set batch.mixup=0 --set batch.cutmix=0"
     )
 
