@@ -1,4 +1,4 @@
-"""Which device to run on and which other processes run along: accelerate's choice, or the user's."""
+"""The device to run on and the other processes of a run, chosen by accelerate or by the user."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 Precision = Literal["fp32", "bf16", "fp16"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt(3): the free memory that stays at the heap's end, the blocks that lie beside it."""
+"""Parameters of glibc's mallopt(3): the free memory kept at the end of the heap, the number of blocks outside it."""
 
 T = TypeVar("T")
 
@@ -35,22 +35,22 @@ T = TypeVar("T")
 def accelerator_for(
     device: str | None, precision: Precision = "fp32", tracker: str | None = None, folder: Path | None = None
 ) -> Accelerator:
-    """An accelerator on `device` (`cpu`, `cuda`, `cuda:1`, `mps`, …), or on the best there is.
+    """An accelerator on `device` (`cpu`, `cuda`, `cuda:1`, `mps`, …), or on the best device available.
 
-    It meets the other processes where a launcher has started several. A `tracker` writes to `folder`. Raises UserError
-    for a device that this machine does not have, a precision that the device cannot train in, and a tracker that is not
+    Joins the other processes if a launcher has started several. A `tracker` writes to `folder`. Raises UserError for a
+    device that this machine does not have, a precision that the device cannot train in, and a tracker that is not
     installed.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device is not None:
         if launched and ":" in device:
             raise UserError(
-                f"--device {device} under a launcher of several processes",
-                "a device for each: its launcher's choice",
+                f"--device {device} puts every process of this launch on the same device",
+                "one device per process, chosen by the launcher",
                 f"leave --device out, or --device {device.partition(':')[0]}",
             )
         try:
-            # The only sure way to know whether a device is there, its number included.
+            # The only reliable way to know whether a device exists, its number included.
             torch.empty(1, device=torch.device(device))
         except (RuntimeError, AssertionError, NotImplementedError):
             raise _no_device(device) from None
@@ -58,7 +58,7 @@ def accelerator_for(
             os.environ["ACCELERATE_TORCH_DEVICE"] = device
     on_cpu = device == "cpu" or (device is None and _present() == ["cpu"])
     if precision == "fp16" and on_cpu:
-        raise UserError("--precision fp16 on a CPU", "fp32, or bf16", "--precision bf16")
+        raise UserError("--precision fp16 is not available on a CPU", "fp32 or bf16", "--precision bf16")
     if tracker is not None:
         _check_tracker(tracker)
     mixed = "no" if precision == "fp32" else precision
@@ -67,26 +67,26 @@ def accelerator_for(
         mixed_precision=mixed,
         log_with=tracker,
         project_dir=folder,
-        # Batch norms keep to their own images until they are scored (`training.share_buffers`), and what a signal
-        # remembers of each image is the same everywhere: nothing to be sent at every update.
+        # Batch norms use the statistics of their own process until scoring (`training.share_buffers`), and signals
+        # remember the same in every process: no buffers have to be broadcast at each update.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
             f"launched with {accelerator.distributed_type.value}, which shards the network",
-            "processes that hold all of it: DistributedDataParallel",
+            "processes that each hold the whole network (DistributedDataParallel)",
             "accelerate launch --multi_gpu, or torchrun",
         )
     return accelerator
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Has this process keep the memory that it frees, where it trains on a CPU with glibc and the environment leaves
-    that open. For processes that train and then end: what another network has left behind is kept too.
+    """Makes a process that trains on a CPU with glibc keep the memory that it frees, unless the environment configures
+    malloc. For processes that train and then end: they also keep memory that other networks have freed.
 
-    Every activation is a block of its own. glibc gives large ones back to the system at once, and a training step
-    would get them anew, page by page: it is 1.2 to 1.7 times as fast without, and takes 1.1 to 1.3 times the memory
-    (benchmarks/allocator.py; docs/performance.md).
+    Every activation is a separate block. glibc returns large blocks to the system at once, so each training step has to
+    get them again, page by page. Keeping them makes a step 1.2 to 1.7 times as fast and takes 1.1 to 1.3 times the
+    memory (benchmarks/allocator.py; docs/performance.md).
     """
     if device.type != "cpu" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -97,7 +97,8 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def memory_wanted(error: Exception) -> str | None:
-    """What is known of the memory that ran out (": 2.50 GiB more were needed, …", or ""); None for any other error."""
+    """How much memory was missing (": failed to allocate 2.50 GiB (1.25 GiB free)", or "" if unknown); None for any
+    other error."""
     text = str(error)
     ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not ran_out and not re.search(r"out of memory|can't allocate memory", text):
@@ -106,12 +107,12 @@ def memory_wanted(error: Exception) -> str | None:
     text = re.sub(r"(\d+) bytes", lambda bytes_: f"{int(bytes_[1]) / 2**20:.0f} MiB", text)
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     free = re.search(r"of which ([\d.]+ \w+) is free", text)
-    return (f": {asked[1]} more were needed" if asked else "") + (f", {free[1]} were free" if asked and free else "")
+    return (f": failed to allocate {asked[1]}" if asked else "") + (f" ({free[1]} free)" if asked and free else "")
 
 
 @contextmanager
 def short_of_memory(doing: str, expected: str, fix: str) -> Iterator[None]:
-    """Turns memory that runs out while `doing` something into a UserError."""
+    """Turns running out of memory while `doing` something into a UserError."""
     try:
         yield
     except Exception as error:
@@ -128,7 +129,7 @@ def _check_tracker(tracker: str) -> None:
 
 
 def _no_device(device: str) -> UserError:
-    """The error for a device that is not available. torch's own words name the twenty types that it knows of."""
+    """The error for a device that is not available. torch's own message lists the twenty types that it knows."""
     kind, colon, _ = device.partition(":")
     meant = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps", "apple": "mps"}.get(kind.lower(), kind)
     present = _present()
@@ -153,7 +154,7 @@ def _present() -> list[str]:
 
 
 def from_first(accelerator: Accelerator, value: T) -> T:
-    """What the first process has, on all of them."""
+    """The first process's value, on all processes."""
     if accelerator.num_processes == 1:
         return value
     values = [value]
@@ -162,7 +163,7 @@ def from_first(accelerator: Accelerator, value: T) -> T:
 
 
 def interleaved(accelerator: Accelerator, own: Sequence[T]) -> list[T]:
-    """What all processes have, where the i-th of n has every n-th from i on: in the order of one process."""
+    """The items of all processes in the order of a single one: process i of n has every n-th item from i on."""
     if accelerator.num_processes == 1:
         return list(own)
     shares: list[list[T]] = gather_object([list(own)])

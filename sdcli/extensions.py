@@ -1,4 +1,4 @@
-"""A user's own Python files (`--import FILE.py`), which register losses and heads beside ours."""
+"""Loads a user's own Python files (`--import FILE.py`), which register further losses and heads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ WHAT = "a Python file that registers losses or heads (README, Losses of your own
 
 
 def find_imports(files: Iterable[Path | str]) -> list[str]:
-    """The files' whole paths, found again from any folder; raises UserError for one that is not there."""
+    """The absolute paths of the files, valid from any folder; raises UserError for a file that does not exist."""
     return [str(_existing(Path(file).expanduser())) for file in files]
 
 
 def load_imports(files: Iterable[Path | str]) -> None:
-    """Runs each file once, however often it is asked for.
+    """Runs each file once, however often it is named.
 
-    Raises UserError for a file that is not there, one that fails (where and why), and one that registers a name that
-    there is already.
+    Raises UserError for a file that does not exist, one that fails (where and why), and one that registers a name that
+    is already taken.
     """
     for file in files:
         _load(_existing(Path(file).expanduser()))
@@ -40,20 +40,18 @@ def _existing(path: Path) -> Path:
     raise UserError(
         f"--import {path}: there is no such file",
         WHAT,
-        "give its new place with --import" + (f"; beside it there is {', '.join(near[:5])}" if near else ""),
+        "give its path with --import" + (f"; in the same folder: {', '.join(near[:5])}" if near else ""),
     )
 
 
 def _load(path: Path) -> None:
-    # A module of its own name, so that compiled and pickled functions find their way back.
+    # A unique module name, by which compiled and pickled functions are found again.
     name = f"sdcli_import_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UserError(
-            f"--import {path} is not Python: its name does not end in .py", WHAT, f"rename it {path.stem}.py"
-        )
+        raise UserError(f"--import {path}: its name does not end in .py", WHAT, f"rename it {path.stem}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -66,12 +64,12 @@ def _load(path: Path) -> None:
         raise UserError(
             f"--import {path}{_line_in(path, error)}: {type(error).__name__}: {error}",
             "a file that Python can import",
-            f"python {path} shows the whole of it",
+            f"python {path} shows the full traceback",
         ) from error
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """Which of the file's lines failed, as ", line 3"; "" where none did."""
+    """The line of the file that failed, as ", line 3"; "" if none did."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}" if error.lineno else ""
     number, trace = 0, error.__traceback__

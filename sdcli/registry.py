@@ -1,7 +1,7 @@
-"""Names that a recipe may use, and the functions behind them.
+"""Registries: the names that a recipe can use, and the functions behind them.
 
 The keyword-only arguments of a registered function or class are its recipe keys: their annotations are the types and
-ranges that a recipe is checked against, their defaults what holds where a recipe is silent. Nothing is written twice.
+ranges that a recipe is checked against, their defaults apply where a recipe leaves a key out. Nothing is written twice.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from sdcli.errors import UserError, invalid, unknown
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name: what it builds or calls, what it reads of a signal, and its keys."""
+    """One registered name: its function or class, what it reads of a signal, and its keys."""
 
     name: str
     call: Callable[..., Any]
     reads: str = ""
     sees_batch: bool | str = False
-    """Whether its value couples the images of a batch, so that sharing a batch out changes it; or the key that says."""
+    """Whether its value couples the images of a batch, so that splitting the batch changes it; or the key that decides
+    this."""
     hard_labels: bool = False
-    """Whether it needs one class per image, so that nothing may be mixed."""
+    """Whether it needs one class per image: no mixup or cutmix."""
     constant: bool = False
-    """Whether no gradient passes it."""
+    """Whether its output has no gradient."""
     reads_one: bool = False
-    """Whether it is called with one signal, rather than a list of them."""
+    """Whether it is called with a single signal, not with a list."""
 
     def couples(self, options: Mapping[str, Any]) -> bool:
-        """Whether it sees the batch with these options."""
+        """Whether its value couples the images of a batch with these options."""
         return bool(options[self.sees_batch] if isinstance(self.sees_batch, str) else self.sees_batch)
 
     @cached_property
@@ -44,7 +45,7 @@ class Entry:
 
     @cached_property
     def takes(self) -> frozenset[str]:
-        """Names of the positional arguments: what the caller has to bring."""
+        """The names of the positional arguments, which the caller passes."""
         return frozenset(p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY)
 
     @cached_property
@@ -64,7 +65,7 @@ class Entry:
             name: self.hints.get(name, Any) if default is required else NotRequired[self.hints.get(name, Any)]
             for name, default in self.options.items()
         }
-        # A typed dictionary, not a model: a key may be called whatever a function's argument may be.
+        # A typed dictionary, not a model: a key can have any name that a function's argument can have.
         make: Any = TypedDict
         table = make("Options", hints)
         table.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -81,7 +82,7 @@ class Entry:
 
 @dataclass
 class Registry:
-    """Names of one kind (losses, heads, …) in the order in which they were registered."""
+    """Names of one kind (losses, heads, …) in order of registration."""
 
     what: str
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -96,14 +97,14 @@ class Registry:
         constant: bool = False,
         reads_one: bool = False,
     ) -> Callable[[Any], Any]:
-        """Decorator: makes a function or class known under `name`; the rest as in `Entry`. Raises UserError for a name
-        that there is already."""
+        """Decorator: registers a function or class as `name`; the other arguments as in `Entry`. Raises UserError for a
+        name that is already taken."""
 
         def add(call: Any) -> Any:
             if name in self.entries:
                 raise UserError(
                     f"{self.what} '{name}' is registered twice",
-                    f"a name that no other {self.what} has",
+                    "a name that is not taken",
                     f'@….register("my_{name}")',
                 )
             self.entries[name] = Entry(name, call, reads, sees_batch, hard_labels, constant, reads_one)
@@ -112,7 +113,7 @@ class Registry:
         return add
 
     def find(self, name: str, where: str = "") -> Entry:
-        """The entry called `name`; raises UserError with the nearest name where there is none."""
+        """The entry called `name`; raises UserError with the nearest name if there is none."""
         if name not in self.entries:
             plural = self.what + ("es" if self.what.endswith("s") else "s")
             error = unknown(self.what, name, self.entries, lists=f"sdcli recipes {plural}")

@@ -1,4 +1,4 @@
-"""Tables as TOML text, with a word behind each value where one is wanted."""
+"""Writes tables as TOML text, optionally with a comment after each value."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 GAP = 2
-"""Spaces at least between a value and what is said about it."""
+"""The minimum number of spaces between a value and its comment."""
 WIDEST = 46
-"""The longest value that still pushes the column of these words to the right."""
+"""The longest value that can push the column of comments to the right."""
 
 
 def write(tables: Mapping[str, Any], comment: Callable[[str], str] | None = None) -> str:
     """`tables` as a TOML file: values before subtables, lists and empty tables on one line.
 
-    `comment` says what stands behind the value of a dotted key; all of these words begin in one column.
+    `comment` returns the comment for a dotted key; all comments start in the same column.
     """
     import tomlkit
 
@@ -27,7 +27,7 @@ def write(tables: Mapping[str, Any], comment: Callable[[str], str] | None = None
 
 
 def write_value(value: Any) -> str:
-    """One value on one line, as it stands behind a `=`."""
+    """One value on one line, as it is written after `=`."""
     return str(_item(value).as_string())
 
 
@@ -47,7 +47,7 @@ def _values(tables: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]
 def _fill(into: Any, tables: Mapping[str, Any], comment: Callable[[str], str] | None, column: int, at: str) -> None:
     import tomlkit
 
-    # What stands below a table's header belongs to that table: its own values come first.
+    # A table's own values come first: below the header of a subtable they would belong to that.
     for key, value in sorted(tables.items(), key=lambda pair: _is_table(pair[1]) or _is_list_of_tables(pair[1])):
         place = f"{at}.{key}" if at else key
         if _is_table(value):

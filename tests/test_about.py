@@ -1,4 +1,4 @@
-"""What a recipe needs, adds up and differs in, told from its tables alone."""
+"""Needs, formulas and differences of recipes, from their tables alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_is_shown_is_a_recipe_that_reads_as_itself(name, comments, tmp_path
     assert shown.student == load_recipe([name]).student
 
 
-def test_every_value_that_is_shown_says_who_brought_it(tmp_path):
+def test_every_shown_value_has_its_source(tmp_path):
     mine = tmp_path / "mine.toml"
     mine.write_text("[batch]\nsize = 64\n")
     lines = show(*read_recipe(["byot", str(mine)], ["epochs=3"])).splitlines()
@@ -111,7 +111,7 @@ def test_a_recipe_does_not_differ_from_itself():
     assert difference(load_recipe(["byot"]), load_recipe(["byot"])).rows() == []
 
 
-def test_origins_tell_files_and_flags():
+def test_origins_are_files_and_options():
     recipe, origins = read_recipe(["byot"], ["epochs=3"])
     assert recipe.epochs == 3
     assert (origins["epochs"], origins["losses.soft.kind"]) == ("--set epochs=3", "recipes/byot.toml")

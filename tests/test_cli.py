@@ -133,7 +133,7 @@ def test_a_run_without_a_checkpoint_cannot_be_scored(trained, tmp_path, sdcli):
     (tmp_path / "run.json").write_bytes((trained / "run.json").read_bytes())
     refused(
         sdcli("eval", tmp_path),
-        f"'{tmp_path}' has no checkpoint yet: no epoch is done{expected}\n  fix:      sdcli train --resume {tmp_path}",
+        f"'{tmp_path}' has no checkpoint yet: no epoch has finished{expected}\n  fix:      sdcli train --resume {tmp_path}",
     )
 
 
@@ -365,10 +365,10 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
          "  fix:      did you mean 'temperature'?"),
         (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of kl, dkd, nkd, balanced_kl, "
           "tf_nkd, similarity, …; 16 in all: sdcli recipes losses\n  fix:      did you mean 'kl'?"),
-        (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9', a point that this network does not have\n"
+        (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9': the network has no such point\n"
          "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
-        (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run of 2 epochs\n  expected: fewer epochs than the "
-         "run has, or a share of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
+        (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run (epochs = 2)\n  expected: fewer epochs than the "
+         "run, or a fraction of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
         (["--lr", -1], "--lr -1.0: optimizer.lr = -1.0\n  expected: greater than 0\n  fix:      the default is 0.1"),
         (["--stem", "cifr"], "--stem cifr: networks.student.stem = 'cifr'\n  expected: 'auto', 'imagenet' or 'cifar'\n"
          "  fix:      did you mean 'cifar'?"),
@@ -472,7 +472,7 @@ def test_classes_that_do_not_match_are_explained(trained, tmp_path, sdcli):
     path = trained / "best.safetensors"
     refused(
         sdcli("eval", path, "--dataset", tmp_path, "-j", 0),
-        f"'{path}' knows 10 classes, the data set has 2\n"
+        f"'{path}' has 10 classes, but the data set has 2\n"
         "  expected: a data set with the classes that the checkpoint was trained on\n"
         "  fix:      choose another --dataset, or another column with --label-key",
     )
@@ -612,7 +612,7 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
         (["test_resnet"], "--dataset is missing\n  expected: a model and a data set\n"
          "  fix:      sdcli train resnet18 --dataset cifar100"),
         (["test_resnet", "--dataset", "digits", "--device", "cpu", "--precision", "fp16"],
-         "--precision fp16 on a CPU\n  expected: fp32, or bf16\n  fix:      --precision bf16"),
+         "--precision fp16 is not available on a CPU\n  expected: fp32 or bf16\n  fix:      --precision bf16"),
         (["test_mambaout", *QUICK, "--grad-checkpointing", "--batch-size", 30, "--grad-accum-steps", 7],
          "a batch of 30 images cannot be divided evenly among 1 process with 7 micro-batches\n"
          "  expected: a multiple of 7\n  fix:      --batch-size 28"),

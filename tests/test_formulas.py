@@ -159,8 +159,8 @@ def test_a_loss_that_needs_one_class_per_image_is_refused_where_they_are_mixed(n
     with pytest.raises(UserError) as caught:
         Objective(losses, widths, mixes=True)
     assert str(caught.value) == (
-        f"losses.new: kind = '{name}' needs one class per image, and batch.mixup and batch.cutmix mix them\n"
-        "  expected: a recipe that mixes nothing, or another loss\n"
+        f"losses.new: kind = '{name}' needs one class per image, but batch.mixup or batch.cutmix mixes classes\n"
+        "  expected: no mixup or cutmix, or another loss\n"
         "  fix:      --set batch.mixup=0 --set batch.cutmix=0"
     )
 
@@ -276,13 +276,13 @@ def test_fitnets_convolution_gives_the_targets_channels():
     assert [tuple(p.shape) for p in loss.parameters()] == [(5, 3, 1, 1), (5,)]
 
 
-def test_fitnet_without_convolution_needs_as_many_channels():
+def test_fitnet_without_convolution_needs_equal_channel_counts():
     with pytest.raises(UserError) as error:
         FitNet(3, 5, adapt="none")
     assert str(error.value) == (
-        "fitnet compares maps of 3 and 5 channels\n"
-        "  expected: two with as many channels\n"
-        '  fix:      adapt = "conv", which is the default'
+        "the feature maps have different channel counts: 3 and 5\n"
+        "  expected: feature maps with equal channel counts\n"
+        '  fix:      adapt = "conv" (the default)'
     )
 
 
@@ -340,7 +340,10 @@ def test_mmd_stated_in_both_directions_has_the_gradient_of_one_without_a_stop():
 def test_mmd_says_which_widths_it_met():
     with pytest.raises(UserError) as error:
         mmd(torch.zeros(2, 3), torch.zeros(2, 4), batch_of([0, 0]))
-    assert str(error.value) == "mmd compares embeddings of 3 and 4 values\n  expected: two of the same width"
+    assert (
+        str(error.value)
+        == "mmd: the embeddings have different widths: 3 and 4\n  expected: embeddings of the same width"
+    )
 
 
 # Relations between images

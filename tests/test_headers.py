@@ -1,4 +1,4 @@
-"""What a recipe file's opening comment says."""
+"""The opening comment of a recipe file."""
 
 from __future__ import annotations
 

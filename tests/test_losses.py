@@ -184,21 +184,21 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
         ),
         (
             ["losses.soft.on=exit4"],
-            "losses.soft.on = 'exit4', a point that this network does not have\n"
+            "losses.soft.on = 'exit4': the network has no such point\n"
             "  expected: one of exit1, exit2, final\n"
             "  fix:      did you mean 'exit2'?",
         ),
         (
             ["losses.exits.weight=[0.5]"],
-            "losses.exits.weight has 1 values\n  expected: one number, or one for each of exit1, exit2",
+            "losses.exits.weight is a list of length 1\n  expected: one number, or one for each of exit1, exit2",
         ),
         (
             ["losses.soft.target=label"],
-            "losses.soft: kind = 'kl' compares with another point, and no target is named\n  expected: target = 'final', 'next' or an exit\n  fix:      add target = \"final\" to [losses.soft]",
+            "losses.soft: kind = 'kl' compares with another point, but no target is set\n  expected: target = 'final', 'next' or an exit\n  fix:      add target = \"final\" to [losses.soft]",
         ),
         (
             ["losses.task.target=exit1"],
-            "losses.task.target = 'exit1': kind = 'cross_entropy' compares with the labels alone\n  expected: no target\n  fix:      remove target from [losses.task], or choose a kind that has one, such as kl",
+            "losses.task.target = 'exit1': kind = 'cross_entropy' compares only with the labels\n  expected: no target\n  fix:      remove target from [losses.task], or choose a kind that has one, such as kl",
         ),
         (
             ["losses.soft.on=all"],
@@ -210,8 +210,8 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
         ),
         (
             ["losses.hint.on=exit1"],
-            "losses.hint at exit1: a hint compares embeddings of 16 and 32 values\n"
-            "  expected: two of the same width\n"
+            "losses.hint at exit1: the embeddings have different widths: 16 and 32\n"
+            "  expected: embeddings of the same width\n"
             '  fix:      adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
         ),
         (

@@ -185,7 +185,7 @@ def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None
     with pytest.raises(UserError) as error:
         prepare(settings("convnet"), load_recipe(["byot"], ["networks.student.head=none"]), tmp_path / "x")
     assert str(error.value) == (
-        "losses.exits compares predictions, and exit1 has no classifier\n"
+        "losses.exits compares predictions, but exit1 has no classifier\n"
         "  expected: a point with a head\n"
         "  fix:      --set networks.student.head=auto"
     )
@@ -195,17 +195,17 @@ def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None
     ("recipe", "overrides", "message"),
     [
         ("ps-kd", ["losses.past.on=past", "losses.past.target=final"],
-         "losses.past.on = 'past': no gradient passes signals.past\n  expected: a point, or a signal that is made with "
-         "gradients, such as a mean\n  fix:      target = \"past\" compares with it"),
+         "losses.past.on = 'past': signals.past has no gradient\n  expected: a point, or a signal with a gradient, "
+         "such as kind = 'mean'\n  fix:      use it as a target: target = \"past\""),
         ("one-exits", ["losses.labels.on=all"],
          "signals.mix: kind = 'gated' has weights of its own that no loss teaches\n  expected: a loss on it: on = [\"all\", \"mix\"]"),
         ("bake", ["signals.neighbours.of=exit9"],
-         "signals.neighbours.of = 'exit9', a point that this network does not have\n  expected: one of final"),
+         "signals.neighbours.of = 'exit9': the network has no such point\n  expected: one of final"),
         ("bake", ["networks.student.exits=3", "losses.task.on=all", "signals.neighbours.of=all"],
          "signals.neighbours: kind = 'propagated' reads one point\n  expected: one point\n  fix:      of = \"final\""),
         ("ps-kd", ["batch.mixup=1.0"],
-         "signals.past: kind = 'memory' needs one class per image, and batch.mixup and batch.cutmix mix them\n"
-         "  expected: a recipe that mixes nothing, or another kind\n  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
+         "signals.past: kind = 'memory' needs one class per image, but batch.mixup or batch.cutmix mixes classes\n"
+         "  expected: no mixup or cutmix, or another kind\n  fix:      --set batch.mixup=0 --set batch.cutmix=0"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_the_data_are_looked_for(
@@ -271,11 +271,11 @@ teacher = true
 """
     assert remarks(losses_of(tables, tmp_path)) == [
         "signals.mix has no effect: no loss reads it",
-        "batch.views.view has no effect, but costs its images: no loss reads final@view",
-        "networks.big has no effect, but costs its memory: nothing reads big.…",
+        "batch.views.view has no effect but its images are loaded: no loss reads final@view",
+        "networks.big has no effect but takes memory: nothing reads big.…",
         "phases: teacher = true has no effect: nothing reads teacher.…",
         "batch.mixup_prob has no effect: nothing is mixed",
-        "losses.spare has no effect: no phase has it",
+        "losses.spare has no effect: no phase uses it",
     ]
 
 
@@ -293,13 +293,13 @@ def test_nothing_in_a_recipe_that_comes_with_sdcli_is_without_effect(name: str) 
 def test_a_point_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         prepared('extends = "baseline"\n[losses.task]\non = ["all", "final"]\n', tmp_path)
-    assert str(error.value) == "losses.task.on names final twice\n  expected: every point once"
+    assert str(error.value) == "losses.task.on names final twice\n  expected: each point at most once"
 
 
 def test_two_temperatures_that_belong_together_and_differ_are_remarked_on() -> None:
     assert remarks(load_recipe(["bake"])) == []
     assert remarks(load_recipe(["bake"], ["losses.soft.temperature=1.0"])) == [
-        "losses.soft.temperature = 1 is not signals.neighbours's 4, which that is made for"
+        "losses.soft.temperature = 1 should equal signals.neighbours.temperature = 4"
     ]
 
 

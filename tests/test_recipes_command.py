@@ -172,7 +172,7 @@ MISTAKES = {
     ),
     "a loss without its target": (
         '[losses.task]\nkind = "cross_entropy"\non = "all"\n[losses.soft]\nkind = "kl"\non = "exits"\n',
-        "FILE: losses.soft: kind = 'kl' compares with another point, and no target is named\n"
+        "FILE: losses.soft: kind = 'kl' compares with another point, but no target is set\n"
         "  expected: target = 'final', 'next' or an exit\n"
         '  fix:      add target = "final" to [losses.soft]',
     ),
@@ -234,8 +234,8 @@ MISTAKES = {
     ),
     "a warm-up as long as the run": (
         BYOT + "epochs = 5\n[schedule]\nwarmup_epochs = 5\n",
-        "FILE: schedule.warmup_epochs = 5 lasts as long as the run of 5 epochs\n"
-        "  expected: fewer epochs than the run has, or a share of it below 1\n"
+        "FILE: schedule.warmup_epochs = 5 lasts as long as the run (epochs = 5)\n"
+        "  expected: fewer epochs than the run, or a fraction of it below 1\n"
         "  fix:      --set schedule.warmup_epochs=0.05",
     ),
     "a part that is no recipe of its own": (
@@ -293,7 +293,7 @@ def test_training_tells_the_same_mistake_before_it_looks_for_data(sdcli: Command
     [
         (
             BYOT + '[losses.soft]\non = "exit9"\n',
-            "FILE: losses.soft.on = 'exit9', a point that this network does not have\n"
+            "FILE: losses.soft.on = 'exit9': the network has no such point\n"
             "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?",
         ),
         (
@@ -303,8 +303,8 @@ def test_training_tells_the_same_mistake_before_it_looks_for_data(sdcli: Command
         ),
         (
             BYOT + '[networks.student]\nhead = "linear"\n',
-            "FILE: recipes/byot.toml: losses.hint at exit1: a hint compares embeddings of 32 and 96 values\n"
-            "  expected: two of the same width\n"
+            "FILE: recipes/byot.toml: losses.hint at exit1: the embeddings have different widths: 32 and 96\n"
+            "  expected: embeddings of the same width\n"
             '  fix:      adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
         ),
     ],
@@ -350,7 +350,7 @@ def test_what_has_no_effect_is_noted(sdcli: Command, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(BYOT + "epochs = 100\n[schedule]\ndecay_milestones = [75, 130]\n[losses.hint]\nweight = 0\n")
     said = " ".join(sdcli("recipes", "check", file).err.split())
-    assert "schedule.decay_milestones: 130 will not be reached in 100 epochs" in said
+    assert "schedule.decay_milestones: the run ends at epoch 100 without reaching 130" in said
     assert "losses.hint has no effect: its weight is 0" in said
 
 
@@ -459,13 +459,13 @@ def test_an_import_that_fails_says_where_and_why(text: str | None, wrong: str, s
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (', reads="logits"', "", "loss 'mine' reads ''\n  expected: features, embedding, logits\n"
+        (', reads="logits"', "", "loss 'mine' is registered with reads=''\n  expected: one of features, embedding, logits\n"
          '  fix:      @LOSSES.register("mine", reads="logits")'),
         ("teacher, batch, *,", "target, batch, *,", "loss 'mine' takes (student, target, batch)\n"
-         "  expected: (student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *\n"
+         "  expected: (student, batch) or (student, teacher, batch), with these names; recipe keys follow a *\n"
          "  fix:      def mine(student, teacher, batch, *, …)"),
         ("batch, *,", "batch,", "loss 'mine' takes (student, teacher, batch, scale)\n"
-         "  expected: (student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *\n"
+         "  expected: (student, batch) or (student, teacher, batch), with these names; recipe keys follow a *\n"
          "  fix:      def mine(student, teacher, batch, *, …)"),
     ],
 )  # fmt: skip

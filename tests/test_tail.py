@@ -180,6 +180,6 @@ def test_votes_are_refused_where_they_cannot_be_had():
     )
     exits = ("networks.student.exits=auto", "losses.task.on=all")
     assert message(*exits, "signals.votes.of=exit1") == (
-        "signals.votes: kind = 'votes' reads the last map, and exit1 does not"
+        "signals.votes: kind = 'votes' reads the last map: it works on final, not on exit1"
     )
     assert message(*exits, "signals.votes.of=all") == "signals.votes: kind = 'votes' reads one point"

@@ -892,14 +892,14 @@ def test_too_little_memory_says_what_to_lower(training: Training) -> None:
     )
     told = explained(error, training)
     assert told is not None and str(told) == (
-        "out of memory on cpu with 24 images at a time: 2.50 GiB more were needed, 1.25 GiB were free\n"
+        "out of memory on cpu with 24 images at a time: failed to allocate 2.50 GiB (1.25 GiB free)\n"
         "  expected: a network and a batch that fit\n"
         "  fix:      --grad-accum-steps 2 (smaller parts of the same updates); in a new run --precision bf16, "
         "--grad-checkpointing or a smaller --batch-size"
     )
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3145728 bytes.")
     told = explained(error, training)
-    assert told is not None and told.wrong == "out of memory on cpu with 24 images at a time: 3 MiB more were needed"
+    assert told is not None and told.wrong == "out of memory on cpu with 24 images at a time: failed to allocate 3 MiB"
     assert explained(ValueError("a bug"), training) is None
 
 
@@ -913,7 +913,7 @@ def test_too_little_memory_is_explained_before_and_after_a_run_too(
     with pytest.raises(UserError) as error:
         prepare(QUICK, load_recipe(["quick"]), training.run.folder.parent / "other")
     assert str(error.value) == (
-        "out of memory on cpu before the first batch: 2.50 GiB more were needed\n"
+        "out of memory on cpu before the first batch: failed to allocate 2.50 GiB\n"
         "  expected: networks that fit\n"
         "  fix:      a smaller model, another --device"
     )
@@ -924,7 +924,7 @@ def test_too_little_memory_is_explained_before_and_after_a_run_too(
     with pytest.raises(UserError) as error:
         score_checkpoint(training.run.folder / "last.safetensors", device="cpu", batch_size=32)
     assert str(error.value) == (
-        "out of memory on cpu with 32 images at a time: 2.50 GiB more were needed\n"
+        "out of memory on cpu with 32 images at a time: failed to allocate 2.50 GiB\n"
         "  expected: a network and a batch that fit\n"
         "  fix:      --batch-size 16"
     )

@@ -1,1 +1,1 @@
-"""How good a network is."""
+"""Scores of networks and checkpoints."""

@@ -21,11 +21,11 @@ from sdcli.network.blueprint import ENSEMBLE, Cost
 
 @dataclass(frozen=True)
 class ExitResult:
-    """How good one exit is and what it costs when it is shipped alone."""
+    """The scores of one exit, and its costs when it is deployed alone."""
 
     point: str
     top1: float
-    """In percent, as timm's."""
+    """In percent, as in timm."""
     top5: float
     nll: float
     """Mean negative log-likelihood, in nats."""
@@ -34,12 +34,12 @@ class ExitResult:
     params: int
     macs: int
     speedup: float
-    """MACs of the plain model over these."""
+    """MACs of the plain model divided by these."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """How every exit does on one split. `ensemble` is None where a single point was asked for."""
+    """The scores of every exit on one split. `ensemble` is None if only one point was scored."""
 
     model: str
     dataset: str
@@ -54,14 +54,14 @@ class Report:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Report:
-        """The report that `to_dict` described."""
+        """The report from the output of `to_dict`."""
         ensemble = ExitResult(**table["ensemble"]) if table["ensemble"] else None
         exits = tuple(ExitResult(**result) for result in table["exits"])
         return cls(**{**table, "exits": exits, "ensemble": ensemble})
 
 
 Collect: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""What all processes have of something that each has every n-th part of, on the CPU and in order."""
+"""Gathers the tensors of all processes, each of which has every n-th: returns all of them in order, on the CPU."""
 
 
 def _only_one(own: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -69,7 +69,7 @@ def _only_one(own: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class _Tally:
-    """Counts of one point. They stay on the device: nothing is waited for until the last batch is done."""
+    """The results of one point, per image. They stay on the device: nothing waits for them until the last batch."""
 
     def __init__(self) -> None:
         self.columns: list[Tensor] = []
@@ -108,11 +108,11 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     collect: Collect = _only_one,
 ) -> Report:
-    """Scores `points` (shallowest first) and, where there are several, the ensemble of just these.
+    """Scores `points` (shallowest first) and, if there are several, their ensemble.
 
-    `costs` holds every point's, the `ensemble`'s and the `final` one's, which speed-ups are measured against. The
-    network is left in the mode in which it came. `progress` is told how many images have been scored. Where several
-    processes have a share of the batches each, `collect` brings them together: no image is counted twice.
+    `costs` holds the costs of every point, of the `ensemble`, and of `final`, the reference for speed-ups. The network
+    keeps its train or eval mode. `progress` is called with the number of images scored so far. If several processes
+    each score a part of the batches, `collect` gathers the results; no image is counted twice.
     """
     tallies = {point: _Tally() for point in points}
     together = _Tally()

@@ -1,4 +1,4 @@
-"""How good predictions are: functions of logits and labels.
+"""Metrics of predictions: functions of logits and labels.
 
 B images, K classes
 """
@@ -13,7 +13,7 @@ ECE_BINS = 15
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the label is among the k largest logits, as booleans [B]; k above K counts as K."""
+    """Whether the label is among the k largest logits, as booleans [B]; k is limited to K."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == labels[:, None]).any(dim=1)
 
@@ -26,17 +26,17 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 def ece(confidence: Tensor, correct: Tensor, num_bins: int = ECE_BINS) -> float:
     """Expected calibration error in [0, 1]: the mean gap between confidence and accuracy over equal bins of confidence.
 
-    `confidence` is the largest probability of each image and `correct` whether it was right, both [B]. Bins are
-    (low, high] as in Guo et al. 2017 (arXiv:1706.04599), weighted by the images in them.
+    `confidence` is the largest probability of each image and `correct` whether the prediction is right, both [B]. Bins
+    are (low, high] as in Guo et al. 2017 (arXiv:1706.04599), weighted by their number of images.
     """
-    # The library's own multi-class form wants all probabilities; its binary one bins the same two columns, but counts
-    # an image as a positive where we count it as right: the same number.
+    # torchmetrics' multi-class function needs all probabilities. Its binary function bins the same two columns, with
+    # `correct` as the target: the result is the same.
     from torchmetrics.functional.classification import binary_calibration_error
 
     return float(binary_calibration_error(confidence.float(), correct.long(), n_bins=num_bins, norm="l1"))
 
 
 def confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest probability and whether it is the label's, both [B]: what `ece` reads."""
+    """The largest probability and whether its class is the label, both [B]: the inputs of `ece`."""
     probability, predicted = torch.softmax(logits.float(), dim=1).max(dim=1)
     return probability, predicted == labels

@@ -1,4 +1,4 @@
-"""A checkpoint's exits, scored on a data set that is opened for them."""
+"""Scores a checkpoint's exits on a data set."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from sdcli.network.weights import rebuild
 
 
 class Scored(NamedTuple):
-    """How a checkpoint scores, and what is to be said about it."""
+    """The scores of a checkpoint, and notes about them."""
 
     report: Report
     notes: list[str]
     classes: tuple[str, ...]
     epoch: int
-    """After how many epochs the checkpoint was saved."""
+    """The number of epochs after which the checkpoint was saved."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the one to take of a run folder: the best epoch's, else the last one's.
+    """The checkpoint itself; for a run folder, that of the best epoch or else of the last one.
 
-    Raises UserError for a folder that holds none.
+    Raises UserError for a folder without a checkpoint.
     """
     if not path.is_dir():
         return path
@@ -41,7 +41,7 @@ def find_checkpoint(path: Path) -> Path:
             return path / name
     run = (path / "run.json").is_file()
     raise UserError(
-        f"'{path}' has no checkpoint" + (" yet: no epoch is done" if run else ""),
+        f"'{path}' has no checkpoint" + (" yet: no epoch has finished" if run else ""),
         "a run folder with best.safetensors or last.safetensors, or a checkpoint file",
         f"sdcli train --resume {path}" if run else "",
     )
@@ -61,11 +61,11 @@ def score_checkpoint(
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scored:
-    """Scores `points` (all where None) of a checkpoint, on the data set it was trained on or on another one.
+    """Scores `points` (None: all) of a checkpoint, on the data set that it was trained on or on another one.
 
-    `split` goes by any of its usual names (`dataset.SPLITS`). Where it is None, the test split is scored, or of data
-    without one the validation split. Raises UserError for a point that the checkpoint does not have, a split that the
-    data set does not have, and classes that do not match.
+    `split` can be any usual name of a split (`dataset.SPLITS`); None means the test split or, for data without one, the
+    validation split. Raises UserError for a point that the checkpoint does not have, a split that the data set does not
+    have, and classes that do not match.
     """
     network, about = rebuild(path)
     if points is not None:
@@ -80,12 +80,12 @@ def score_checkpoint(
         image_key=image_key or (None if dataset else trained_on.image_key),
         label_key=label_key or (None if dataset else trained_on.label_key),
     )
-    # The same data in another place are divided as they were for training.
+    # The same data in another folder are split as they were for training.
     own = dataset is None or short_name(opened) == trained_on.name
     notes = [*opened.notes, *_compare_classes(list(blueprint.classes), list(opened.classes), path)]
     splits = dict(opened.splits)
     if own:
-        # What was held out of training is the validation split here too.
+        # The images that were held out of training form the validation split here too.
         train_split, val_split = training_splits(opened, trained_on.val_fraction, trained_on.seed)
         splits |= {"train": train_split} | ({"validation": val_split} if val_split else {})
     split, more = _choose_split(split, splits, opened.name, path, own)
@@ -132,7 +132,7 @@ def score_checkpoint(
 def _recorded_source(path: Path) -> str:
     """The local data set that the run in the checkpoint's folder was trained on.
 
-    Raises UserError where the checkpoint lies elsewhere: it does not contain the path of a local folder.
+    Raises UserError if the checkpoint is in another folder: it does not itself contain the path of a local data set.
     """
     try:
         source = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["dataset"]
@@ -140,7 +140,7 @@ def _recorded_source(path: Path) -> str:
         source = None
     if not isinstance(source, str):
         raise UserError(
-            f"'{path}' was trained on a local folder, and does not contain its path",
+            f"'{path}' was trained on a local folder, but does not contain its path",
             "the data set",
             f"sdcli eval {path} --dataset FOLDER",
         )
@@ -150,7 +150,7 @@ def _recorded_source(path: Path) -> str:
 def _choose_split(
     asked: str | None, splits: dict[str, Split], dataset: str, path: Path, own: bool
 ) -> tuple[str, list[str]]:
-    """The split to score, and what its score means where the checkpoint has seen it (`own` data)."""
+    """The split to score, and notes on what its score means if the checkpoint has seen it (`own` data)."""
     notes = []
     if asked is None:
         split = next(name for name in reversed(SPLITS) if name in splits)
@@ -170,10 +170,10 @@ def _choose_split(
 
 
 def _compare_classes(ours: list[str], theirs: list[str], path: Path) -> list[str]:
-    """Raises UserError where the numbers of classes differ; tells where only the names do."""
+    """Raises UserError if the numbers of classes differ; returns a note if only their names do."""
     if len(ours) != len(theirs):
         raise UserError(
-            f"'{path}' knows {len(ours)} classes, the data set has {len(theirs)}",
+            f"'{path}' has {len(ours)} classes, but the data set has {len(theirs)}",
             "a data set with the classes that the checkpoint was trained on",
             "choose another --dataset, or another column with --label-key",
         )
@@ -181,6 +181,6 @@ def _compare_classes(ours: list[str], theirs: list[str], path: Path) -> list[str
         number = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
         return [
             f"class {number} is '{ours[number]}' in the checkpoint and '{theirs[number]}' in the data set: "
-            "scores mean something only if both are the same thing"
+            "the scores are valid only if both mean the same class"
         ]
     return []

@@ -1,1 +1,1 @@
-"""What teaches: points, losses, signals and their sum."""
+"""Methods of teaching: points, losses, signals, and the objective that sums them."""

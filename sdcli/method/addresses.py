@@ -1,4 +1,4 @@
-"""What an `on`, a `target` and an `of` mean, once the networks and their points are known."""
+"""Resolves the `on`, `target` and `of` of a recipe to points and signals, once the networks are known."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Addresses:
         return self.derived[name] if name in self.derived else self.specs[Address.parse(name).bare]
 
     def resolve(self, names: str | list[str], key: str) -> list[str]:
-        """The points and signals that an `on` or `of` stands for; `exits` of a network without any stands for none.
+        """The points and signals that an `on` or `of` refers to; `exits` of a network without exits gives an empty
+        list.
 
         Raises UserError for a point that does not exist, one that is named twice, and an `on` that does not learn.
         """
@@ -33,7 +34,7 @@ class Addresses:
             chosen += [name] if name in self.derived else map(str, self._points(name, key))
         for name in chosen:
             if chosen.count(name) > 1:
-                raise UserError(f"{key} names {name} twice", "every point once", key=key)
+                raise UserError(f"{key} names {name} twice", "each point at most once", key=key)
             if key.endswith(".on"):
                 self.check_learns(name, key)
         return chosen
@@ -50,7 +51,7 @@ class Addresses:
         return [point.shown(address.images) for point in points]
 
     def target(self, name: str, on: str, key: str) -> str:
-        """The point or signal that `target` means for one point of `on`; raises UserError where there is none."""
+        """The point or signal that `target` means for one point of `on`; raises UserError if there is none."""
         if name == "next":
             address = Address.find(on)
             if address is None or address.point == FINAL:
@@ -64,13 +65,13 @@ class Addresses:
         return name
 
     def check_learns(self, name: str, key: str) -> None:
-        """Raises UserError for a signal that no gradient passes, and a point of a network that does not learn."""
+        """Raises UserError for a signal without a gradient, and for a point of a network that does not learn."""
         if name in self.derived:
             if not self.derived[name].learns:
                 raise UserError(
-                    f"{key} = '{name}': no gradient passes signals.{name}",
-                    "a point, or a signal that is made with gradients, such as a mean",
-                    f'target = "{name}" compares with it',
+                    f"{key} = '{name}': signals.{name} has no gradient",
+                    "a point, or a signal with a gradient, such as kind = 'mean'",
+                    f'use it as a target: target = "{name}"',
                     key=key,
                 )
             return
@@ -89,7 +90,7 @@ class Addresses:
             if not self.spec(name).classifies:
                 network = Address.parse(name).network
                 raise UserError(
-                    f"{key} compares predictions, and {name} has no classifier",
+                    f"{key} compares predictions, but {name} has no classifier",
                     "a point with a head",
                     f"--set networks.{network}.head=auto",
                     key=key,
@@ -110,7 +111,7 @@ class Addresses:
             )
         known = [*map(str, self.specs), *self.derived]
         return UserError(
-            f"{key} = '{name}', a point that this network does not have",
+            f"{key} = '{name}': the network has no such point",
             "one of " + ", ".join(known),
             did_you_mean(name, known),
             key=key,

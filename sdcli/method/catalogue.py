@@ -1,4 +1,5 @@
-"""What a recipe may name, told from the code itself: every registered name, its keys, types, ranges and papers."""
+"""Everything that a recipe can name, read from the code itself: registered names, their keys, types, ranges and
+papers."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ NAMES = {
     "str": "string",
     "NoneType": "nothing",
 }
-"""TOML's words for Python's types."""
+"""TOML's names for Python's types."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,26 @@ class Key:
 
     name: str
     type: str
-    """With its range: `number > 0`, `"mean" or "l2"`."""
+    """The type and its range: `number > 0`, `"mean" or "l2"`."""
     default: Any = None
     required: bool = False
 
 
 @dataclass(frozen=True)
 class Item:
-    """One name that a recipe may use."""
+    """One name that a recipe can use."""
 
     name: str
     summary: str
-    """The first sentence of what its code says about it."""
+    """The first sentence of its docstring."""
     details: str
-    """All that follows, in paragraphs."""
+    """The rest of its docstring, in paragraphs."""
     formula: str
-    """What it works out, as its code writes it: s is the student, t the target; "" where none is given."""
+    """The formula from its docstring, where s is the student and t the target; "" if it has none."""
     papers: tuple[str, ...]
-    """arXiv numbers, its own first."""
+    """arXiv numbers, its own paper first."""
     reads: str = ""
-    """What of a point it looks at: `logits`, `embedding` or `features`."""
+    """The part of a point that it reads: `logits`, `embedding` or `features`."""
     against: str = ""
     """What a loss compares with: `target` or `labels`."""
     keys: tuple[Key, ...] = ()
@@ -91,10 +92,11 @@ def signals() -> list[Item]:
 
 
 def completed(recipe: Recipe, only: Collection[str] | None = None) -> Recipe:
-    """`recipe` with the defaults of its losses' and signals' own keys written out, so that it means the same for good.
+    """`recipe` with the defaults of its losses' and signals' own keys filled in, so that later defaults do not change
+    its meaning.
 
-    `only` names those to look at. Kinds that nobody has registered are left as they are. Raises UserError for an
-    unknown key, a wrong type or range.
+    `only` limits this to the losses and signals with these names. Unregistered kinds are left unchanged. Raises
+    UserError for an unknown key, a wrong type or range.
     """
     from sdcli.method.losses import LOSSES
     from sdcli.method.signals import SIGNALS
@@ -121,13 +123,13 @@ def policies() -> list[Item]:
 
 @dataclass(frozen=True)
 class Shelf:
-    """One kind of name: a command of `sdcli recipes`."""
+    """One kind of name, with its command in `sdcli recipes`."""
 
     one: str
-    """What one of them is called."""
+    """The singular: what one item is called."""
     help: str
     items: Callable[[], list[Item]]
-    """Loads what it tells of only once it is called."""
+    """Returns the items; their modules are imported only when it is called."""
 
 
 SHELVES = {
@@ -162,16 +164,16 @@ def _item(name: str, words: str, **more: Any) -> Item:
 
 
 def indented(words: str) -> tuple[str, str]:
-    """A docstring's paragraphs that are indented, without their indent, and the others."""
+    """A docstring's indented paragraphs, dedented, and its other paragraphs."""
     paragraphs = re.split(r"\n\s*\n", words)
     inside = [p for p in paragraphs if all(line.startswith("    ") for line in p.splitlines())]
     return "\n".join(textwrap.dedent(p) for p in inside), "\n\n".join(p for p in paragraphs if p not in inside)
 
 
 def first_sentence(words: str) -> tuple[str, str]:
-    """A docstring's first sentence and all that follows, each paragraph on one line."""
+    """A docstring's first sentence, and the rest with each paragraph on one line."""
     first, *rest = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", words.strip())]
-    # A sentence ends before a capital; "et al. 2019" and "cf. Table 2" do not.
+    # A sentence ends before a capital; "et al. 2019" and "cf. Table 2" do not end one.
     parts = re.split(r"(?<!\bal\.)(?<!\bcf\.)(?<=\.)\s+(?=[A-Z`])", first, maxsplit=1)
     return parts[0].removesuffix("."), "\n\n".join([*parts[1:], *rest])
 
@@ -186,7 +188,7 @@ def keys_of(entry: Entry) -> tuple[Key, ...]:
 
 
 def type_words(hint: Any) -> str:
-    """A type and its range in a few words: `number > 0`, `0 <= number < 1`, `"mean" or "l2"`."""
+    """A type and its range in words: `number > 0`, `0 <= number < 1`, `"mean" or "l2"`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         limits = [limit for item in arguments[1:] for limit in _limits(item)]
@@ -204,7 +206,7 @@ def type_words(hint: Any) -> str:
 
 
 def _limits(item: Any) -> list[tuple[str, Any]]:
-    """`("ge", 0)` and the like, of pydantic's Field or of annotated_types."""
+    """`("ge", 0)` and the like, from pydantic's Field or from annotated_types."""
     found = item.metadata if isinstance(item, FieldInfo) else [item]
     return [
         (name, getattr(limit, name)) for limit in found for name in ("gt", "ge", "lt", "le") if hasattr(limit, name)

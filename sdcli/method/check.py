@@ -1,4 +1,4 @@
-"""A recipe checked before any data are read: names, keys, types and ranges; with a model, its exits and widths too."""
+"""Checks a recipe before any data are read: names, keys, types and ranges; given a model, its exits and widths too."""
 
 from __future__ import annotations
 
@@ -27,22 +27,21 @@ CHANNELS = 3
 """Of every image that a network gets."""
 
 CLASSES = 2
-"""Of the heads before the data are known: their number changes nothing that is checked."""
+"""The number of classes to build heads with before the data are known; no check depends on it."""
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raises UserError for what shows without data and without the student's model: losses and their keys, points of
-    networks that there are not, heads, other networks' models, augmentation, optimizer, schedule.
-    """
+    """Raises UserError for mistakes that show without data and without the student's model: losses and their keys,
+    points of unknown networks, heads, the models of other networks, augmentation, optimizer, schedule."""
     check_losses(recipe.losses)
     check_signals(recipe.signals, recipe.batch.mixes)
     check_networks(recipe)
     check_mixing(recipe.losses, recipe.batch.mixes)
     for kind, names in (("networks", recipe.others), ("signals", recipe.signals)):
         for name in names:
-            # They become parts of torch modules, whose own attributes have names too.
+            # These names become attributes of torch modules and must not clash with torch's own.
             if hasattr(nn.ModuleDict, name) or name in nn.ModuleDict().__dict__:
-                raise UserError(f"{kind}.{name}: torch uses this name itself", "another name", key=f"{kind}.{name}")
+                raise UserError(f"{kind}.{name}: this name is reserved by torch", "another name", key=f"{kind}.{name}")
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
         if network.head not in ("auto", "none"):
             HEADS.find(network.head, f"networks.{name}.head")
@@ -50,7 +49,7 @@ def check_names(recipe: Recipe) -> None:
             given = "head" if network.head != "auto" else "exits"
             raise UserError(
                 f"networks.{name} has branches and {given}",
-                "one of them: branches are copies of the last stage in the exits' stead",
+                "one of the two: branches are copies of the last stage that replace the exits",
                 f'--set networks.{name}.{given}="auto"',
             )
         _check_weights(f"networks.{name}.weights", network.weights)
@@ -95,7 +94,7 @@ def check_files(recipe: Recipe) -> None:
 
 
 def _check_weights(where: str, weights: str) -> None:
-    # A word is not a file: nobody means a checkpoint without a dot or a slash.
+    # A plain word is not a path: the path of a checkpoint has a dot or a slash.
     if weights not in ("random", "pretrained") and not set("./~") & set(weights):
         known = ("random", "pretrained")
         raise UserError(
@@ -157,7 +156,7 @@ def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
 
 
 def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
-    """What is allowed and has no effect; `model` is the student's, where it is known."""
+    """Settings that are allowed but have no effect, one note for each; `model` is the student's, if it is known."""
     found = []
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
         named = model if name == STUDENT else network.model
@@ -169,7 +168,8 @@ def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
     if schedule.sched == "multistep" and late:
         times = ", ".join(f"{time:g}" for time in late)
         found.append(
-            f"schedule.decay_milestones: {times} will not be reached in {epochs} epochs; below 1 they are shares"
+            f"schedule.decay_milestones: the run ends at epoch {epochs} without reaching {times}; "
+            "values below 1 are fractions of the run"
         )
     if schedule.decay_milestones and schedule.sched != "multistep":
         found.append(f"schedule.decay_milestones has no effect with sched = '{schedule.sched}'")
@@ -181,12 +181,12 @@ def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
     read = recipe.named(recipe.losses)
     found += [f"signals.{name} has no effect: no loss reads it" for name in recipe.signals if name not in read]
     found += [
-        f"batch.views.{name} has no effect, but costs its images: no loss reads final@{name}"
+        f"batch.views.{name} has no effect but its images are loaded: no loss reads final@{name}"
         for name in recipe.batch.views
         if all(address.images != name for address in recipe.addresses(recipe.losses))
     ]
     found += [
-        f"networks.{name} has no effect, but costs its memory: nothing reads {name}.…"
+        f"networks.{name} has no effect but takes memory: nothing reads {name}.…"
         for name in recipe.others
         if not recipe.reads(name)
     ]
@@ -196,12 +196,12 @@ def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
         found.append("batch.mixup_prob has no effect: nothing is mixed")
     if recipe.phases:
         used = {name for phase in recipe.all_phases for name in phase.losses or ()}
-        found += [f"losses.{name} has no effect: no phase has it" for name in recipe.losses if name not in used]
+        found += [f"losses.{name} has no effect: no phase uses it" for name in recipe.losses if name not in used]
     for name, loss in recipe.losses.items():
         signal = recipe.signals.get(loss.target) if isinstance(loss.target, str) else None
         own, other = loss.options.get("temperature"), signal.options.get("temperature") if signal else None
         if None not in (own, other) and own != other:
             found.append(
-                f"losses.{name}.temperature = {own:g} is not signals.{loss.target}'s {other:g}, which that is made for"
+                f"losses.{name}.temperature = {own:g} should equal signals.{loss.target}.temperature = {other:g}"
             )
     return found

@@ -1,6 +1,6 @@
-"""All networks of a run and their objective as one module: a batch goes in, the loss comes out.
+"""All networks of a run and their objective as one module: batch in, loss out.
 
-One module is what DistributedDataParallel, torch.compile and a state dict want.
+DistributedDataParallel, torch.compile and state dicts all expect a single module.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class DerivedSignal(nn.Module):
         self.make: Callable[..., Tensor] = self._build() if built else self._build
 
     def renew(self) -> None:
-        """Forgets all that it has learnt or remembered."""
+        """Forgets everything that it has learned or remembered."""
         if isinstance(self.make, nn.Module):
             self.make.load_state_dict(self._build().state_dict())
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> Signal:
-        """Made in float32 or better; map and embedding are those of the first that it is made of."""
+        """Computed in float32 or better; the map and the embedding are those of its first source."""
         sources = [signals[point].at_least_float() for point in self.of]
         with torch.autocast(batch.images.device.type, enabled=False):
             logits = self.make(sources[0] if self.reads_one else sources, batch)
@@ -52,16 +52,17 @@ class DerivedSignal(nn.Module):
 
 
 def check_signals(tables: Mapping[str, Derived], mixes: bool) -> None:
-    """Raises UserError for an unknown kind, key, type or range, and a kind that needs one class per image where they
-    are mixed: all that shows without a network."""
+    """Raises UserError for an unknown kind, key, type or range, and for a kind that needs one class per image where
+    classes are mixed: everything that shows without a network."""
     for name, table in tables.items():
         where = f"signals.{name}"
         entry = SIGNALS.find(table.kind, f"{where}.kind")
         entry.check(table.options, where)
         if mixes and entry.hard_labels:
             raise UserError(
-                f"{where}: kind = '{table.kind}' needs one class per image, and batch.mixup and batch.cutmix mix them",
-                "a recipe that mixes nothing, or another kind",
+                f"{where}: kind = '{table.kind}' needs one class per image, but batch.mixup or "
+                "batch.cutmix mixes classes",
+                "no mixup or cutmix, or another kind",
                 "--set batch.mixup=0 --set batch.cutmix=0",
             )
 
@@ -73,10 +74,10 @@ def build_signals(
     num_images: int,
     frozen: Collection[str] = (),
 ) -> tuple[dict[str, DerivedSignal], dict[str, PointSpec]]:
-    """The predictions that `[signals]` asks for, and how wide each is; `specs` are those of the networks' points, and
+    """The signals that `[signals]` asks for, and the widths of each. `specs` are those of the networks' points;
     `frozen` names the networks that do not learn.
 
-    Raises UserError for a point that is not there or has no classifier.
+    Raises UserError for a point that does not exist or has no classifier.
     """
     made: dict[str, DerivedSignal] = {}
     known: dict[str, PointSpec] = {}
@@ -94,7 +95,7 @@ def build_signals(
             )
         if entry.reads == "dense" and points[0].point != FINAL:
             raise UserError(
-                f"{where}: kind = '{table.kind}' reads the last map, and {of[0]} does not",
+                f"{where}: kind = '{table.kind}' reads the last map: it works on final, not on {of[0]}",
                 'of = "final"',
                 key=f"{where}.of",
             )
@@ -109,10 +110,10 @@ def build_signals(
 def build_objectives(
     recipe: Recipe, specs: Mapping[str, PointSpec], num_classes: int, num_images: int
 ) -> tuple[list[Objective], dict[str, DerivedSignal]]:
-    """What teaches in each phase, and the predictions made from others; `specs` are those of the points by address.
+    """The objective of each phase, and the signals made from predictions; `specs` are those of the points, by address.
 
-    Raises UserError for what only shows with the networks: points that are not there, widths that do not match, exits
-    that nothing teaches.
+    Raises UserError for mistakes that only show with the networks: points that do not exist, widths that do not match,
+    exits that nothing teaches.
     """
     frozen = [name for name, learns in recipe.taking_part.items() if not learns]
     making, made = build_signals(recipe.signals, specs, num_classes, num_images, frozen)
@@ -137,7 +138,7 @@ def build_objectives(
 
 
 def read_densely(networks: Mapping[str, MultiExit], derived: Mapping[str, DerivedSignal]) -> None:
-    """Has every network whose places a signal reads say what they are; raises UserError where one cannot."""
+    """Makes every network whose places a signal reads return their logits; raises UserError if one cannot."""
     for name, made in derived.items():
         for point in made.of if made.reads_densely else ():
             try:
@@ -147,7 +148,7 @@ def read_densely(networks: Mapping[str, MultiExit], derived: Mapping[str, Derive
 
 
 class Learner(nn.Module):
-    """Networks and what they are taught by."""
+    """The networks of a run and the objective that teaches them."""
 
     def __init__(
         self,
@@ -171,7 +172,8 @@ class Learner(nn.Module):
         self.teach(objective)
 
     def teach(self, objective: Objective) -> None:
-        """Takes `objective` and works out what it needs: which networks see which images, and with gradients or not."""
+        """Sets the objective and finds out what it needs: which networks see which images, and with gradients or
+        not."""
         self.objective = objective
         reads = dict(objective.reads)
         self.makes = [name for name in self.derived if name in reads]
@@ -187,7 +189,7 @@ class Learner(nn.Module):
             learns = learns and address.network not in self.frozen
             shown = (address.network, address.images)
             self.passes[shown] = self.passes.get(shown, False) or learns
-        # What this phase teaches nothing must not wait for a gradient: DistributedDataParallel would, for ever.
+        # What this phase does not train must not require a gradient: DistributedDataParallel would wait for it.
         taught = {name for (name, _), learns in self.passes.items() if learns}
         taught |= {name for name in self.makes if objective.reads[name]}
         for name, parameters in self._trained.items():
@@ -196,28 +198,29 @@ class Learner(nn.Module):
 
     @property
     def student(self) -> MultiExit:
-        """The network that the run is for."""
+        """The network that the command line names."""
         student = self.networks[STUDENT]
         assert isinstance(student, MultiExit)
         return student
 
     def renew_signals(self) -> None:
-        """What is made of predictions begins anew."""
+        """Resets everything that the derived signals have learned or remembered."""
         for made in self.derived.values():
             assert isinstance(made, DerivedSignal)
             made.renew()
 
     def train(self, mode: bool = True) -> Learner:
-        """Frozen networks stay in eval mode: in train mode their batch norms would go on changing."""
+        """Frozen networks stay in eval mode: in train mode their batch-norm statistics would keep changing."""
         super().train(mode)
         for name in self.frozen:
             self.networks[name].eval()
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every network sees the batch, every loss compares what they say: the loss (a scalar) and its parts by name.
+        """Runs every network on the batch and every loss on their outputs; returns the loss (a scalar) and its parts by
+        name.
 
-        The parts are graphs too, so that each one's own gradient can be asked for.
+        The parts keep their graphs too, so that the gradient of each can be computed on its own.
         """
         signals: dict[str, Signal] = {}
         for (name, images), learns in self.passes.items():

@@ -1,4 +1,4 @@
-"""The sum of a recipe's losses: one number and its named parts.
+"""The weighted sum of a recipe's losses: one number and its named parts.
 
 B batch, C channels, D embedding
 """
@@ -39,10 +39,10 @@ class Objective(nn.Module):
     ) -> None:
         """Builds the terms for networks with the points of `specs`, by address, each network's shallowest first.
 
-        `frozen` names the networks that do not learn, `derived` the predictions that are made from others; `mixes` says
-        whether labels are shares of several classes. Raises UserError for an unknown loss or key, a point that is not
-        there, does not learn or has no classifier, weights or targets that do not match the points, exits that no term
-        teaches, and a loss that needs one class per image where they are mixed.
+        `frozen` names the networks that do not learn, `derived` holds the predictions that are made from others;
+        `mixes` is true if labels are mixtures of several classes. Raises UserError for an unknown loss or key, a point
+        that does not exist, does not learn or has no classifier, weights or targets that do not match the points, exits
+        that no term teaches, and a loss that needs one class per image where classes are mixed.
         """
         super().__init__()
         self.terms: list[Term] = []
@@ -53,19 +53,19 @@ class Objective(nn.Module):
         for name, loss in losses.items():
             self._add(name, loss)
         self._check_all_taught()
-        # Of terms whose weight changes: a tensor, so that a compiled objective need not be compiled again.
+        # The current weights of terms that vary: a tensor, so that a change does not recompile a compiled objective.
         self.register_buffer("now", torch.ones(len(self.terms)), persistent=False)
         self.set_time(0.0, 1.0)
 
     def set_time(self, epoch: float, epochs: float) -> None:
-        """Sets the weights to what they are after `epoch` of `epochs`."""
+        """Sets the weights to their values after `epoch` of `epochs`."""
         if any(term.weight.varies for term in self.terms):
             weights = torch.tensor([term.weight.at(epoch, epochs) for term in self.terms])
-            # From memory that is pinned a GPU fetches them without anyone waiting.
+            # A GPU copies from pinned memory without making the CPU wait.
             self.now.copy_(weights.pin_memory() if self.now.is_cuda else weights, non_blocking=True)
 
     def go_on_from(self, other: Objective) -> None:
-        """Takes over what the same terms of another objective have learnt."""
+        """Takes over what the same terms of another objective have learned."""
         learnt = {(term.name, term.on, term.target): term.compare for term in other.terms}
         for term in self.terms:
             former = learnt.get((term.name, term.on, term.target))
@@ -79,7 +79,7 @@ class Objective(nn.Module):
 
     @property
     def reads(self) -> dict[str, bool]:
-        """The points and signals that terms read, and whether a gradient is to reach them."""
+        """The points and signals that terms read, and whether a gradient has to reach each of them."""
         read: dict[str, bool] = {}
         for term in self.terms:
             read[term.on] = True
@@ -96,14 +96,14 @@ class Objective(nn.Module):
         weights = loss.weights * len(points) if not isinstance(loss.weight, list) else loss.weights
         if len(weights) != len(points):
             raise UserError(
-                f"{where}.weight has {len(weights)} values",
+                f"{where}.weight is a list of length {len(weights)}",
                 f"one number, or one for each of {', '.join(points) or 'no points'}",
                 key=f"{where}.weight",
             )
         targets = loss.target if isinstance(loss.target, list) else [loss.target] * len(points)
         if len(targets) != len(points):
             raise UserError(
-                f"{where}.target has {len(targets)} entries",
+                f"{where}.target is a list of length {len(targets)}",
                 f"one, or one for each of {', '.join(points) or 'no points'}",
                 key=f"{where}.target",
             )
@@ -133,7 +133,7 @@ class Objective(nn.Module):
         return built
 
     def _check_all_taught(self) -> None:
-        """Raises UserError for an exit whose classifier no term reads: it would stay untrained and still be scored."""
+        """Raises UserError for an exit whose classifier no term reads: it would be scored untrained."""
         read = [Address.find(term.on) for term in self.terms if term.reads == "logits"]
         taught = {address.bare for address in read if address is not None}
         for address, spec in self._addresses.specs.items():
@@ -148,13 +148,14 @@ class Objective(nn.Module):
 
     @property
     def idle(self) -> list[str]:
-        """The losses that have no term although their weight is not 0: no point of the networks is what they are on."""
+        """Losses that have no term although their weight is not 0: the networks have none of the points in their
+        `on`."""
         return [name for name in self._losses if name not in self.names]
 
     def forward(self, signals: Mapping[str, Signal], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all terms (a scalar) and what each loss of the recipe adds to it."""
+        """The weighted sum of all terms (a scalar), and what each loss of the recipe contributes to it."""
         signals = {point: signal.at_least_float() for point, signal in signals.items()}
-        # Autocast would round products inside a loss.
+        # Autocast would compute products inside a loss in half precision.
         with torch.autocast(batch.images.device.type, enabled=False):
             parts = self._parts(signals, batch)
         return torch.stack(list(parts.values())).sum(), parts
@@ -174,8 +175,8 @@ class Objective(nn.Module):
 
 
 def _check_value(term: Term, student: Tensor, value: object) -> None:
-    """Raises UserError for a loss, usually a user's own, that returns nothing to learn from, or something whose mean
-    over the batch would be another loss."""
+    """Raises UserError for a loss (usually a user's own) that returns no tensor, no gradient, or a shape whose mean is
+    not the loss that was meant."""
     if not isinstance(value, Tensor):
         raise UserError(
             f"losses.{term.name} returned {type(value).__name__} at {term.on}",

@@ -1,4 +1,4 @@
-"""What `[optimizer]` and `[schedule]` ask for."""
+"""Builds the optimizer and the learning-rate schedule of `[optimizer]` and `[schedule]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdcli.errors import UserError, unknown
 from sdcli.recipe.schema import Optimizer, Schedule
 
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers that update all weights in one kernel where they are asked to."""
+"""Optimizers that can update all weights in one kernel."""
 
 
 def check_optimizer(table: Optimizer) -> None:
@@ -25,7 +25,7 @@ def check_optimizer(table: Optimizer) -> None:
 
 
 def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
-    """timm's optimizer over every parameter of `modules` that is trained; torch's own are fused."""
+    """timm's optimizer over all trainable parameters of `modules`; torch's own optimizers run fused."""
     import timm.optim
 
     check_optimizer(table)
@@ -49,7 +49,7 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
 
 
 def complete_momentum(optimizer: torch.optim.SGD) -> None:
-    """Gives every parameter of torch's SGD a momentum where some have one: its fused kernel takes all or none."""
+    """Gives every parameter of torch's SGD a momentum buffer if any has one: the fused kernel takes all or none."""
     started = any("momentum_buffer" in state for state in optimizer.state.values())
     for group in optimizer.param_groups if started else []:
         for parameter in group["params"]:
@@ -69,35 +69,35 @@ def undecayed(module: nn.Module, prefix: str = "") -> Iterator[str]:
 
 
 def check_schedule(table: Schedule, epochs: int) -> None:
-    """Raises UserError for a warm-up that lasts as long as the run."""
+    """Raises UserError if the warm-up lasts as long as the run."""
     if table.warmup_epochs >= epochs:
         raise _too_long(table, epochs)
 
 
 def _too_long(table: Schedule, epochs: int) -> UserError:
     return UserError(
-        f"schedule.warmup_epochs = {table.warmup_epochs:g} lasts as long as the run of {epochs} epochs",
-        "fewer epochs than the run has, or a share of it below 1",
+        f"schedule.warmup_epochs = {table.warmup_epochs:g} lasts as long as the run (epochs = {epochs})",
+        "fewer epochs than the run, or a fraction of it below 1",
         "--set schedule.warmup_epochs=0.05",
         key="schedule.warmup_epochs",
     )
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, table: Schedule, epochs: int, updates_per_epoch: int) -> Any:
-    """timm's learning-rate schedule, counted in updates; `step(update)` sets the rate of the update that follows."""
+    """timm's learning-rate schedule, counted in updates; `step(update)` sets the rate of the next update."""
     from timm.scheduler import create_scheduler_v2
 
     total = epochs * updates_per_epoch
 
     def updates(time: float) -> int:
-        # From 1 on a time is in epochs, below it is a share of the run.
+        # A time below 1 is a fraction of the run; from 1 on it is in epochs.
         return round(time * (updates_per_epoch if time >= 1 else total))
 
     if updates(table.warmup_epochs) >= total:
         raise _too_long(table, epochs)
     schedule, _ = create_scheduler_v2(
         optimizer,
-        # A step that is never reached holds the rate and keeps the warm-up.
+        # A step that is never reached keeps the rate constant after the warm-up.
         sched="step" if table.sched == "none" else table.sched,
         num_epochs=total,
         decay_epochs=updates(table.decay_epochs) if table.sched == "step" else 2 * total,
@@ -106,7 +106,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, table: Schedule, epochs: i
         min_lr=table.min_lr,
         warmup_lr=table.warmup_lr,
         warmup_epochs=updates(table.warmup_epochs),
-        # timm's unit here is an epoch; giving it updates makes every rate a function of one number.
+        # timm counts epochs here; counting updates instead makes every rate a function of one number.
         step_on_epochs=True,
     )
     schedule.step(0)

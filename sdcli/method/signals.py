@@ -1,4 +1,4 @@
-"""Predictions made from the predictions of several points, by the name that a recipe gives them.
+"""Signals: predictions made from the predictions of points, registered under the names that recipes use.
 
 A kind is a function of (signals, batch), or of (signal, batch) if it is registered with `reads_one=True`; or a module
 with such a `forward` that is built from a `SignalContext`. Its keyword-only arguments are its recipe keys. It returns
@@ -30,13 +30,13 @@ SIGNALS = Registry("signal")
 
 @dataclass(frozen=True)
 class SignalContext:
-    """What a module is built for."""
+    """What a signal's module is built for."""
 
     num_chs: Sequence[int]
-    """C of each signal that it reads."""
+    """C of each point that it reads."""
     num_classes: int
     num_images: int
-    """Of the split that training images are numbered in."""
+    """Size of the training split, which image indices refer to."""
 
 
 def ensemble(logits: Iterable[Tensor]) -> Tensor:
@@ -51,23 +51,24 @@ def _logits(signal: Signal) -> Tensor:
 
 @SIGNALS.register("mean")
 def mean(signals: Sequence[Signal], batch: Batch) -> Tensor:
-    """The mean of their logits, each counting alike: the ensemble that `sdcli eval` scores (arXiv:1905.08094).
+    """The mean of the points' logits, equally weighted: the ensemble that `sdcli eval` scores (arXiv:1905.08094).
 
         sum over E of z_e / |E|
 
-    E are the points that it is made of.
+    E are the points in `of`.
     """
     return ensemble(map(_logits, signals))
 
 
 @SIGNALS.register("gated")
 class Gated(nn.Module):
-    """Their logits mixed by a gate that is trained along: ONE's teacher (Lan et al. 2018, arXiv:1806.04606).
+    """The points' logits, mixed by a gate that is trained with the network: ONE's teacher (Lan et al. 2018,
+    arXiv:1806.04606).
 
-        sum over E of g_e z_e,  g = softmax(ReLU(BN(W x))),  x = the first one's pooled map
+        sum over E of g_e z_e,  g = softmax(ReLU(BN(W x))),  x = the first point's pooled map
 
-    The gate reads the pooled map of the first of them and gives each image its own mix: linear, batch norm, ReLU,
-    softmax, as the authors' code has it.
+    The gate reads the pooled map of the first point in `of` and computes a mix for each image: linear, batch norm,
+    ReLU, softmax, as in the authors' code.
     """
 
     def __init__(self, setting: SignalContext) -> None:
@@ -76,7 +77,7 @@ class Gated(nn.Module):
         self.gate = nn.Sequential(nn.Linear(setting.num_chs[0], num), nn.BatchNorm1d(num), nn.ReLU())
 
     def forward(self, signals: Sequence[Signal], batch: Batch) -> Tensor:
-        # The gate learns from the mix's own loss; the shared layers before it do too.
+        # The loss on the mix trains the gate and the shared layers before it.
         weights = self.gate(signals[0].features.mean(dim=(2, 3))).softmax(dim=1)
         return gated([_logits(signal) for signal in signals], weights)
 
@@ -89,12 +90,13 @@ def propagated(
     omega: Annotated[float, Field(ge=0, lt=1)] = 0.5,
     temperature: Annotated[float, Field(gt=0)] = 4.0,
 ) -> Tensor:
-    """What is said of the images of the batch that are like it: BAKE's targets (Ge et al. 2021, arXiv:2104.13298).
+    """A prediction mixed with those of similar images in the batch: BAKE's targets (Ge et al. 2021, arXiv:2104.13298).
 
         T log((1 - omega) (I - omega A)^-1 softmax(z / T)),  A = softmax of the cosines, without the diagonal
 
-    `omega` is how far a prediction may be carried. The loss that reads it has to have the same `temperature`, at which
-    a softmax of these logits gives BAKE's probabilities back. Sees the batch of one process.
+    `omega` sets how far predictions spread between images. The loss that reads this signal needs the same
+    `temperature`: at that temperature, a softmax of these logits gives BAKE's probabilities. Computed over the batch of
+    one process.
     """
     shares = propagate(_logits(signal).detach(), signal.embedding.detach(), omega=omega, temperature=temperature)
     return temperature * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
@@ -102,13 +104,13 @@ def propagated(
 
 @SIGNALS.register("memory", reads_one=True, hard_labels=True, constant=True)
 class Memory(nn.Module):
-    """What was said of each training image when it was last seen, and its label before: PS-KD's teacher (Kim et al.
-    2021, arXiv:2006.12000).
+    """The prediction for each training image at its last visit, and its label before the first: PS-KD's teacher (Kim et
+    al. 2021, arXiv:2006.12000).
 
-        z as it was at the image's last visit; before the first, its label
+        z from the image's last visit; before the first, its label
 
-    Held in half precision, num_images x K x 2 bytes, and saved with the run's state. Needs one class per image. Several
-    processes tell each other what they saw.
+    Stored in half precision, num_images x K x 2 bytes, and saved with the run's state. Needs one class per image.
+    Processes exchange their predictions.
     """
 
     past: Tensor
@@ -121,7 +123,7 @@ class Memory(nn.Module):
 
     def forward(self, signal: Signal, batch: Batch) -> Tensor:
         logits = _logits(signal).detach().float()
-        # Far enough apart for a softmax in float32 to give the label everything.
+        # Large enough for a float32 softmax to give the label all of the probability.
         sure = torch.zeros_like(logits).scatter_(1, hard_labels(batch)[:, None], 200.0)
         past = torch.where(self.seen[batch.index][:, None], self.past[batch.index].float(), sure)
         if self.training:
@@ -134,17 +136,18 @@ class Memory(nn.Module):
 
 @SIGNALS.register("votes", reads="dense", reads_one=True, constant=True)
 def votes(signal: Signal, batch: Batch) -> Tensor:
-    """How many places of the last map each class wins when the classifier is shown one at a time [B, K]: what ranks the
-    classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Of `final` alone. No gradient passes.
+    """The number of places in the last map that each class wins, with the classifier applied to one place at a time [B,
+    K]: ranks the classes in Zipf's label smoothing (Liang et al. 2022, arXiv:2207.12980). Works on `final` only,
+    without a gradient.
 
-        for each class k, how many of N places n have argmax_k z_kn = k
+        for each class k, the number of the N places n with argmax_k z_kn = k
     """
     assert signal.dense is not None
     return count_votes(signal.dense)
 
 
 def _everyones(own: Tensor) -> Tensor:
-    """The same of all processes, one below the other [B of all, …]."""
+    """This tensor from all processes, concatenated [B of all, …]."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return own
     shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]

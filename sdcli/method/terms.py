@@ -1,4 +1,4 @@
-"""What a `[losses]` table asks for, checked as far as it can be without a network.
+"""The terms of a `[losses]` table, checked as far as possible without a network.
 
 B batch
 """
@@ -22,23 +22,23 @@ from sdcli.registry import Entry
 
 @dataclass(frozen=True)
 class Term:
-    """One comparison at one point: what the loss `name` of the recipe computes at `on`."""
+    """One comparison at one point: the recipe's loss `name`, computed at `on`."""
 
     name: str
     on: str
     target: str | None
-    """The point or signal that is compared with; None for the labels."""
+    """The point or signal to compare with; None for the labels."""
     reads: str
     """`logits`, `embedding` or `features`."""
     weight: WeightSchedule
     compare: Callable[..., Tensor]
-    """The loss with its recipe keys filled in; a module where it has weights of its own."""
+    """The loss with its recipe keys filled in; a module if it has weights of its own."""
     sees_batch: bool = False
-    """Whether its value couples the images of a batch."""
+    """Whether its value depends on which images are in a batch together."""
 
 
 def check_losses(losses: Mapping[str, Loss]) -> None:
-    """Raises UserError for an unknown loss, key, type or range, and a target that is missing or has no effect."""
+    """Raises UserError for an unknown loss, key, type or range, and for a target that is missing or has no effect."""
     for name, loss in losses.items():
         entry = LOSSES.find(loss.kind, f"losses.{name}.kind")
         _check_form(entry)
@@ -53,20 +53,20 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
 
 
 def _check_form(entry: Entry) -> None:
-    """Raises UserError for a loss, mostly a user's own, that cannot be called as losses are."""
+    """Raises UserError for a loss (usually a user's own) that cannot be called as losses are."""
     # Not `dense`, which has no gradient.
     readable = [field.name for field in fields(Signal) if field.name != "dense"]
     if entry.reads not in readable:
         raise UserError(
-            f"loss '{entry.name}' reads {entry.reads!r}",
-            ", ".join(readable),
+            f"loss '{entry.name}' is registered with reads={entry.reads!r}",
+            "one of " + ", ".join(readable),
             f'@LOSSES.register("{entry.name}", reads="logits")',
         )
     takes = [p.name for p in entry.parameters if p.kind is not p.KEYWORD_ONLY]
     if not isinstance(entry.call, type) and takes not in (["student", "batch"], ["student", "teacher", "batch"]):
         raise UserError(
             f"loss '{entry.name}' takes ({', '.join(takes)})",
-            "(student, batch) or (student, teacher, batch), by these names; recipe keys stand behind a *",
+            "(student, batch) or (student, teacher, batch), with these names; recipe keys follow a *",
             f"def {entry.call.__name__}(student, teacher, batch, *, …)",
         )
 
@@ -76,9 +76,9 @@ def check_mixing(losses: Mapping[str, Loss], mixes: bool) -> None:
     for name, loss in losses.items():
         if mixes and LOSSES.find(loss.kind, f"losses.{name}.kind").hard_labels:
             raise UserError(
-                f"losses.{name}: kind = '{loss.kind}' needs one class per image, and batch.mixup and batch.cutmix "
-                "mix them",
-                "a recipe that mixes nothing, or another loss",
+                f"losses.{name}: kind = '{loss.kind}' needs one class per image, but batch.mixup or "
+                "batch.cutmix mixes classes",
+                "no mixup or cutmix, or another loss",
                 "--set batch.mixup=0 --set batch.cutmix=0",
                 key=f"losses.{name}.kind",
             )
@@ -107,19 +107,19 @@ def check_networks(recipe: Recipe) -> None:
 
 
 def needs_target(loss: Loss, table: str) -> bool:
-    """Whether the loss compares with another point; raises UserError where its table disagrees."""
+    """Whether the loss compares with another point; raises UserError if its `target` does not fit."""
     entry = LOSSES.find(loss.kind, f"{table}.kind")
     needs = isinstance(entry.call, type) or "teacher" in entry.takes
     if needs and loss.target == "label":
         raise UserError(
-            f"{table}: kind = '{loss.kind}' compares with another point, and no target is named",
+            f"{table}: kind = '{loss.kind}' compares with another point, but no target is set",
             "target = 'final', 'next' or an exit",
             f'add target = "final" to [{table}]',
             key=f"{table}.kind",
         )
     if not needs and loss.target != "label":
         raise UserError(
-            f"{table}.target = {loss.target!r}: kind = '{loss.kind}' compares with the labels alone",
+            f"{table}.target = {loss.target!r}: kind = '{loss.kind}' compares only with the labels",
             "no target",
             f"remove target from [{table}], or choose a kind that has one, such as kl",
             key=f"{table}.target",

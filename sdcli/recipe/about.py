@@ -1,4 +1,4 @@
-"""What a recipe is, told from its tables alone: what it needs, adds up, and how two of them differ. No torch."""
+"""Describes a recipe from its tables: what it needs, its formula, and how two recipes differ. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from sdcli.recipe.load import load_recipe, recipe_file
 from sdcli.recipe.schema import Derived, Loss, Recipe, WeightSchedule
 
 ORDINARY = {"title", "paper", "epochs", "losses", "networks", "optimizer", "schedule"}
-"""Tables that every recipe has; whatever else one has is worth a word. `networks` and `batch` are looked into."""
+"""Tables that every recipe has; any other table counts as a need. Parts of `networks` and `batch` can count too."""
 ORDINARY_BATCH = {"size", "augment", "mixup_prob"}
 
 
 @dataclass(frozen=True)
 class Overview:
-    """One recipe as lists and documents tell it."""
+    """One recipe, as lists and documents show it."""
 
     name: str
     recipe: Recipe
     header: Header
     text: str
-    """The file's own text."""
+    """The content of the file."""
 
     @property
     def body(self) -> str:
@@ -51,15 +51,15 @@ class Overview:
 
 
 def overview(name: str) -> Overview:
-    """Reads the recipe called `name`, or at that path, and its header."""
+    """Reads the recipe called `name`, or the one at that path, and its header."""
     text = recipe_file(name).read_text(encoding="utf-8")
     return Overview(name, load_recipe([name]), parse_header(text), text)
 
 
 def needs(recipe: Recipe) -> list[str]:
-    """What a recipe asks for beyond one network, labels and ordinary batches, a few words each.
+    """What a recipe needs beyond one network, labels and ordinary batches, a few words for each need.
 
-    Reads whatever tables there are, so that a new kind of table shows without a change here.
+    Looks at all tables, so that a new kind of table shows up without a change here.
     """
     tables = _given(recipe)
     found = [f"{recipe.student.branches} branches"] if recipe.student.branches else []
@@ -75,7 +75,7 @@ def needs(recipe: Recipe) -> list[str]:
 
 
 def _names(value: Any) -> str:
-    """A value in a word or two: a table by its tables' names."""
+    """A value in a word or two; a table by the names of its subtables."""
     if isinstance(value, Mapping):
         tables = [key for key, inner in value.items() if isinstance(inner, Mapping)]
         return ", ".join(tables) or str(value.get("kind", ""))
@@ -83,7 +83,7 @@ def _names(value: Any) -> str:
 
 
 def formula(recipe: Recipe) -> str:
-    """What is minimised, one line per loss: weight, kind, where, against what, its own keys. Below it the signals."""
+    """The objective, one line per loss: weight, kind, points, target, the loss's own keys; then the signals."""
     weights = [_plain(loss.weight) for loss in recipe.losses.values()]
     wide = max(len(weight) for weight in weights)
     signs = [" ", *("+" * (len(weights) - 1))]
@@ -93,14 +93,14 @@ def formula(recipe: Recipe) -> str:
 
 
 def _as_set(value: Any) -> str:
-    """A value as `--set` reads it: a word needs no quotes."""
+    """A value as `--set` reads it: a plain word needs no quotes."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w+-]*", value) and value not in _NOT_WORDS:
         return value
     return toml.write_value(value)
 
 
 _NOT_WORDS = ("true", "false", "inf", "nan")
-"""What TOML takes for something else."""
+"""Words that TOML reads as something else."""
 
 
 def _call(loss: Loss) -> str:
@@ -130,12 +130,12 @@ def _plain(value: Any) -> str:
 
 
 def show(recipe: Recipe, origins: Mapping[str, str], *, comments: bool = True) -> str:
-    """A recipe as TOML; behind each value who brought it, `origins` as `read_recipe` tells them."""
+    """A recipe as TOML, with the source of each value in a comment; `origins` as returned by `read_recipe`."""
     return toml.write(_dump(recipe), (lambda key: origin_of(key, origins)) if comments else None)
 
 
 def origin_of(key: str, origins: Mapping[str, str]) -> str:
-    """Who brought the value of a dotted key: a recipe by its name, a file by its path, `--set`, or `default`."""
+    """The source of a dotted key's value: the name of a recipe, the path of a file, `--set`, or `default`."""
     while key not in origins:
         # Below a list of tables only the list itself has an origin.
         key, dot, _ = key.rpartition(".")
@@ -149,15 +149,15 @@ def origin_of(key: str, origins: Mapping[str, str]) -> str:
 
 @dataclass
 class Difference:
-    """What separates two recipes, by dotted key, in the recipe's order; titles and papers aside."""
+    """The differences between two recipes by dotted key, in the recipe's order, titles and papers excluded."""
 
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     removed: dict[str, Any] = field(default_factory=dict)
-    """What only the first has, and is not a default."""
+    """Values that only the first has, except defaults."""
     added: dict[str, Any] = field(default_factory=dict)
-    """What only the second has."""
+    """Values that only the second has."""
     gone: list[str] = field(default_factory=list)
-    """The tables and keys that the second has nothing of."""
+    """The tables and keys that are absent from the second."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -168,7 +168,7 @@ class Difference:
         }
 
     def rows(self) -> list[tuple[str, Any, Any]]:
-        """Key, first, second, where None stands for what is not there; those of one table together."""
+        """Key, first value, second value, with None for an absent value; rows of the same table are adjacent."""
         rows = [(key, old, new) for key, (old, new) in self.changed.items()]
         rows += [(key, value, None) for key, value in self.removed.items()]
         rows += [(key, None, value) for key, value in self.added.items()]
@@ -176,13 +176,13 @@ class Difference:
         return sorted(rows, key=lambda row: tables.index(row[0].rpartition(".")[0]))
 
     def overrides(self) -> tuple[list[str], list[str]]:
-        """The values for `--set` and the keys for `--unset` that lead from the first to the second."""
+        """The values for `--set` and the keys for `--unset` that turn the first recipe into the second."""
         return [f"{key}={_as_set(new)}" for key, _, new in self.rows() if new is not None], self.gone
 
 
 def difference(one: Recipe, other: Recipe) -> Difference:
-    """What one would change to get from `one` to `other`."""
-    # A weight may be a number in one and a table in the other: then it is compared as a whole.
+    """The changes that turn `one` into `other`."""
+    # A weight can be a number in one and a table in the other: it is then compared as a whole.
     values = [pair for recipe in (one, other) for pair in _flat(_dump(recipe))]
     plain = {key for key, value in values if not isinstance(value, Mapping)}
     first, second = (dict(_flat(_dump(recipe), plain)) for recipe in (one, other))
@@ -206,24 +206,24 @@ def difference(one: Recipe, other: Recipe) -> Difference:
 
 
 def _has(flat: Mapping[str, Any], key: str) -> bool:
-    """Whether there is the value or the table called `key`."""
+    """Whether there is a value or a table called `key`."""
     return key in flat or any(other.startswith(f"{key}.") for other in flat)
 
 
 def _dump(recipe: Recipe) -> dict[str, Any]:
-    """All values; the student's table too, where the recipe says nothing about it."""
+    """All values, including the student's table if the recipe leaves it out."""
     tables = recipe.model_dump(exclude_none=True)
     tables["networks"] = {STUDENT: recipe.student.model_dump(exclude_none=True), **tables["networks"]}
     return tables
 
 
 def _given(recipe: Recipe) -> dict[str, Any]:
-    """The values that are not defaults. A table that is only there where it is asked for stays, even if empty."""
+    """The values that are not defaults. An optional table is kept even if it is empty."""
     return recipe.model_dump(exclude_none=True, exclude_defaults=True)
 
 
 def _flat(tables: Mapping[str, Any], plain: Collection[str] = (), at: str = "") -> list[tuple[str, Any]]:
-    """Every value by its dotted key; the tables at the keys `plain` are values too."""
+    """Every value by its dotted key; tables at the keys in `plain` count as values too."""
     found: list[tuple[str, Any]] = []
     for key, value in tables.items():
         place = f"{at}.{key}" if at else key

@@ -1,4 +1,4 @@
-"""What the comment at the top of a recipe file says: idea, commands, and its named sections.
+"""Parses the comment at the top of a recipe file: idea, commands, and named sections.
 
 # The idea, in a sentence or two.
 #
@@ -7,7 +7,7 @@
 # Sources   where the numbers come from,
 #           on as many lines as it takes
 # Differs   where the recipe departs from its source
-# Measured  what came out, with seeds, machine and version; "not yet" where nothing has been
+# Measured  the results, with seeds, machine and version; "not yet" if there are none
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 NOTHING = ("", "-", "none", "not yet")
-"""What a section says where there is nothing to say."""
+"""Texts of an empty section."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """A recipe file's opening comment; "" and () for what it leaves out."""
+    """A recipe file's opening comment; "" and () for missing parts."""
 
     idea: str = ""
     commands: tuple[str, ...] = ()
@@ -41,13 +41,13 @@ class Header:
 
     @property
     def measured(self) -> str:
-        """What came out; "" where nothing has been measured yet."""
+        """The results; "" if nothing has been measured yet."""
         said = self.sections.get("measured", "")
         return "" if said.rstrip(".") in NOTHING else said
 
 
 def parse_header(text: str) -> Header:
-    """Reads the comment lines before the first other line of a recipe's `text`."""
+    """Reads the comment lines at the top of a recipe's `text`."""
     idea: list[str] = []
     commands: list[str] = []
     sections: dict[str, str] = {}
@@ -57,14 +57,14 @@ def parse_header(text: str) -> Header:
             break
         line = raw[1:].rstrip()
         section = re.fullmatch(r" ([A-Z][a-z]+)(?:  +(.*))?", line)
-        # A lone word ends an idea as well as it begins a section: before the first command it is the idea's.
+        # A single word can be the last line of the idea: before the first command it does not start a section.
         if section and (section[2] is not None or commands):
             name = section[1].lower()
             sections[name] = section[2] or ""
         elif name:
             sections[name] = f"{sections[name]} {line.strip()}".strip()
         elif line.startswith("   "):
-            # A command that is too long goes on after a backslash.
+            # A long command continues on the next line after a backslash.
             if commands and commands[-1].endswith("\\"):
                 commands[-1] = f"{commands[-1][:-1].rstrip()} {line.strip()}"
             else:

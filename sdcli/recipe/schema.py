@@ -1,6 +1,6 @@
 """The tables of a recipe file: their keys, types and ranges.
 
-What a table's own keys mean is told where they are used; here they are named and held in range.
+The strings below the keys become docs/recipes.md. The own keys of a loss or signal are the arguments of its function.
 """
 
 from __future__ import annotations
@@ -14,112 +14,119 @@ from sdcli.recipe import ramps
 from sdcli.recipe.address import AVERAGE, STUDENT, TEACHER, Address
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
-"""The name of a network or a view, which addresses are made of."""
+"""The name of a network or a view; addresses are made of these."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
 """The name of a loss or a signal."""
 MEAN = "mean"
 MOST_EPOCHS = 1_000_000
 MOST_IMAGES = 1_000_000
-"""Of an update."""
+"""Per update."""
 MOST_ENDS = 64
 """Exits or branches of a network."""
 
 
 class Table(BaseModel):
-    """One table of a recipe: unknown keys and wrong types are errors, and nothing changes once it is read."""
+    """One table of a recipe: unknown keys and wrong types are errors, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Network(Table):
-    """`[networks.NAME]`: who takes part. The command line names `student`'s model, `model` that of any other."""
+    """`[networks.NAME]`: a network that takes part. The command line sets the model of `student`, `model` that of any
+    other network."""
 
     model: str | None = None
-    """A timm model; not the student's."""
+    """A timm model; not for the student."""
     learns: bool = True
-    """Whether it is trained; one that is not is run as it will be used, in eval mode and without gradients."""
+    """Whether the network is trained. If not, it runs in eval mode and without gradients."""
     weights: str = "random"
     """`random`, `pretrained` (timm's), or the path of a checkpoint."""
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] = "auto"
-    """`auto` (one per stage), `none` (the plain model), how many in all with the final one, or the modules to tap."""
+    """`auto` (one per stage), `none` (the plain model), the number of exits including the final one, or a list of
+    modules to tap."""
     head: str = "auto"
-    """The exits' heads: `auto` (what suits the stage), `none` (taps without classifiers), or a name of
+    """The heads of the exits: `auto` (chosen to fit the stage), `none` (taps without classifiers), or a name from
     `sdcli recipes heads`."""
     branches: Annotated[int, Field(ge=2, le=MOST_ENDS)] | None = None
-    """Instead of exits: how many ends the network has, all grown on its last stage but one (ONE's branches). The last
-    is its own, `final`; the others are copies with weights of their own, `exit1`, `exit2`, …"""
+    """Instead of exits: the number of branches that the network splits into after its last stage but one (ONE's
+    branches). The last branch is the network's own, `final`; the others are copies with weights of their own, `exit1`,
+    `exit2`, …"""
     stem: Literal["auto", "imagenet", "cifar"] = "auto"
-    """`cifar` keeps the resolution that an ImageNet stem throws away; `auto` takes it where images are small."""
+    """`cifar` keeps the resolution that an ImageNet stem discards; `auto` uses it for small images."""
     model_args: dict[str, Any] = {}
-    """More arguments for `timm.create_model`."""
+    """Further arguments for `timm.create_model`."""
 
 
 class Augment(Table):
-    """`[batch.augment]`: how training images are varied."""
+    """`[batch.augment]`: the augmentation of training images."""
 
     crop: Literal["auto", "pad", "resized", "none"] = "auto"
-    """`pad` shifts by up to an eighth, `resized` takes a part of any size, `auto` what suits the image's size."""
+    """`pad` shifts the image by up to an eighth, `resized` crops a part of any size, `auto` chooses by image size,
+    `none` does not crop."""
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """How often left and right are swapped; never where a data set says that it would change the class."""
+    """The probability of a horizontal flip; disabled for data sets whose classes are not mirror-invariant."""
     aa: str = "none"
-    """`cifar10` (AutoAugment's), `trivial`, or one of timm's, such as `rand-m9-mstd0.5-inc1`."""
+    """The augmentation policy: `none`, `cifar10` (AutoAugment's), `trivial`, or one of timm's, such as
+    `rand-m9-mstd0.5-inc1`."""
     cutout: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """The side in pixels of a square that is taken out; 0: none."""
+    """The side in pixels of the square that is cut out; 0 disables it."""
     reprob: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How often a rectangle is replaced by noise (random erasing)."""
+    """The probability that a rectangle is replaced by noise (random erasing)."""
     fill: Annotated[int, Field(ge=0, le=255)] = 0
-    """The grey of borders."""
+    """The grey value of padding and of the borders that policies leave."""
 
 
 class BatchTable(Table):
-    """`[batch]`: what the networks are shown."""
+    """`[batch]`: the images that the networks see."""
 
     size: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 128
-    """Images of an update, over all processes."""
+    """Images per update, over all processes."""
     augment: Augment = Augment()
     """The table `[batch.augment]`."""
     mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Images blended with others: alpha of the Beta distribution that says how much of one stays; 0: none are."""
+    """Mixup: alpha of the Beta distribution from which each image's mixing ratio is drawn; 0 disables it."""
     cutmix: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Images with a rectangle of another; alpha as above. Where both are used, each takes half of the images."""
+    """CutMix: alpha for the area of the pasted rectangle, as in `mixup`; 0 disables it. With both, each applies to half
+    of the images."""
     mates: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 0
-    """Images of the same class that follow each drawn one in a batch: BAKE's sampler."""
+    """The number of images of the same class that follow each drawn image in a batch (BAKE's sampler)."""
     views: dict[Word, View] = {}
     """The tables `[batch.views.NAME]`."""
     mixup_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """How often an image is mixed at all."""
+    """The probability that an image is mixed at all."""
 
     @property
     def mixes(self) -> bool:
-        """Whether labels are shares of several classes."""
+        """Whether labels are mixtures of several classes."""
         return bool(self.mixup or self.cutmix)
 
 
 Share = Annotated[float, Field(ge=0)]
-"""A time: below 1 a share of the run, from 1 on epochs."""
+"""A time: below 1 a fraction of the run, from 1 on epochs."""
 
 
 class WeightSchedule(Table):
-    """A weight over time: `{ value = 1.0, sigmoid = 0.25 }`. Its shapes multiply."""
+    """A weight over time: `{ value = 1.0, sigmoid = 0.25 }`. If several of these keys are set, their effects
+    multiply."""
 
     value: Annotated[float, Field(ge=0)] = 1.0
-    """What it is, or where it begins."""
+    """The weight, or its initial value if `to` is set."""
     to: Annotated[float, Field(ge=0)] | None = None
-    """Where the value goes in a straight line over the run."""
+    """The final value: the weight moves to it linearly over the run."""
     warmup: Share | None = None
-    """How long the weight rises in a straight line from 0."""
+    """How long the weight rises linearly from 0."""
     sigmoid: Share | None = None
-    """How long it rises along exp(-5 (1 - t)^2), as ONE's does."""
+    """How long the weight rises along exp(-5 (1 - t)^2), as in ONE."""
     start: Share | None = None
-    """When it begins: 0 before."""
+    """When the loss starts; its weight is 0 before."""
     stop: Share | None = None
-    """When it ends: 0 from then on."""
+    """When the loss stops; its weight is 0 from then on."""
     decay: Share | None = None
-    """When it begins to fall in a straight line, to 0 at the end of the run."""
+    """When the weight begins to fall linearly, to 0 at the end of the run."""
 
     @property
     def varies(self) -> bool:
-        """Whether it is not the same all the time."""
+        """Whether the weight changes over the run."""
         return any(getattr(self, name) is not None for name in ("to", *RAMPS))
 
     def at(self, epoch: float, epochs: float) -> float:
@@ -143,18 +150,18 @@ Weight = Annotated[float, Field(ge=0)] | WeightSchedule
 
 
 class Loss(BaseModel):
-    """`[losses.NAME]`: one comparison. Further keys are the loss's own and are checked against its function."""
+    """`[losses.NAME]`: one comparison. Further keys belong to the kind of loss and are checked against its function."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     kind: str
-    """A name of `sdcli recipes losses`."""
+    """A name from `sdcli recipes losses`."""
     on: str | list[str]
-    """What it teaches: points, or a signal that lets gradients pass."""
+    """The points that it teaches, or a signal with a gradient."""
     target: str | list[str] = "label"
-    """`label`, `next` (the next deeper point), a point, a signal; or one for each of `on`."""
+    """`label`, `next` (the next deeper point), a point or a signal; or a list with one of these for each of `on`."""
     weight: Weight | list[Weight] = 1.0
-    """A number, a weight over time, or one of these for each of `on`."""
+    """A number or a weight over time; or a list with one of these for each of `on`."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -163,20 +170,20 @@ class Loss(BaseModel):
 
     @property
     def weights(self) -> list[WeightSchedule]:
-        """One for all points, or one for each."""
+        """One weight for all points, or one for each."""
         given = self.weight if isinstance(self.weight, list) else [self.weight]
         return [weight if isinstance(weight, WeightSchedule) else WeightSchedule(value=weight) for weight in given]
 
 
 class Derived(BaseModel):
-    """`[signals.NAME]`: a prediction made from others. Further keys are the kind's own."""
+    """`[signals.NAME]`: a prediction made from others. Further keys belong to the kind of signal."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     kind: str
-    """A name of `sdcli recipes signals`."""
+    """A name from `sdcli recipes signals`."""
     of: str | list[str]
-    """The points that it is made of."""
+    """The points that it is made from."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -185,97 +192,98 @@ class Derived(BaseModel):
 
 
 class View(Table):
-    """`[batch.views.NAME]`: images that are shown beside the batch's own, read as `final@NAME`."""
+    """`[batch.views.NAME]`: further images that are shown with each batch, addressed as `final@NAME`."""
 
     of: Literal["itself", "class"]
-    """`itself`: the same image, varied anew; `class`: one of its class, drawn anew in each epoch, perhaps itself."""
+    """`itself`: the same image, augmented again; `class`: an image of the same class, drawn anew in each epoch
+    (possibly the same image)."""
 
 
 class Optimizer(Table):
-    """`[optimizer]`: timm's optimizers by timm's names."""
+    """`[optimizer]`: timm's optimizers, under timm's names."""
 
     opt: str = "momentum"
-    """`momentum` is SGD with plain momentum, `sgd` adds Nesterov's: timm's names, not ours."""
+    """In timm's names, `momentum` is SGD with plain momentum and `sgd` is SGD with Nesterov momentum."""
     lr: Annotated[float, Field(gt=0)] = 0.1
     """The learning rate after the warm-up."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """For optimizers that have one."""
+    """For optimizers with momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """As the optimizer has it: into the gradient with SGD, decoupled with AdamW."""
+    """Applied as the optimizer defines it: through the gradient in SGD, decoupled in AdamW."""
     decay_norm_and_bias: bool = True
-    """Whether weight decay also applies to norms, biases and what the model itself exempts (position embeddings), as in
-    the papers' code; timm's default is that it does not."""
+    """Whether weight decay also applies to norms, biases and parameters that the model exempts (position embeddings),
+    as in the papers' code; timm's default is false."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
-    """The largest norm of the gradient."""
+    """The maximum norm of the gradient; without it, gradients are not clipped."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What happens where a loss or the gradient is not finite: the run stops, or the update is skipped."""
+    """If a loss or the gradient is not finite: `stop` the run, or `skip` the update."""
 
 
 class Schedule(Table):
-    """`[schedule]`: timm's learning-rate schedules by timm's names.
+    """`[schedule]`: timm's learning-rate schedules, under timm's names.
 
-    Times below 1 are shares of the run, from 1 on epochs: a recipe keeps its shape when `--epochs` changes.
+    Times below 1 are fractions of the run, from 1 on epochs: a recipe keeps its shape when `--epochs` changes.
     """
 
     sched: Literal["cosine", "multistep", "step", "poly", "tanh", "none"] = "cosine"
-    """How the rate falls."""
+    """How the learning rate falls."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """How long it first rises."""
+    """How long the rate rises first."""
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
-    """Where it begins to."""
+    """The rate at the start of the warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Where it ends."""
+    """The rate at the end of the run."""
     decay_milestones: list[Annotated[float, Field(gt=0)]] = []
     """When `multistep` multiplies the rate by `decay_rate`."""
     decay_epochs: Annotated[float, Field(gt=0)] = 0.3
-    """How long `step` waits between two such drops."""
+    """The time between two drops of `step`."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """What a drop multiplies the rate by."""
+    """The factor that a drop multiplies the rate by."""
 
 
 class Ema(Table):
-    """`[ema]`: an average of the student's weights over time, which is then what is scored and saved.
+    """`[ema]`: an average of the student's weights over time, which is scored and saved in place of the student.
 
     timm's `ModelEmaV3` (Polyak averaging; as a teacher: Tarvainen and Valpola 2017, arXiv:1703.01780).
     """
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """How much of the average stays at each update."""
+    """The fraction of the average that each update keeps."""
     warmup: bool = True
-    """Whether the decay begins low, so that the first weights are soon forgotten."""
+    """Whether the decay starts low, so that the first weights are soon forgotten."""
 
 
 class Phase(Table):
     """`[[phases]]`: a part of the run, with a schedule and an optimizer of its own."""
 
     name: str
-    """What the log calls it."""
+    """The name of the phase in the log."""
     epochs: Annotated[int, Field(ge=1)] | None = None
-    """Where it is not given: the recipe's."""
+    """The length of the phase; by default the recipe's `epochs`."""
     losses: Annotated[list[str], Field(min_length=1)] | None = None
-    """Those that teach in it; where none are given: all."""
+    """The losses that apply in this phase; by default all."""
     teacher: bool = False
-    """Whether the student as it is when the phase begins (with `[ema]`, its average) teaches from then on, frozen, as
-    `teacher.final`."""
+    """Whether a frozen copy of the student at the start of this phase (with `[ema]`, of its average) teaches from then
+    on, as `teacher.final`."""
     fresh: bool = False
-    """Whether the student begins anew, from its `weights`, and with it whatever the losses and signals have learnt or
-    remembered. Otherwise the losses go on from what those of the phase before have learnt."""
+    """Whether the student starts again from its `weights`, and the losses and signals forget what they have learned or
+    remembered. Otherwise the losses keep what they learned in the phase before."""
     rounds: Annotated[int, Field(ge=1, le=1000)] = 1
-    """How many times in a row."""
+    """How many times in a row the phase runs."""
 
 
 class Recipe(Table):
-    """The recipe itself: all tables, checked."""
+    """The recipe itself: its top-level keys and tables."""
 
     title: str = ""
-    """What lists call it."""
+    """The name that lists show."""
     paper: str = ""
-    """A link."""
+    """A link to the paper."""
     epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
-    """Of each phase, where there are several."""
+    """The length of the run, or of each phase."""
     best: Annotated[str, Field(pattern=r"^(mean|ensemble|final|exit[1-9][0-9]*)$")] = MEAN
-    """What the best epoch is chosen by on the validation split: the top-1 of the `ensemble`, of `final` or an exit, or
-    the `mean` of all of these classifiers but the ensemble."""
+    """How the best epoch is chosen on the validation split: by the top-1 of `final`, of an exit or of the `ensemble`, or
+    by the `mean` of `final` and all exits."""
     networks: dict[Word, Network] = {}
     """The tables `[networks.NAME]`."""
     batch: BatchTable = BatchTable()
@@ -283,15 +291,15 @@ class Recipe(Table):
     signals: dict[Name, Derived] = {}
     """The tables `[signals.NAME]`."""
     losses: dict[Name, Loss]
-    """The tables `[losses.NAME]`, one at least."""
+    """The tables `[losses.NAME]`, at least one."""
     optimizer: Optimizer = Optimizer()
     """The table `[optimizer]`."""
     schedule: Schedule = Schedule()
     """The table `[schedule]`."""
     ema: Ema | None = None
-    """The table `[ema]`, where there is to be an average."""
+    """The table `[ema]`; without it, no average is kept."""
     phases: list[Phase] = []
-    """The tables `[[phases]]`, one after the other; none: one phase with all losses."""
+    """The tables `[[phases]]`, in the order in which they run; without any, the run is one phase with all losses."""
 
     @property
     def student(self) -> Network:
@@ -305,7 +313,8 @@ class Recipe(Table):
 
     @property
     def all_phases(self) -> list[Phase]:
-        """Its phases one after the other, rounds and all, each with its epochs and losses; one where none are named."""
+        """The phases in order, with their rounds, each with its epochs and losses; a single phase if the recipe has
+        none."""
         phases = self.phases or [Phase(name="")]
         return [
             phase.model_copy(
@@ -317,12 +326,12 @@ class Recipe(Table):
 
     @property
     def phase_epochs(self) -> list[int]:
-        """How many epochs each of `all_phases` takes."""
+        """The number of epochs of each of `all_phases`."""
         return [phase.epochs or self.epochs for phase in self.all_phases]
 
     @property
     def taking_part(self) -> dict[str, bool]:
-        """Every network by name, those without a table included, and whether it learns."""
+        """Every network by name, including those without a table, and whether it learns."""
         networks = {STUDENT: True} | {name: table.learns for name, table in self.others.items()}
         if self.ema is not None:
             networks[AVERAGE] = False
@@ -331,8 +340,8 @@ class Recipe(Table):
         return networks
 
     def named(self, losses: Iterable[str] | None = None) -> list[str]:
-        """All points, signals and words that these losses name, and what the signals among them are made of; without
-        `losses`, what all losses and all signals name. Each as it is written."""
+        """All points, signals and keywords that these losses name, and those that the signals among them are made from;
+        without `losses`, those of all losses and all signals. Each as it is written."""
         named: list[str] = []
         for name in self.losses if losses is None else losses:
             named += [*as_list(self.losses[name].on), *as_list(self.losses[name].target)]
@@ -340,7 +349,7 @@ class Recipe(Table):
         return [*named, *(name for signal in signals for name in as_list(signal.of))]
 
     def addresses(self, losses: Iterable[str] | None = None) -> list[Address]:
-        """The points among what `named` returns."""
+        """The points among the names that `named` returns."""
         found = [Address.find(name) for name in self.named(losses) if name not in self.signals]
         return [address for address in found if address is not None]
 
@@ -350,11 +359,11 @@ class Recipe(Table):
 
 
 def as_list(value: str | list[str]) -> list[str]:
-    """What is written alone or as a list, as a list."""
+    """The value itself if it is a list, otherwise a list of it alone."""
     return [value] if isinstance(value, str) else value
 
 
-# By their places; the first that has a key is the one that a misplaced key is sent to.
+# By path. An error about a misplaced key points to the first table that has it.
 TABLES: dict[str, type[BaseModel]] = {
     "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
     "networks.NAME": Network, "ema": Ema, "signals.NAME": Derived, "batch.views.NAME": View, "phases": Phase,
@@ -372,4 +381,4 @@ RENAMED = {
     ("losses.NAME.weight", "on"): "start",
     ("losses.NAME.weight", "off"): "stop",
 }
-"""Keys that had another name, by their table: what they are called now."""
+"""Keys that were renamed, by their table and former name."""

@@ -1,9 +1,9 @@
-"""Losses: functions of tensors, by the name that a recipe gives them.
+"""Losses: functions of tensors, registered under the names that recipes use.
 
-A loss takes the student's tensor, the target's where it has one, and the batch; its keyword-only arguments are its
-recipe keys. It returns one value per image [B], whose mean is taken by the objective, or a scalar where its source
-sums over the batch (its docstring says so). One with weights of its own is an `nn.Module` that is given the widths of
-both sides.
+A loss takes the student's tensor, the target's tensor if it has a target, and the batch; its keyword-only arguments are
+its recipe keys. It returns one value per image [B], which the objective averages, or a scalar where its source sums
+over the batch (its docstring notes this). A loss with weights of its own is an `nn.Module` whose constructor gets the
+widths of both sides.
 """
 
 from sdcli.registry import Registry

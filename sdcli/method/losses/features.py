@@ -1,4 +1,4 @@
-"""Losses between two features.
+"""Losses between two feature maps or embeddings.
 
 B images, C channels, H W map, D embedding
 """
@@ -21,16 +21,18 @@ Power = Annotated[float, Field(ge=1)]
 
 @LOSSES.register("hint", reads="embedding")
 class Hint(nn.Module):
-    """L2 distance of the embeddings: BYOT's hint (Zhang et al. 2019, arXiv:1905.08094; after FitNets, arXiv:1412.6550).
+    """L2 distance between embeddings: BYOT's hint (Zhang et al. 2019, arXiv:1905.08094; after FitNets,
+    arXiv:1412.6550).
 
         squared  sum over D of (W s - t)^2, times B
         l2       sqrt of the sum over B and D of (W s - t)^2
         mean     mean over D of (W s - t)^2
 
-    `norm` "squared" sums the squares over the whole batch, as the authors' SCAN code does, so it grows with the batch,
-    and is given as its share per image [B]; "l2" takes the root of that sum, as their journal code does, a scalar that
-    sees the batch of one process; "mean" takes the mean of the squares, as most other code does, per image [B].
-    `adapt` "linear" first sends the student's embedding through a linear layer that is trained along and thrown away.
+    `norm` "squared" sums the squares over the whole batch, as the authors' SCAN code does, so it grows with the batch
+    size; each image's share of it is returned [B]. "l2" takes the square root of that sum, as their journal code does:
+    a scalar, computed over the batch of one process. "mean" averages the squares, as most other code does, per image
+    [B]. `adapt` "linear" first maps the student's embedding through a linear layer, which is trained with the network
+    and then discarded.
     """
 
     def __init__(
@@ -44,8 +46,8 @@ class Hint(nn.Module):
         super().__init__()
         if adapt == "none" and student_width != teacher_width:
             raise UserError(
-                f"a hint compares embeddings of {student_width} and {teacher_width} values",
-                "two of the same width",
+                f"the embeddings have different widths: {student_width} and {teacher_width}",
+                "embeddings of the same width",
                 'adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
             )
         self.norm = norm
@@ -57,31 +59,32 @@ class Hint(nn.Module):
         if self.norm == "mean":
             return difference.square().mean(dim=1)
         if self.norm == "squared":
-            # The objective takes the mean over the images, and processes and parts of a batch are averaged.
+            # The objective averages over images, and then over processes and micro-batches.
             return difference.square().sum(dim=1) * batch.whole
-        # vector_norm has a zero, not a nan, as its gradient where both are equal.
+        # Where both sides are equal, the gradient of vector_norm is zero, not NaN.
         root: Tensor = torch.linalg.vector_norm(difference)
         return root
 
 
 @LOSSES.register("fitnet", reads="features")
 class FitNet(nn.Module):
-    """Mean squared difference of the maps: FitNets' hint (Romero et al. 2015, arXiv:1412.6550), per image [B].
+    """Mean squared difference between feature maps: FitNets' hint (Romero et al. 2015, arXiv:1412.6550), per image [B].
 
         mean over C, H, W of (W s - t)^2
 
-    `adapt` "conv" first sends the student's map through a 1x1 convolution that is trained along and thrown away; "none"
-    compares the maps as they are, and both need as many channels. Where the resolutions differ the larger map is
-    average-pooled to the smaller one's size; the usual code learns that too, with a larger or strided convolution.
+    `adapt` "conv" first maps the student's features through a 1x1 convolution, which is trained with the network and
+    then discarded; "none" compares the maps directly and needs equal channel counts. If the resolutions differ, the
+    larger map is average-pooled to the size of the smaller one; most implementations learn this step too, with a larger
+    or strided convolution.
     """
 
     def __init__(self, student_width: int, teacher_width: int, *, adapt: Literal["none", "conv"] = "conv") -> None:
         super().__init__()
         if adapt == "none" and student_width != teacher_width:
             raise UserError(
-                f"fitnet compares maps of {student_width} and {teacher_width} channels",
-                "two with as many channels",
-                'adapt = "conv", which is the default',
+                f"the feature maps have different channel counts: {student_width} and {teacher_width}",
+                "feature maps with equal channel counts",
+                'adapt = "conv" (the default)',
             )
         self.adapt = nn.Conv2d(student_width, teacher_width, 1) if adapt == "conv" else nn.Identity()
 
@@ -100,15 +103,15 @@ def attention(
     power: Power = 2.0,
     norm: Literal["mean", "squared", "l2"] = "mean",
 ) -> Tensor:
-    """Distance of the attention maps, which are the channels' mean |A|^`power` with length 1: attention transfer
-    (Zagoruyko and Komodakis 2017, arXiv:1612.03928), per image [B].
+    """Distance between attention maps, the channels' mean |A|^`power` scaled to length 1: attention transfer (Zagoruyko
+    and Komodakis 2017, arXiv:1612.03928), per image [B].
 
         mean over H, W of (a(s) - a(t))^2,  a(A) = f / |f|,  f = mean over C of |A|^power
 
-    A higher `power` looks more at the strongest places. `norm` "mean" is the authors' code (mean of the squares over
-    the places, weight 1000), "squared" their sum, "l2" the root of that, as the paper writes it. Any number of
-    channels; where the resolutions differ the larger map is average-pooled to the smaller one's size first, as in
-    mdistiller. The paper's second form, of gradients, is not here.
+    A higher `power` emphasises the strongest positions. `norm` "mean" follows the authors' code (mean of the squares
+    over positions, weight 1000), "squared" is their sum, "l2" the square root of the sum, as in the paper. The channel
+    counts may differ. If the resolutions differ, the larger map is first average-pooled to the size of the smaller one,
+    as in mdistiller. The paper's second form, on gradients, is not implemented.
     """
     student, teacher = pooled_alike(student, teacher)
     difference = attention_map(student, power) - attention_map(teacher, power)
@@ -121,14 +124,14 @@ def attention(
 
 @LOSSES.register("sad", reads="features")
 def sad(student: Tensor, teacher: Tensor, batch: Batch, *, power: Power = 2.0, align_corners: bool = True) -> Tensor:
-    """Mean squared difference of attention maps that are a softmax over the places: self attention distillation (Hou et
-    al. 2019, arXiv:1908.00821), per image [B].
+    """Mean squared difference between attention maps, each a softmax over positions: self attention distillation (Hou
+    et al. 2019, arXiv:1908.00821), per image [B].
 
         mean over H, W of (a(s) - a(t))^2,  a(A) = softmax over H, W of f,  f = sum over C of |A|^power
 
-    The softmax is of the channels' summed |A|^`power`. The target's sum is brought to the student's resolution
-    bilinearly first; `align_corners` as the authors' Lua code does, false as most ports do. Large activations turn such
-    a softmax into a single place, and the loss has no gradient then.
+    The target's sum f is first resized bilinearly to the student's resolution: `align_corners` true follows the
+    authors' Lua code, false most ports. Large activations make the softmax collapse to a single position, and the loss
+    then has no gradient.
     """
     size = student.shape[-2:]
     energies = [m.abs().pow(power).sum(dim=1, keepdim=True) for m in (student, teacher)]
@@ -140,29 +143,30 @@ def sad(student: Tensor, teacher: Tensor, batch: Batch, *, power: Power = 2.0, a
 
 @LOSSES.register("mmd", reads="embedding", sees_batch=True)
 def mmd(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-    """Squared distance of the batch's mean embeddings, a scalar: maximum mean discrepancy with a linear kernel, DDGSD's
-    third term (Xu and Liu 2019, AAAI 33).
+    """Squared distance between the batch's mean embeddings, a scalar: maximum mean discrepancy with a linear kernel,
+    the third term of DDGSD (Xu and Liu 2019, AAAI 33).
 
         |mean over B of s - mean over B of t|^2
 
-    Sees the batch of one process. Only the student is moved: for both views as in the paper, state the loss once in
-    each direction, with the paper's weight on both (what is logged is then twice the paper's value). A reconstruction:
-    no code of the authors' was found, and the kernel is our reading.
+    Computed over the batch of one process. Only the student gets a gradient: to train both views, as in the paper, add
+    the loss in both directions, each with the paper's weight (the logged value is then twice the paper's). A
+    reconstruction: we found no code by the authors, and the kernel is our reading of the paper.
     """
     if student.shape != teacher.shape:
         raise UserError(
-            f"mmd compares embeddings of {student.shape[1]} and {teacher.shape[1]} values", "two of the same width"
+            f"mmd: the embeddings have different widths: {student.shape[1]} and {teacher.shape[1]}",
+            "embeddings of the same width",
         )
     return (student.mean(dim=0) - teacher.mean(dim=0)).square().sum()
 
 
 def attention_map(features: Tensor, power: float) -> Tensor:
-    """Where the channels of a map [B, C, H, W] are large: the mean of |A|^`power` over them, each image's with length 1
-    [B, H*W]."""
+    """The attention map of features [B, C, H, W]: their mean |A|^`power` over the channels, scaled to length 1 per
+    image [B, H*W]."""
     return F.normalize(features.abs().pow(power).mean(dim=1).flatten(1), dim=1)
 
 
 def pooled_alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps, the larger one average-pooled to the smaller one's size."""
+    """Both maps at the size of the smaller one; the larger one is average-pooled."""
     size = (min(one.shape[-2], other.shape[-2]), min(one.shape[-1], other.shape[-1]))
     return F.adaptive_avg_pool2d(one, size), F.adaptive_avg_pool2d(other, size)

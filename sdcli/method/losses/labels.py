@@ -1,4 +1,4 @@
-"""Losses against the labels, and labels made softer.
+"""Losses against the labels, and softened labels.
 
 B images, K classes, H W map
 """
@@ -25,16 +25,16 @@ def cross_entropy(
     smooth_over: Literal["all", "others"] = "all",
     standardise: bool = False,
 ) -> Tensor:
-    """Cross entropy with the labels (class numbers [B], or shares of each class [B, K]), per image [B].
+    """Cross entropy with the labels (class indices [B], or class probabilities [B, K]), per image [B].
 
         -sum_k y'_k log p_k,  p = softmax(s)
         y' = (1 - e) y + e / K,            smooth_over "all"
         y' = (1 - e) y + e (1 - y) / (K - 1),  smooth_over "others"
 
-    `smoothing` moves that share of the label's probability to other classes: with `smooth_over` "all" to all K alike
-    (Szegedy et al. 2016, arXiv:1512.00567; torch and timm), with "others" to the K-1 wrong ones only (the code of Tf-KD
-    and of Zipf's label smoothing), which takes a little more from the label. `standardise` divides each image's logits
-    by their own standard deviation first (MIX-KD, Choi et al. 2023, arXiv:2211.03946).
+    `smoothing` moves this fraction of the label's probability to other classes: with `smooth_over` "all", evenly to all
+    K classes (Szegedy et al. 2016, arXiv:1512.00567; torch and timm); with "others", to the K-1 wrong classes only (the
+    code of Tf-KD and of Zipf's label smoothing), which takes slightly more from the label. `standardise` first divides
+    each image's logits by their standard deviation (MIX-KD, Choi et al. 2023, arXiv:2211.03946).
     """
     logits = standardised(student) if standardise else student
     if smooth_over == "all":
@@ -52,18 +52,18 @@ def virtual_teacher(
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.99,
     temperature: Annotated[float, Field(gt=0)] = 20.0,
 ) -> Tensor:
-    """KL divergence from a made-up teacher that is always right: Tf-KD's regularisation (Yuan et al. 2020,
+    """KL divergence from a virtual teacher that is always right: Tf-KD's regularisation (Yuan et al. 2020,
     arXiv:1909.11723), per image [B].
 
         KL(q || p),  p = softmax(s),  q = softmax(v / T)
         v_k = confidence at the label, (1 - confidence) / (K - 1) elsewhere
 
-    The teacher gives the label `confidence` and shares the rest out among the other classes; `temperature` then
-    flattens it. Needs hard labels: raises UserError with mixup or cutmix.
+    The teacher gives the label the probability `confidence` and divides the rest evenly among the other classes;
+    `temperature` then flattens this distribution. Needs hard labels: raises UserError with mixup or cutmix.
 
-    Follows the authors' code: what is divided by the temperature and sent through a softmax is the teacher's
-    probabilities, so at 20 it is nearly uniform, and the student has no temperature and the loss no factor T^2. Their
-    `KLDivLoss` also divides by K; their multiplier of 100 on CIFAR-100 takes that back, and neither is here.
+    Follows the authors' code: it divides the teacher's probabilities (not logits) by the temperature and applies a
+    softmax, so at 20 the result is nearly uniform; the student has no temperature, and the loss no factor T^2. Their
+    `KLDivLoss` also divides by K, and on CIFAR-100 their multiplier of 100 cancels that; this code has neither.
     """
     labels, num_classes = hard_labels(batch), student.shape[1]
     teacher = torch.full_like(student, (1 - confidence) / (num_classes - 1))
@@ -74,14 +74,14 @@ def virtual_teacher(
 
 @LOSSES.register("tf_nkd", reads="logits", sees_batch=True, hard_labels=True)
 def tf_nkd(student: Tensor, batch: Batch) -> Tensor:
-    """Cross entropy weighted by how sure the network itself is of the label, next to the batch's mean: teacher-free NKD
-    (Yang et al. 2022, arXiv:2208.10139), per image [B].
+    """Cross entropy weighted by the network's own confidence in the label, relative to the batch's mean: teacher-free
+    NKD (Yang et al. 2022, arXiv:2208.10139), per image [B].
 
         -(p_y + 1 - mean over B of p_y) log p_y,  p = softmax(s), y the label
 
-    The weight p[label] + 1 - mean p[label] is a constant for the gradient, and its mean is the batch of one process:
-    with several the weights differ from those of one. Stands beside an ordinary cross entropy. Needs hard labels:
-    raises UserError with mixup or cutmix (the authors' code then takes the two largest shares).
+    The weight p[label] + 1 - mean p[label] gets no gradient. Its mean is taken over the batch of one process, so the
+    weights change with the number of processes. Meant to be used together with ordinary cross entropy. Needs hard
+    labels: raises UserError with mixup or cutmix (where the authors' code uses the two most probable labels).
     """
     log_p = label_column(F.log_softmax(student, dim=1), hard_labels(batch))
     p = log_p.detach().exp()
@@ -92,16 +92,16 @@ def tf_nkd(student: Tensor, batch: Batch) -> Tensor:
 def zipf(
     student: Tensor, teacher: Tensor, batch: Batch, *, power: Annotated[float, Field(gt=0)] = 1.0, mask: bool = False
 ) -> Tensor:
-    """KL divergence of the wrong classes from Zipf's law, ranked by votes: Zipf's label smoothing (Liang et al. 2022,
-    arXiv:2207.12980), per image [B].
+    """KL divergence from Zipf's law to the predicted wrong classes, ranked by votes: Zipf's label smoothing (Liang et
+    al. 2022, arXiv:2207.12980), per image [B].
 
         KL(q || p'),  p' = softmax of s over the wrong classes,  q_k in proportion to rank_k^-power
 
-    The target is whatever ranks the classes [B, K]: the signal `votes`, or logits. A class of rank r gets a share
-    proportional to r^-`power`; classes with equally many votes share the smaller rank; the label's own rank is taken,
-    then left out. `mask` teaches only the
-    images that the student gets right (off in the paper), and sees the batch of one process: they count for more, the
-    fewer they are. No gradient passes the ranks. Needs hard labels: raises UserError with mixup or cutmix.
+    The target can be anything that ranks the classes [B, K]: the signal `votes`, or logits. A class of rank r gets a
+    probability proportional to r^-`power`. Classes with equal votes share the smaller rank; the label is ranked too and
+    then left out. `mask` trains only on the images that the student classifies correctly (off in the paper), and the
+    fewer there are in the batch of one process, the more each one counts. The ranks get no gradient. Needs hard labels:
+    raises UserError with mixup or cutmix.
     """
     labels = hard_labels(batch)
     q = zipf_label(teacher, labels, power)
@@ -114,22 +114,22 @@ def zipf(
 
 
 def zipf_label(scores: Tensor, labels: Tensor, power: float = 1.0) -> Tensor:
-    """Shares of the K-1 wrong classes [B, K-1], in the order of their numbers, by the rank of their scores [B, K]."""
-    # How many classes have a higher score: a search in the sorted row, so that no B x K x K tensor is made.
+    """Target probabilities of the K-1 wrong classes [B, K-1], in class order, from the ranks of their scores [B, K]."""
+    # Counts the classes with a higher score by searching the sorted row, which avoids a B x K x K tensor.
     lowness = -scores.contiguous()
     above = torch.searchsorted(lowness.sort(dim=1).values, lowness)
     return F.normalize(other_columns((above + 1).to(scores.dtype).pow(-power), labels), p=1.0, dim=1)
 
 
 def votes(dense: Tensor) -> Tensor:
-    """How many of N places each class wins [B, K], from the classifier's logits at every place [B, K, N]."""
+    """The number of the N places that each class wins [B, K], from the classifier's logits at every place [B, K, N]."""
     winners = dense.argmax(dim=1)
     return dense.new_zeros(dense.shape[:2]).scatter_add_(1, winners, torch.ones_like(winners, dtype=dense.dtype))
 
 
 def standardised(logits: Tensor) -> Tensor:
     """Logits [B, K] divided by their standard deviation over the classes."""
-    # Inside the root, so that equal logits give zeros and a gradient that is finite.
+    # Added inside the root, so that equal logits give zeros and a finite gradient.
     return logits / (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
 
 
@@ -140,12 +140,13 @@ def label_column(values: Tensor, labels: Tensor) -> Tensor:
 
 def other_columns(values: Tensor, labels: Tensor) -> Tensor:
     """Each image's values [B, K] without the one at its label [B, K-1]."""
-    # Not a boolean mask: that one waits for the GPU, to learn how many values remain.
+    # Not a boolean mask, which would wait for the GPU to learn how many values remain.
     columns = torch.arange(values.shape[1] - 1, device=values.device).expand(len(values), -1)
     return values.gather(1, columns + (columns >= labels[:, None]))
 
 
 def hard_labels(batch: Batch) -> Tensor:
-    """The class numbers [B], for a loss registered with `hard_labels`: no objective has it where they are mixed."""
+    """The class indices [B], for losses registered with `hard_labels`: an objective refuses such losses where labels
+    are mixed."""
     assert batch.labels.ndim == 1
     return batch.labels

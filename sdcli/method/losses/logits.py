@@ -1,4 +1,4 @@
-"""Losses between two predictions, and predictions made from several.
+"""Losses between two predictions, and the mixing of several predictions.
 
 B images, K classes, E branches
 """
@@ -31,15 +31,16 @@ def kl(
     direction: Literal["forward", "reverse"] = "forward",
     standardise: bool = False,
 ) -> Tensor:
-    """KL divergence from the softened teacher to the softened student (Hinton et al. 2015, arXiv:1503.02531), per
-    image [B].
+    """KL divergence from the softened teacher to the softened student (Hinton et al. 2015, arXiv:1503.02531), per image
+    [B].
 
         T^2 KL(q || p),  q = softmax(t / T),  p = softmax(s / T)
 
-    A higher `temperature` lets the wrong classes count for more. `rescale` multiplies by temperature^2, so that the
-    gradient keeps its size when the temperature changes. `direction` "forward" makes the student cover whatever the
-    teacher thinks possible; "reverse", KL(student || teacher), keeps it from what the teacher thinks impossible.
-    `standardise` divides each image's logits by their own standard deviation first (MIX-KD, arXiv:2211.03946).
+    A higher `temperature` gives the wrong classes more weight. `rescale` multiplies by temperature^2, so that the
+    gradient keeps its size when the temperature changes. `direction` "forward" makes the student cover every class that
+    the teacher considers possible; "reverse", KL(student || teacher), keeps it away from classes that the teacher
+    considers impossible. `standardise` first divides each image's logits by their standard deviation (MIX-KD,
+    arXiv:2211.03946).
     """
     if standardise:
         student, teacher = standardised(student), standardised(teacher)
@@ -58,8 +59,8 @@ def soft_cross_entropy(
 
         -T^2 sum_k q_k log p_k,  q = softmax(t / T),  p = softmax(s / T)
 
-    `kl` plus the teacher's entropy, which is a constant: the gradient is the same, the logged value is not. The form of
-    the BYOT authors' code. `temperature` and `rescale` as in `kl`.
+    Equal to `kl` plus the teacher's entropy, a constant: the gradient is the same, the logged value is not. The BYOT
+    authors' code uses this form. `temperature` and `rescale` as in `kl`.
     """
     q = F.softmax(teacher / temperature, dim=1)
     log_p = F.log_softmax(student / temperature, dim=1)
@@ -76,19 +77,20 @@ def balanced_kl(
     temperature: Temperature = 1.0,
     rescale: bool = True,
 ) -> Tensor:
-    """Both directions of the KL divergence, weighted image by image: BD-KD (Amara et al. 2022, arXiv:2212.12965), [B].
+    """Both directions of the KL divergence, weighted for each image: BD-KD (Amara et al. 2022, arXiv:2212.12965), per
+    image [B].
 
         T^2 (nu KL(q || p) + KL(p || q))  where p has the lower entropy
         T^2 (KL(q || p) + nu KL(p || q))  elsewhere
 
-    Where the student is surer of itself than the teacher (its entropy is lower), the forward divergence counts `nu`
-    times, elsewhere the reverse one. `temperature` and `rescale` as in `kl`; the entropies are those of the softened
-    predictions. A reconstruction: the paper's own weights could not be read, and the rule and `nu` are our reading of
-    its summary.
+    Where the student is more confident than the teacher (its entropy is lower), the forward divergence counts `nu`
+    times; elsewhere the reverse one does. `temperature` and `rescale` as in `kl`; entropies are computed from the
+    softened predictions. A reconstruction: we could not read the paper's own weights, and the rule and `nu` are our
+    reading of its summary.
     """
     log_p = F.log_softmax(student / temperature, dim=1)
     log_q = F.log_softmax(teacher / temperature, dim=1)
-    # The sign of a difference: no gradient comes back from the weights.
+    # A comparison, so the weights get no gradient.
     surer = (log_p.exp() * log_p).sum(dim=1) > (log_q.exp() * log_q).sum(dim=1)
     forward = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
     reverse = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
@@ -105,15 +107,15 @@ def dkd(
     beta: Share = 8.0,
     temperature: Temperature = 4.0,
 ) -> Tensor:
-    """Decoupled KD: the label's class and the other classes are matched apart (Zhao et al. 2022, arXiv:2203.08679), per
-    image [B].
+    """Decoupled KD: the label's class and the other classes are matched separately (Zhao et al. 2022,
+    arXiv:2203.08679), per image [B].
 
         T^2 (alpha KL(b(q) || b(p)) + beta KL(q' || p'))
         b(p) = (p_y, 1 - p_y) for the label y,  p' = p over the wrong classes, made to sum to 1
 
-    `alpha` weighs how sure the teacher is of the label, `beta` what it thinks of the wrong classes among themselves,
-    which `kl` weighs by how unsure it is. Already times temperature^2. Needs hard labels: raises UserError with mixup
-    or cutmix. The authors' code warms this loss up over 20 epochs.
+    `alpha` weighs the teacher's confidence in the label, `beta` its distribution over the wrong classes, which `kl`
+    weighs by the teacher's doubt about the label. Includes the factor temperature^2. Needs hard labels: raises
+    UserError with mixup or cutmix. The authors' code warms this loss up over 20 epochs.
     """
     labels = hard_labels(batch)
     student, teacher = student / temperature, teacher / temperature
@@ -126,7 +128,7 @@ def dkd(
 
 
 def _label_or_not(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log probabilities of the label and of anything else [B, 2]."""
+    """Log probabilities of the label and of all other classes together [B, 2]."""
     both = [label_column(logits, labels), other_columns(logits, labels).logsumexp(dim=1)]
     return F.log_softmax(torch.stack(both, dim=1), dim=1)
 
@@ -135,15 +137,16 @@ def _label_or_not(logits: Tensor, labels: Tensor) -> Tensor:
 def nkd(
     student: Tensor, teacher: Tensor, batch: Batch, *, gamma: Share = 1.5, temperature: Temperature = 1.0
 ) -> Tensor:
-    """Normalised KD: the label weighted by the teacher's trust in it, and the wrong classes apart from it (Yang et al.
-    2023, arXiv:2303.13005; first in arXiv:2208.10139), per image [B].
+    """Normalised KD: the label weighted by the teacher's confidence in it, and the wrong classes separately (Yang et
+    al. 2023, arXiv:2303.13005; first in arXiv:2208.10139), per image [B].
 
         -q_y log p_y - gamma T^2 sum over k != y of q'_k log p'_k
         p, q at T = 1;  p', q' at T over the wrong classes alone
 
-    `gamma` weighs the wrong classes, which alone have a `temperature` and its square as a factor. Both parts are cross
-    entropies, so the loss is not zero where the student equals the teacher. Stands beside an ordinary cross entropy.
-    Needs hard labels: raises UserError with mixup or cutmix (the authors' code then takes the largest share).
+    `gamma` weighs the wrong classes; `temperature`, and its square as a factor, applies only to them. Both parts are
+    cross entropies, so the loss is not zero where the student equals the teacher. Meant to be used together with
+    ordinary cross entropy. Needs hard labels: raises UserError with mixup or cutmix (where the authors' code uses the
+    most probable label).
     """
     labels = hard_labels(batch)
     trust = label_column(F.softmax(teacher, dim=1), labels)
@@ -163,14 +166,14 @@ def dist(
     gamma: Share = 1.0,
     temperature: Temperature = 4.0,
 ) -> Tensor:
-    """Correlation instead of equality: DIST (Huang et al. 2022, arXiv:2205.10536), a scalar, already times
-    temperature^2.
+    """Correlation instead of equality between predictions: DIST (Huang et al. 2022, arXiv:2205.10536), a scalar that
+    includes the factor temperature^2.
 
         T^2 (beta mean over B of (1 - r(p_b, q_b)) + gamma mean over K of (1 - r(p_k, q_k))),  r Pearson's correlation
 
-    `beta` weighs how the classes relate within an image, `gamma` how the images relate within a class. The latter sees
-    the batch of one process, so it changes with the batch size, and says nothing with a single image. The authors use
-    `temperature` 4 on CIFAR-100, 1 on ImageNet, and weight 2 in both.
+    `beta` weighs how the classes relate within an image, `gamma` how the images relate within a class. The second part
+    is computed over the batch of one process, so it changes with the batch size and has no gradient with a single
+    image. The authors use `temperature` 4 on CIFAR-100, 1 on ImageNet, and weight 2 in both.
     """
     p, q = F.softmax(student / temperature, dim=1), F.softmax(teacher / temperature, dim=1)
     inter, intra = 1 - _correlation(p, q), 1 - _correlation(p.T, q.T)
@@ -178,17 +181,17 @@ def dist(
 
 
 def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson's correlation of the rows of both, 0 for a constant row."""
+    """Pearson's correlation between the rows of the two tensors, 0 for a constant row."""
     one, other = one - one.mean(dim=1, keepdim=True), other - other.mean(dim=1, keepdim=True)
     norms: Tensor = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(other, dim=1)
     return (one * other).sum(dim=1) / (norms + 1e-8)
 
 
 def gated(logits: list[Tensor], gate: Tensor) -> Tensor:
-    """The branches' logits [B, K] mixed by each image's gate [B, E]: ONE's teacher (Lan et al. 2018,
+    """The branches' logits [B, K], mixed with each image's gate weights [B, E]: ONE's teacher (Lan et al. 2018,
     arXiv:1806.04606).
 
-    The gate is a softmax: its rows sum to 1. Gradients reach both the branches and the gate; the loss that teaches the
-    branches detaches this mix, the cross entropy that teaches the gate does not.
+    The gate is a softmax: its rows sum to 1. Gradients reach both branches and gate; the loss that teaches the branches
+    detaches this mix, the cross entropy that teaches the gate does not.
     """
     return torch.einsum("ebk,be->bk", torch.stack(logits), gate)
