@@ -77,6 +77,15 @@ def test_hostile_folder_names_go_through_training_and_evaluation(photos, tmp_pat
     assert json.loads(sdcli("eval", run, "--json", "-j", 0).out)["dataset"] == photos.name
 
 
+def test_a_character_that_the_encoding_lacks_is_printed_as_its_escape(monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", file)
+    line("3 · 犬")
+    talk.output().print("█")
+    file.flush()
+    assert file.buffer.getvalue() == rb"3 \xb7 \u72ac" + b"\n" + rb"\u2588" + b"\n"
+
+
 def test_json_has_null_for_what_is_no_number(capsys):
     print_json({"a": math.nan, "b": [math.inf, 1.5], "c": {"d": (-math.inf, CLEAR)}})
     said = capsys.readouterr().out

@@ -28,7 +28,7 @@ from sdcli.run.folder import read_log
 from sdcli.run.training import Training
 
 PLAIN_EVERY_S = 30.0
-"""How often a long epoch reports where it is when nobody watches a terminal."""
+"""How often a long epoch reports where it is in a file or a pipe."""
 
 IMBALANCE = 10
 """A note is due where the largest class has more than this many times the images of the smallest."""
@@ -90,7 +90,7 @@ def _imbalance(training: Training) -> list[str]:
 
 
 def _follow_plain(training: Training, events: Iterable[Event]) -> Finished | Stopped | None:
-    told = started = time.monotonic()
+    shown = started = time.monotonic()
     steps, position = training.updates_per_epoch, training.position
     total, before = training.epochs * steps, (position.epoch - 1) * steps + position.update
 
@@ -106,13 +106,13 @@ def _follow_plain(training: Training, events: Iterable[Event]) -> Finished | Sto
         if isinstance(event, Step):
             if event.shares:
                 message(_shares(event))
-            if now - told >= PLAIN_EVERY_S:
-                told = now
+            if now - shown >= PLAIN_EVERY_S:
+                shown = now
                 speed = f"{event.images_per_s:,.0f} images/s{left((event.epoch - 1) * steps + event.update)}"
                 message(f"epoch {event.epoch}/{training.epochs}, update {event.update}/{event.updates}"
                         f"  |  {_losses(event.losses)}  |  {speed}")  # fmt: skip
         else:
-            told = now
+            shown = now
             scores = f"  |  {_scores(event.validation)}" if event.validation else ""
             speed = f"{event.images_per_s:,.0f} images/s{left(event.epoch * steps)}"
             message(f"epoch {event.epoch}/{training.epochs}  |  {_losses(event.losses)}{_skipped(event)}{scores}"

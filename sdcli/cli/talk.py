@@ -7,6 +7,7 @@ the terminal obeys: everything goes through `printable`.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, TextIO
 
-import typer
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -48,12 +48,15 @@ class _Console(Console):
 
 @lru_cache(maxsize=4)
 def _console(file: TextIO) -> Console:
+    if isinstance(file, io.TextIOWrapper):
+        # Where the encoding lacks a character ("·" in ASCII), its escape is printed instead of a traceback.
+        file.reconfigure(errors="backslashreplace")
     width = None if file.isatty() else WIDE
     return _Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
 def output() -> Console:
-    """For results. In a pipe nothing is cut to a width that nobody sees."""
+    """For results. In a pipe or a file nothing is cut to the width of a terminal."""
     return _console(sys.stdout)
 
 
@@ -69,7 +72,7 @@ def is_watched() -> bool:
 
 def line(text: str) -> None:
     """One line of results."""
-    typer.echo(printable(text))
+    print(printable(text), file=output().file)
 
 
 def message(*parts: str | tuple[str, str], style: str = "", prose: bool = False) -> None:
@@ -88,7 +91,7 @@ def note(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """`value` as JSON on stdout; NaN and infinity, which JSON does not have, become null."""
-    typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+    line(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

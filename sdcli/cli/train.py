@@ -288,8 +288,8 @@ def train(
         "imports": find_imports(import_ or []),
     }
     parameter = {"compile": "compile_", "imports": "import_"}
-    said = {name for name in chosen if _was_given(ctx, parameter.get(name, name))}
-    going_on = _run_to_resume(resume, output)
+    typed = {name for name in chosen if _was_given(ctx, parameter.get(name, name))}
+    to_resume = _run_to_resume(resume, output)
 
     from sdcli.recipe.explain import blaming
     from sdcli.recipe.load import read_recipe
@@ -301,8 +301,8 @@ def train(
     ]
     if pretrained:
         overrides.append(Override("networks.student.weights", "pretrained", "--pretrained"))
-    whole, origins = read_recipe(recipe or ["default"], overrides) if recipe or not going_on else (None, {})
-    if not going_on:
+    whole, origins = read_recipe(recipe or ["default"], overrides) if recipe or not to_resume else (None, {})
+    if not to_resume:
         if model is None or dataset is None:
             missing = "MODEL" if model is None else "--dataset"
             raise UserError(
@@ -317,15 +317,15 @@ def train(
         from sdcli.cli.progress import follow
         from sdcli.devices import keep_freed_memory
         from sdcli.run.prepare import prepare
-        from sdcli.run.resume import resume as go_on
+        from sdcli.run.resume import resume as resume_run
         from sdcli.run.resume import resumed
         from sdcli.run.settings import Settings
         from sdcli.run.train import fit
 
-        if going_on:
-            given = {name: chosen[name] for name in said}
-            settings, loaded = resumed(going_on, given, whole, overrides)
-            training = go_on(going_on, settings, loaded)
+        if to_resume:
+            given = {name: chosen[name] for name in typed}
+            settings, loaded = resumed(to_resume, given, whole, overrides)
+            training = resume_run(to_resume, settings, loaded)
         else:
             assert whole is not None
             with blaming(origins):
