@@ -282,7 +282,7 @@ class Recipe(Table):
     epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
     """The length of the run, or of each phase."""
     best: Annotated[str, Field(pattern=r"^(mean|ensemble|final|exit[1-9][0-9]*)$")] = MEAN
-    """How the best epoch is chosen on the validation split: by the top-1 of `final`, of an exit or of the `ensemble`, or
+    """How the best epoch is chosen on the validation split: by the top-1 of `final`, an exit or the `ensemble`, or
     by the `mean` of `final` and all exits."""
     networks: dict[Word, Network] = {}
     """The tables `[networks.NAME]`."""
