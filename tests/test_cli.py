@@ -272,9 +272,37 @@ def test_inspect_json_has_the_fields_of_the_plan(sdcli):
     plan = json.loads(sdcli("inspect", "resnet18", "--json", "--num-classes", 10).out)
     assert set(plan) == {"model", "family", "input_size", "found_by", "notes", "params", "macs", "stages"}
     assert {"module", "num_chs", "reduction", "output_fmt", "num_prefix_tokens", "params", "macs", "macs_fraction",
-            "head_params", "head_macs"} <= set(plan["stages"][0])  # fmt: skip
+            "head_params", "head_macs", "exit_params", "exit_macs", "exit_macs_fraction", "dominated_by"
+            } <= set(plan["stages"][0])  # fmt: skip
     assert [stage["module"] for stage in plan["stages"]] == ["layer1", "layer2", "layer3", "layer4"]
     assert plan["stages"][-1]["head_params"] == 512 * 10 + 10
+
+
+def test_inspect_counts_an_exits_head_and_marks_exits_that_are_no_cheaper_than_a_deeper_one(sdcli):
+    plan = json.loads(sdcli("inspect", "tf_efficientnet_lite0", "--json").out)
+    assert [(stage["point"], stage["dominated_by"]) for stage in plan["stages"]] == [
+        ("exit1", "exit2"), ("exit2", None), ("exit3", None), ("final", None)
+    ]  # fmt: skip
+    for stage in plan["stages"]:
+        assert stage["exit_macs"] == stage["macs"] + stage["head_macs"]
+        assert stage["exit_params"] == stage["params"] + stage["head_params"]
+        assert stage["exit_macs_fraction"] == stage["exit_macs"] / plan["macs"]
+    assert plan["stages"][-1]["exit_macs_fraction"] == 1
+    note = "exit1* costs at least as many MACs as exit2, which is deeper; --head linear is cheaper"
+    assert plan["notes"] == [note]
+    result = sdcli("inspect", "tf_efficientnet_lite0")
+    rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line.strip()}
+    assert "37.9%" in rows["exit1*"] and "36.3%" in rows["exit2"] and "100.0%" in rows["final"]
+    assert f"note: {note}" in " ".join(result.err.split())
+
+
+def test_inspect_warns_of_an_exit_that_costs_more_than_the_network(sdcli):
+    result = sdcli("inspect", "test_resnet")
+    assert "106.9%" in result.out
+    assert "note: exit1* costs 1.07 times as many MACs as the whole network; --head linear is cheaper" in " ".join(
+        result.err.split()
+    )
+    assert "costs" not in sdcli("inspect", "test_resnet", "--head", "linear").err
 
 
 def test_inspect_of_a_pattern_has_a_row_for_each_model_in_the_order_asked_for(sdcli):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from socket import AF_UNIX
@@ -1413,6 +1414,11 @@ def test_loader_pickles_for_workers_that_are_not_forked() -> None:
     copy = pickle.loads(pickle.dumps(loader.dataset))
     places = [(1, 3), (1, 0)]
     assert torch.equal(copy.__getitems__(places).images, loader.dataset.__getitems__(places).images)
+
+
+def test_the_size_and_colours_of_the_digits_are_those_that_are_measured() -> None:
+    digits = open_dataset("digits")
+    assert digits.measured == measure(replace(digits, measured=None))
 
 
 @pytest.mark.slow

@@ -1028,3 +1028,51 @@ def test_a_frozen_network_with_other_weights_is_refused(taught: tuple[Path, Path
         )
     finally:
         weights.write_bytes(content)
+
+
+# The check before the run sees the model as the run will build it
+
+
+REFUSED_AT_SMALL_SIZES = (
+    "module 'maxpool' of test_resnet returns what it is given\n"
+    "  expected: a module that is called once and returns a map\n"
+    "  fix:      name others, such as layer1, layer2, layer3"
+)
+
+
+def never(*arguments: Any, **named: Any) -> Any:
+    raise AssertionError("too late")
+
+
+def test_the_check_builds_the_model_at_the_size_of_a_known_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Small images get a stem without a pool; at the model's own size there is one.
+    recipe = load_recipe(["quick"], ['networks.student.exits=["maxpool"]'])
+    monkeypatch.setattr("sdcli.run.prepare.open_dataset", never)
+    with pytest.raises(UserError) as caught:
+        prepare(replace(QUICK, model="test_resnet"), recipe, tmp_path / "run")
+    assert str(caught.value) == REFUSED_AT_SMALL_SIZES
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_check_is_repeated_once_the_size_is_known_and_before_weights_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, number in (("train", 12), ("test", 2)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(number):
+                Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"{i}.png")
+    recipe = load_recipe(["quick"], ['networks.student.exits=["maxpool"]'])
+    monkeypatch.setattr("sdcli.run.prepare.build_network", never)
+    settings = replace(QUICK, model="test_resnet", dataset=str(tmp_path / "images"), limit_train=None, limit_val=None)
+    with pytest.raises(UserError) as caught:
+        prepare(settings, recipe, tmp_path / "run")
+    assert str(caught.value) == REFUSED_AT_SMALL_SIZES
+    assert not (tmp_path / "run").exists()
+    # With a size of the user's own the first check was the right one.
+    monkeypatch.setattr("sdcli.run.prepare.open_dataset", never)
+    with pytest.raises(UserError, match="returns what it is given"):
+        prepare(replace(settings, image_size=16), recipe, tmp_path / "run")

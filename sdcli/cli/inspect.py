@@ -72,7 +72,7 @@ def inspect(
     """Show the exits of a model and what each costs; for a pattern, one row per model.
 
     Nothing is downloaded: a model is built without weights, and one forward pass is traced. Parameters and MACs are
-    counted from the input up to each exit, for one image; those of a head come on top.
+    counted for one image, from the input up to each stage; the head comes on top, and the share includes it.
     """
     from sdcli.cli.talk import note, only_results, output, print_json, stages
 

@@ -43,7 +43,7 @@ def amount(value: float) -> str:
 
 
 def inspect_table(plan: Mapping[str, Any], console: Console) -> Table:
-    """What `inspect` shows: `plan` as `exits.plan_json` gives it, with as many columns as the terminal has room for."""
+    """What `inspect` shows: `plan` as `Blueprint.summary` returns it, with as many columns as fit into the terminal."""
     table = _inspect_table(plan, ())
     for dropped in (("bar",), ("bar", "reduction")):
         if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
@@ -60,25 +60,26 @@ def _inspect_table(plan: Mapping[str, Any], dropped: Sequence[str]) -> Table:
     table.add_column("exit", style="bold", no_wrap=True)
     table.add_column("module", no_wrap=True)
     table.add_column("shape", no_wrap=True)
-    for title in ("reduction", "params", "MACs", "share", "head params", "head MACs"):
+    for title in ("reduction", "params", "MACs", "+ head\nparams", "+ head\nMACs", "share of\nMACs"):
+        # Titles of two lines keep their columns narrow.
         if title not in dropped:
-            # The last two titles take two lines, so that their columns stay narrow.
-            table.add_column(title.replace("head ", "+ head\n"), justify="right", no_wrap=True)
+            table.add_column(title, justify="right", no_wrap=True)
     if "bar" not in dropped:
         table.add_column("", no_wrap=True)
     for stage in plan["stages"]:
-        share = stage["macs_fraction"]
-        cells = {
-            "exit": stage["point"],
+        share = stage["exit_macs_fraction"]
+        cells: dict[str, str | Text] = {
+            # Notes on dominated exits begin with the same mark.
+            "exit": stage["point"] + ("*" if stage["dominated_by"] else ""),
             "module": stage["module"],
             "shape": shape(stage),
             "reduction": f"/{stage['reduction']}",
             "params": amount(stage["params"]),
             "MACs": amount(stage["macs"]),
-            "share": f"{share:.1%}",
             "head params": amount(stage["head_params"]),
             "head MACs": amount(stage["head_macs"]),
-            "bar": Text("█" * max(1, round(share * 16)), style="cyan"),
+            "share": f"{share:.1%}",
+            "bar": Text("█" * min(16, max(1, round(share * 16))), style="cyan"),
         }
         table.add_row(*(cell for title, cell in cells.items() if title not in dropped))
     return table

@@ -28,20 +28,13 @@ class Named:
     hflip: bool = True
     """Whether classes are mirror-invariant, so that a horizontal flip keeps the label."""
     measured: tuple[Size, Colour, Colour] | None = None
-    """Published image size, mean and standard deviation of the training images; None: measure them."""
-    own_size: Size | None = None
-    """The image size where it is known although it is not in `measured`."""
-
-    @property
-    def size(self) -> Size | None:
-        """The size of its images, before any is read."""
-        return self.measured[0] if self.measured else self.own_size
+    """Image size, mean and standard deviation of the training images, as published or measured; None: measure them."""
 
 
 NAMED = {
     "cifar10": Named("uoft-cs/cifar10", measured=((32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
     "cifar100": Named("uoft-cs/cifar100", measured=((32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
-    "digits": Named(None, hflip=False, own_size=(8, 8)),
+    "digits": Named(None, hflip=False, measured=((8, 8), (0.305, 0.305, 0.305), (0.3765, 0.3765, 0.3765))),
 }
 
 SPLITS = {

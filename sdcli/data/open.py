@@ -132,7 +132,7 @@ def _open_shipped(name: str, known: Named) -> ImageData:
             pixels = (arrays[f"{split}_images"].astype(np.uint16) * 255 // 16).astype(np.uint8)
             splits[split] = whole_split(split, _Pixels(pixels), arrays[f"{split}_labels"])
     classes = tuple(str(label) for label in range(int(splits["train"].labels.max()) + 1))
-    return ImageData(name, name, classes, splits, hflip=known.hflip)
+    return ImageData(name, name, classes, splits, hflip=known.hflip, measured=known.measured)
 
 
 def _open_folder(name: str, path: Path, image_key: str | None, label_key: str | None) -> ImageData:

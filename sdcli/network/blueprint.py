@@ -5,7 +5,7 @@ D embedding, K classes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -116,16 +116,24 @@ class Blueprint:
         return alone | {ENSEMBLE: Cost(alone[deepest].params + params, alone[deepest].macs + macs)}
 
     def summary(self) -> dict[str, Any]:
-        """What `inspect --json` prints: each stage with what its head costs."""
-        plan, costs = self.plan, self.head_costs()
+        """What `inspect --json` prints: each stage with the cost of its head, and of the exit when it is shipped alone.
+
+        `dominated_by` is the deepest exit that costs no more MACs.
+        """
+        plan, heads = self.plan, {point: Cost(0, 0) for point in self.points} | self.head_costs()
+        macs = {point: stage.macs + heads[point].macs for point, stage in self.stages.items()}
         stages = [
             {
                 "point": point,
                 **asdict(stage),
-                "macs_fraction": stage.macs / plan.macs if plan.macs else 0.0,
+                "macs_fraction": self._share(stage.macs),
                 "head": self.heads.get(point),
-                "head_params": costs[point].params if point in costs else 0,
-                "head_macs": costs[point].macs if point in costs else 0,
+                "head_params": heads[point].params,
+                "head_macs": heads[point].macs,
+                "exit_params": stage.params + heads[point].params,
+                "exit_macs": macs[point],
+                "exit_macs_fraction": self._share(macs[point]),
+                "dominated_by": _dominating(point, macs),
             }
             for point, stage in self.stages.items()
         ]
@@ -133,11 +141,26 @@ class Blueprint:
             "model": plan.model,
             "input_size": list(plan.input_size),
             "found_by": plan.found_by,
-            "notes": self.notes,
+            "notes": [*self.notes, *self._cost_notes(macs)],
             "params": plan.params,
             "macs": plan.macs,
             "stages": stages,
         }
+
+    def _share(self, macs: int) -> float:
+        return macs / self.plan.macs if self.plan.macs else 0.0
+
+    def _cost_notes(self, macs: Mapping[str, int]) -> Iterator[str]:
+        """A note on each exit that is no cheaper than a deeper one, or than the whole network."""
+        for point, own in macs.items():
+            deeper = _dominating(point, macs)
+            if deeper is None:
+                continue
+            if own > self.plan.macs:
+                found = f"costs {self._share(own):.2f} times as many MACs as the whole network"
+            else:
+                found = f"costs at least as many MACs as {deeper}, which is deeper"
+            yield f"{point}* {found}" + ("; --head linear is cheaper" if self.heads.get(point) != "linear" else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `checkpoint.py` reads them back."""
@@ -152,6 +175,13 @@ class Blueprint:
 
 UNNAMED_CLASSES = 1000
 """Of a model without a classifier, where no classes are given."""
+
+
+def _dominating(point: str, macs: Mapping[str, int]) -> str | None:
+    """The deepest exit that costs no more than `point`, if there is one; `macs` are those of all, shallowest first."""
+    names = list(macs)
+    deeper = names[names.index(point) + 1 :]
+    return next((other for other in reversed(deeper) if macs[other] <= macs[point]), None)
 
 
 def exit_points(plan: StagePlan) -> list[str]:

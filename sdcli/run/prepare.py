@@ -20,7 +20,7 @@ from sdcli.data.measure import measure, natural_size
 from sdcli.data.open import open_dataset
 from sdcli.data.resident import ResidentLoader, suitable_loader
 from sdcli.data.splits import limited, training_splits
-from sdcli.data.transforms import Preprocess
+from sdcli.data.transforms import Preprocess, Size
 from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import digests, load_imports
@@ -96,11 +96,21 @@ def check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
     check_names(recipe)
     _LOG.info("checking the recipe with %s", settings.model)
     # On meta: exits, widths and what teaches them show before the data are looked for.
-    image_size = settings.image_size
-    if image_size is None and recipe.student.weights != "pretrained" and settings.dataset in NAMED:
-        image_size = natural_size(NAMED[settings.dataset].size)
-    check_with_model(recipe, settings.model, image_size=image_size)
+    check_with_model(recipe, settings.model, image_size=_input_size(settings, recipe, _known_size(settings)))
     return accelerator_for(settings.device, settings.precision, settings.track, folder)
+
+
+def _known_size(settings: Settings) -> Size | None:
+    """The size of the data set's images, if it is known before they are opened."""
+    known = NAMED.get(settings.dataset)
+    return known.measured[0] if known and known.measured else None
+
+
+def _input_size(settings: Settings, recipe: Recipe, size: Size | None) -> int | None:
+    """The input size of a run on images of this size; None: the model's own."""
+    if settings.image_size is not None or recipe.student.weights == "pretrained":
+        return settings.image_size
+    return natural_size(size)
 
 
 @dataclass(frozen=True)
@@ -212,9 +222,10 @@ def _build_networks(
     size, *colours = measure(splits.dataset)
     mean, std = colours
     classes = splits.dataset.classes
-    image_size = settings.image_size
-    if image_size is None and recipe.student.weights != "pretrained":
-        image_size = natural_size(size)
+    image_size = _input_size(settings, recipe, size)
+    if image_size != _input_size(settings, recipe, _known_size(settings)):
+        # `check` did not know the size, which decides stem and stages.
+        check_with_model(recipe, settings.model, image_size=image_size)
     networks: dict[str, MultiExit] = {}
     notes: list[str] = []
     for name, table in {STUDENT: recipe.student, **recipe.others}.items():
