@@ -40,8 +40,16 @@ CLOSED = "closed"
 
 
 def _begin(
-    arguments: list[str], folder: str, environment: dict[str, str], said: list[str], leads: bool, ignored: list[int]
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    said: list[str],
+    leads: bool,
+    ignored: list[int],
+    method: str,
 ) -> None:
+    # A process of a fork server would start its own from another one.
+    multiprocessing.set_start_method(method, force=True)
     if leads:
         os.setpgid(0, 0)
     # Jobs in the background of a shell begin with Ctrl-C ignored, tests among them.
@@ -70,6 +78,7 @@ class Process:
 
     `out` and `err` name what its streams are, files of its own by default. With `leads` it has a process group of its
     own, as under timeout(1) or in a terminal; `ignored` are signals that it starts with ignored, as under nohup.
+    `method` is how it starts processes that load images: by default as this Python does.
     """
 
     def __init__(
@@ -81,6 +90,7 @@ class Process:
         err: Path | str | None = None,
         leads: bool = False,
         ignored: Sequence[int] = (),
+        method: str | None = None,
     ) -> None:
         folder = tempfile.mkdtemp(prefix="sdcli-test-")
         atexit.register(shutil.rmtree, folder)
@@ -88,7 +98,8 @@ class Process:
         given = [str(argument) for argument in arguments]
         environment = {**os.environ, **(env or {})}
         self._said = said
-        work = (given, str(cwd or Path.cwd()), environment, said, leads, list(ignored))
+        method = method or multiprocessing.get_start_method()
+        work = (given, str(cwd or Path.cwd()), environment, said, leads, list(ignored), method)
         self._process = SERVER.Process(target=_begin, args=work)
         self._process.start()
 

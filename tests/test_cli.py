@@ -379,7 +379,7 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
     refused(
         result,
         f"output '{trained}' holds a run already\n  expected: a new or empty folder\n"
-        f"  fix:      another --output, or go on with it: sdcli train --resume {trained}",
+        f"  fix:      --output {trained}-2, or resume the run: sdcli train --resume {trained}",
     )
     assert {file.name: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
 
@@ -570,17 +570,20 @@ def test_a_stopped_run_saves_leaves_and_goes_on(trained, tmp_path, sdcli, monkey
     assert log_without_times(folder) == log_without_times(trained)
 
 
-def test_a_signal_is_noted_first_and_obeyed_the_second_time(request):
+def test_the_first_signal_is_noted_and_those_that_a_launcher_repeats_are_not_obeyed(request):
     from sdcli.cli.train import _signals
 
     # Jobs in the background of a shell begin with Ctrl-C ignored, tests among them.
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
-    with pytest.raises(KeyboardInterrupt), _signals() as told:
-        assert told() is None
-        signal.raise_signal(signal.SIGINT)
-        assert told() == signal.SIGINT
-        signal.raise_signal(signal.SIGINT)
+    for first in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with _signals() as told:
+            assert told() is None
+            signal.raise_signal(first)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                signal.raise_signal(number)
+            assert told() == first
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_keeps_freed_memory_for_the_next_step(tmp_path, sdcli, monkeypatch):

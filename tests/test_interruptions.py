@@ -17,10 +17,12 @@ import psutil
 import pytest
 import torch
 from conftest import Command, noise, refused
+from PIL import Image
 from processes import CLOSED, Process, finished
 from safetensors import SafetensorError
 from test_train import same, state_of
 
+from sdcli.cli.plots import save_curves
 from sdcli.data.loaders import Loader
 from sdcli.errors import UserError
 from sdcli.files import replacing
@@ -54,7 +56,9 @@ def under_way(process: Process, folder: Path, saves: int = 3) -> None:
 
 def workers_of(process: Process) -> list[psutil.Process]:
     """The processes that load images."""
-    while process.poll() is None and not (children := psutil.Process(process.pid).children()):
+    children: list[psutil.Process] = []
+    while process.poll() is None and len(children) < 2:
+        children = psutil.Process(process.pid).children()
         time.sleep(0.002)
     return children
 
@@ -115,13 +119,13 @@ from pathlib import Path
 from sdcli import LOSSES
 
 @LOSSES.register("sleeps", reads="logits")
-def sleeps(student, target, batch):
+def sleeps(student, teacher, batch):
     "Sleeps for ever at its third call."
     with Path("calls").open("a") as file:
         file.write(".")
     if Path("calls").stat().st_size == 3:
         time.sleep(1e6)
-    return (student - target).sum(dim=1) * 0
+    return (student - teacher).sum(dim=1) * 0
 """
 
 
@@ -214,7 +218,8 @@ def test_a_worker_that_is_killed_is_explained_after_the_state_is_saved(tmp_path:
         f"  fix:      --workers 0, or fewer than 2; the state is saved, resume with: sdcli train --resume {folder}\n"
     )
     assert gone([other])
-    assert states.load_state(folder / "state" / "last.pt")["position"]["num_images"] > 0
+    position = state_of(folder)["position"]
+    assert (position["epoch"], position["update"]) > (1, 0)
 
 
 def test_a_worker_that_is_killed_while_scoring_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,6 +558,15 @@ def test_a_damaged_line_within_the_log_is_named(copied: Path) -> None:
         read_log(copied)
 
 
+def test_curves_of_a_run_without_validation_are_one_panel(copied: Path) -> None:
+    save_curves(copied, copied / "two.png")
+    log = read_log(copied)
+    (copied / "log.jsonl").write_text("".join(json.dumps({**line, "validation": None}) + "\n" for line in log))
+    save_curves(copied, copied / "one.png")
+    (wide, height), (narrow, same_height) = (Image.open(copied / f"{name}.png").size for name in ("two", "one"))
+    assert (narrow, same_height) == (wide // 2, height)
+
+
 def test_a_taken_output_gets_a_free_name(tmp_path: Path, sdcli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "2").mkdir(parents=True)
@@ -640,6 +654,9 @@ KINDS = {
     "SIGINT to the group": Interruption(130, lambda p, f: p.signal_group(signal.SIGINT), WORKERS, {"leads": True}),
     "SIGTERM to the group": Interruption(143, lambda p, f: terminate_as_timeout_does(p), WORKERS, {"leads": True}),
     "SIGHUP to the group": Interruption(129, lambda p, f: p.signal_group(signal.SIGHUP), WORKERS, {"leads": True}),
+    "SIGTERM to a fork server": Interruption(
+        143, lambda p, f: terminate_as_timeout_does(p), WORKERS, {"leads": True, "method": "forkserver"}
+    ),
     "a worker killed": Interruption(2, lambda p, f: workers_of(p)[0].kill(), WORKERS),
     "stderr closed": Interruption(0, options={"err": CLOSED}),
     "stdout closed": Interruption(0, options={"out": CLOSED}),

@@ -100,7 +100,7 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
                 yield Stopped(position.epoch, position.update, stop.args[0])
                 return
             except UserError as error:
-                raise _saved(training, error) from error
+                raise _saved(training, error) from None
             epoch = replace(epoch, validation=finite(report, training))
         if training.is_first:
             training.run.log_epoch(epoch.to_log())
@@ -242,7 +242,12 @@ def train_epoch(
             if losses is not None:
                 watch.check(losses)
                 check_weights(training)
-            raise _saved(training, error) from error
+            error = _saved(training, error)
+            if training.accelerator.num_processes == 1 and (signal := told_to_stop()) is not None:
+                # It may be what ended the workers. The state is saved: a lasting error comes again.
+                yield Stopped(position.epoch, position.update, signal)
+                return
+            raise error from None
         epochs = training.recipe.phase_epochs[training.phase]
         training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
         shares = gradient_shares(training, batches[0]) if is_measured(training) else None
