@@ -22,10 +22,11 @@ RUN = """
 import json, re, sys, torch
 from pathlib import Path
 from sdcli.devices import keep_freed_memory
-from sdcli.prepare import prepare
-from sdcli.recipe import load_recipe
-from sdcli.train import train_epoch
-from sdcli.training import Position, Settings
+from sdcli.run.prepare import prepare
+from sdcli.recipe.load import load_recipe
+from sdcli.run.train import train_epoch
+from sdcli.run.settings import Settings
+from sdcli.run.state import Position
 model, data, folder, overrides, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 settings = Settings(model, data, device="cpu", image_size=32, val_fraction=0.0)
@@ -44,11 +45,12 @@ if training.is_first:
 DATA = """
 import json, re, sys, time, torch
 from pathlib import Path
-from sdcli.data import measure, open_dataset
-from sdcli.loaders import EpochBatches
-from sdcli.recipe import Augment
-from sdcli.resident import suitable_loader
-from sdcli.transforms import Preprocess
+from sdcli.data.measure import measure
+from sdcli.data.open import open_dataset
+from sdcli.data.loaders import EpochBatches
+from sdcli.recipe.schema import Augment
+from sdcli.data.resident import suitable_loader
+from sdcli.data.transforms import Preprocess
 torch.set_num_threads(1)
 def held():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

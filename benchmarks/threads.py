@@ -18,10 +18,11 @@ from pathlib import Path
 EPOCH = """
 import sys, time
 from pathlib import Path
-from sdcli.prepare import prepare
-from sdcli.recipe import load_recipe
-from sdcli.train import train_epoch
-from sdcli.training import Position, Settings
+from sdcli.run.prepare import prepare
+from sdcli.recipe.load import load_recipe
+from sdcli.run.train import train_epoch
+from sdcli.run.settings import Settings
+from sdcli.run.state import Position
 settings = Settings("resnet18", "digits", device="cpu")
 training = prepare(settings, load_recipe(["quick"], ["epochs=2"]), Path(sys.argv[1]))
 for _ in train_epoch(training): pass

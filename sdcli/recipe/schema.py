@@ -232,13 +232,13 @@ class Schedule(Table):
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
     """The rate at the start of the warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """The rate at the end of the run."""
+    """The rate that `cosine`, `poly` and `tanh` fall to."""
     decay_milestones: list[Annotated[float, Field(gt=0)]] = []
     """When `multistep` multiplies the rate by `decay_rate`."""
     decay_epochs: Annotated[float, Field(gt=0)] = 0.3
     """The time between two drops of `step`."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """The factor that a drop multiplies the rate by."""
+    """The factor that a drop multiplies the rate by; in `poly`, the power."""
 
 
 class Ema(Table):

@@ -26,7 +26,8 @@ def similarity(
     of: Literal["features", "attention"] = "features",
     power: Annotated[float, Field(ge=1)] = 2.0,
 ) -> Tensor:
-    """Mean squared difference between both sides' B x B matrices of similarities between the batch's images, a scalar.
+    """Mean squared difference between the student's and the target's B x B matrices of similarities within the batch, a
+    scalar.
 
         mean over B x B of (G(s) - G(t))^2,  G(A) = A A^T, each row with length 1,  A = the maps as rows
 
