@@ -598,7 +598,7 @@ def test_curves_and_the_table_have_the_losses_of_all_phases():
         return Epoch(number, f"phase{number}", 0.1, losses, 10, 1.0, 10.0, {}, skipped=number - 1)
 
     epochs = [epoch(1, {"task": 1.0, "soft": 2.0}), epoch(2, {"task": 0.5})]
-    table = _epoch_table(epochs)
+    table = _epoch_table(epochs, "mean")
     assert [str(column.header) for column in table.columns] == ["epoch", "task\nloss", "soft\nloss"]
     assert list(table.columns[2].cells) == ["2.0000", ""]
     figure = Figure()

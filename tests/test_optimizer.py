@@ -9,9 +9,8 @@ import timm.optim
 from torch import nn
 
 from sdcli.method.optimizer import create_optimizer
-from sdcli.network.backbones import create, resolve
-from sdcli.network.blueprint import head_kind, plan_network
-from sdcli.network.multi_exit import MultiExit, attach, choose_heads
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.schema import Network, Optimizer
 
 TABLE = Optimizer(opt="adamw", lr=0.001, weight_decay=0.05, decay_norm_and_bias=False)
@@ -20,10 +19,7 @@ HIERA = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
 
 
 def network(model: str, **table: Any) -> MultiExit:
-    wanted = Network(**table)
-    architecture = resolve(model, num_classes=2, image_size=64, stem="imagenet", model_args=wanted.model_args)
-    plan = plan_network(wanted, architecture)
-    return attach(create(architecture, device="cpu"), plan, choose_heads(plan, head_kind(wanted)), 2)
+    return build(Blueprint.draft(Network(stem="imagenet", **table), model, ["no", "yes"], image_size=64))
 
 
 def decayed(optimizer: Any, module: nn.Module) -> set[str]:
