@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_run_resumes(tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     assert process.wait() == 128 + signal.SIGINT, process.err
     assert process.err.endswith("\nstopped\n") and "Traceback" not in process.err
-    again = finished("train", "--resume", "run", cwd=tmp_path)
+    again = finished("train", "--resume", "run", "--import", "sleeps.py", cwd=tmp_path)
     assert again.poll() == 0, again.err
 
 
