@@ -568,7 +568,11 @@ def test_curves_of_a_run_without_validation_are_one_panel(copied: Path) -> None:
     log = read_log(copied)
     (copied / "log.jsonl").write_text("".join(json.dumps({**line, "validation": None}) + "\n" for line in log))
     save_curves(copied, copied / "one.png")
-    (wide, height), (narrow, same_height) = (Image.open(copied / f"{name}.png").size for name in ("two", "one"))
+    sizes = []
+    for name in ("two", "one"):
+        with Image.open(copied / f"{name}.png") as image:
+            sizes.append(image.size)
+    (wide, height), (narrow, same_height) = sizes
     assert (narrow, same_height) == (wide // 2, height)
 
 

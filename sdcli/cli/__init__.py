@@ -74,7 +74,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     secure()
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush_results()
     except BaseException as error:
         if _interrupted(error):
             # Also where a library, or typer, has made something else of it.
@@ -87,6 +90,14 @@ def main() -> None:
             time.sleep(5)
         _print_error(error)
         sys.exit(2)
+
+
+def _flush_results() -> None:
+    """Writes what is left of the results while errors can still be reported; exits with 1 if their reader has left."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(1)
 
 
 def _interrupted(error: BaseException | None) -> bool:
