@@ -129,7 +129,7 @@ MISTAKES = {
     "a key that is misspelt": (
         BYOT + "epoch = 30\n",
         "FILE: recipe: unknown key 'epoch'\n"
-        "  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
+        "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
         "schedule, signals, title\n"
         "  fix:      did you mean 'epochs'?",
     ),
@@ -142,7 +142,7 @@ MISTAKES = {
     "a table in the wrong place": (
         BYOT + '[augment]\npolicy = "trivial"\n',
         "FILE: recipe: unknown key 'augment'\n"
-        "  expected: one of batch, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
+        "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
         "schedule, signals, title\n"
         "  fix:      [batch.augment]",
     ),
