@@ -115,6 +115,18 @@ class Blueprint:
         params, macs = (sum(getattr(own[point], kind) for point in others) for kind in ("params", "macs"))
         return alone | {ENSEMBLE: Cost(alone[deepest].params + params, alone[deepest].macs + macs)}
 
+    def passing(self, exits: Sequence[str]) -> dict[str, int]:
+        """The MACs of an image that leaves at each of `exits` or at `final`, with early exit at these `exits`.
+
+        An image pays for the head of every exit that it passes: at `final` that is more than the plain network.
+        """
+        own, stages = self.head_costs(), self.stages
+        costs, heads = {}, 0
+        for point in exits:
+            heads += own[point].macs
+            costs[point] = stages[point].macs + heads
+        return costs | {FINAL: stages[FINAL].macs + own[FINAL].macs + heads}
+
     def summary(self) -> dict[str, Any]:
         """What `inspect --json` prints: each stage with the cost of its head, and of the exit when it is shipped alone.
 

@@ -6,7 +6,8 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdcli.errors import UserError
+from sdcli.errors import UserError, unknown
 from sdcli.network.backbones import create
 from sdcli.network.blueprint import BRANCH, Blueprint
 from sdcli.network.heads import build_head
-from sdcli.network.signals import Signal
-from sdcli.network.stages import Stage, prefix_tokens, tap_modules, to_map
+from sdcli.network.policies import Decided, Policy, check_policy
+from sdcli.network.routing import Router, averaged, reasons, visiting
+from sdcli.network.signals import Signal, signal_at
+from sdcli.network.stages import Stage, tap_modules, to_map
 from sdcli.network.tail import Branch, DenseClassifier
-from sdcli.network.taps import InputTap, Store, Tap
+from sdcli.network.taps import InputTap, Reached, Store, Tap
+from sdcli.network.truncated import Truncated
 from sdcli.recipe.address import FINAL
 
 
@@ -54,6 +58,7 @@ class MultiExit(nn.Module):
         self._store = Store()
         self._dense: DenseClassifier | None = None
         self._hooks: list[Any] = []
+        self._why_not: dict[str, str] | None = None
         for point, stage in self.stages.items():
             # Gradient checkpointing calls blocks but not the stage around them: the tap that fires is read.
             for path in tap_modules(stage):
@@ -100,31 +105,86 @@ class MultiExit(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Signal]:
         """One forward pass: images [B, 3, H, W] to the signal of every point."""
         self._store.open = True
-        logits = self.backbone(images)
+        logits = averaged(self.backbone(images))
         self._store.open = False
         # Tensors that stay here would keep their graphs alive, and cannot be deep-copied.
         store, self._store.tensors = self._store.tensors, {}
-        # Distilled models return one prediction per head in training and average them in evaluation.
-        if isinstance(logits, (tuple, list)):
-            logits = torch.stack(list(logits)).mean(dim=0)
-        signals, heads = {}, dict(self.heads.items())
-        for point, stage in self.stages.items():
-            features, head = to_map(store[point], stage), heads.get(point)
-            if isinstance(head, Branch):
-                signals[point] = Signal(features, *head(store[point]))
-            elif head is None and point != FINAL:
-                signals[point] = Signal(features, features.mean(dim=(2, 3)), None)
-            elif point != FINAL:
-                assert head is not None
-                signals[point] = Signal(features, *head(features, prefix_tokens(store[point], stage)))
-            elif head is not None:
-                signals[FINAL] = Signal(features, *head(logits))
-            else:
-                embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
-                signals[FINAL] = Signal(features, embedding, logits)
+        # One by one from `items`: torch.compile cannot look up a module by a name that varies.
+        heads = dict(self.heads.items())
+        signals = {point: signal_at(self.stages[point], heads.get(point), store[point]) for point in self.points[:-1]}
+        signals[FINAL] = self._final(store, logits)
         if self._dense is not None:
             signals[FINAL].dense = self._dense.logits(self.backbone, store["places"])
         return signals
+
+    def _final(self, store: Mapping[str, Tensor], logits: Tensor) -> Signal:
+        """The signal of the network's own end; `logits` is what an encoder returns in their place."""
+        features = to_map(store[FINAL], self.stages[FINAL])
+        if FINAL in self.heads:
+            return Signal(features, *self.heads[FINAL](logits))
+        embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
+        return Signal(features, embedding, logits)
+
+    @torch.no_grad()
+    def route(self, images: Tensor, policy: Policy) -> Decided:
+        """Early exit: each image [B, 3, H, W] leaves at the first exit that is sure, and only the others go on.
+
+        In eval mode and without gradients. The first call of a policy that uses an exit checks that images can leave
+        there. Raises UserError where they cannot, and for a policy that does not fit the network.
+        """
+        self.check(policy)
+        router = Router(policy, self._logits_at, len(images))
+        with self._evaluating(), suppress(Reached), visiting(self._store, router.visit):
+            output = averaged(self.backbone(images))
+            router.finish(self.heads[FINAL](output)[1] if FINAL in self.heads else output)
+        return router.decided()
+
+    def check(self, policy: Policy) -> None:
+        """Raises UserError for a policy that names other exits, or one that images cannot leave at."""
+        check_policy(policy, self.classifiers)
+        for point in policy.exits:
+            if reason := self.why_not[point]:
+                possible = [other for other in self.classifiers[:-1] if not self.why_not[other]]
+                raise UserError(
+                    f"images cannot leave {self.plan.model} at {point}: {reason}",
+                    "an exit after which the rest of the network needs only the images that are left"
+                    + (": " + ", ".join(possible) if possible else "; this model has none"),
+                )
+
+    @property
+    def why_not(self) -> dict[str, str]:
+        """For every exit, why images cannot leave there, in words; "" where they can. Found by running the network."""
+        if self._why_not is None:
+            with self._evaluating():
+                self._why_not = reasons(self.backbone, self._store, self.stages, self.plan.input_size)
+        return self._why_not
+
+    def upto(self, point: str) -> Truncated:
+        """A copy that ends at `point`: images [B, 3, H, W] to logits [B, K]. What is deeper is physically gone.
+
+        Raises UserError for a point that has no head.
+        """
+        if point not in self.classifiers:
+            raise unknown("exit", point, self.classifiers)
+        own = copy.deepcopy(self)
+        head = dict(own.heads.items()).get(point)
+        return Truncated(own.backbone, head, own._store, point, self.stages[point], self.plan.input_size)
+
+    def _logits_at(self, point: str, tensor: Tensor) -> Tensor:
+        logits = signal_at(self.stages[point], self.heads[point], tensor).logits
+        assert logits is not None
+        return logits
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """In eval mode, and afterwards each module as it was."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def read_densely(self) -> None:
         """From now on `final` also has the classifier's logits at every position of the last map (`Signal.dense`).
@@ -141,18 +201,14 @@ class MultiExit(nn.Module):
             self._hooks.append(self.backbone.get_submodule(path).register_forward_hook(tap))
         self._dense = places
         parameter = next(self.backbone.parameters())
-        flags = [(module, module.training) for module in self.modules()]
         try:
-            with torch.no_grad():
-                dense = self.eval()(parameter.new_zeros(1, *self.plan.input_size))[FINAL].dense
+            with torch.no_grad(), self._evaluating():
+                dense = self(parameter.new_zeros(1, *self.plan.input_size))[FINAL].dense
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
             raise UserError(
                 f"{self.plan.model}: its classifier cannot be applied to one position of the last map",
                 "a model that pools its last map, such as resnet18, convnext_tiny or vit_small_patch16_224",
             ) from None
-        finally:
-            for module, flag in flags:
-                module.training = flag
         assert dense is not None
 
     def eject(self) -> nn.Module:

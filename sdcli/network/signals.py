@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sdcli.network.stages import Stage, prefix_tokens, to_map
+from sdcli.network.tail import Branch
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -31,6 +34,16 @@ class Signal:
     def at_least_float(self) -> Signal:
         """The same with half precision widened to float32, in which losses are computed."""
         return Signal(_widen(self.features), _widen(self.embedding), _widen(self.logits), _widen(self.dense))
+
+
+def signal_at(stage: Stage, head: nn.Module | None, tensor: Tensor) -> Signal:
+    """The signal of an exit from its stage's tensor, which is in the model's own layout."""
+    features = to_map(tensor, stage)
+    if isinstance(head, Branch):
+        return Signal(features, *head(tensor))
+    if head is None:
+        return Signal(features, features.mean(dim=(2, 3)), None)
+    return Signal(features, *head(features, prefix_tokens(tensor, stage)))
 
 
 def _widen(tensor: T) -> T:

@@ -1,0 +1,294 @@
+"""Early exit inside a batch: what is routed is what a full pass says, and what cannot be routed is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdcli.errors import UserError
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.multi_exit import MultiExit, build
+from sdcli.network.policies import POLICIES, Policy, decide
+from sdcli.recipe.schema import Network
+
+SMALL = ["test_resnet", "test_vit", "test_vit4", "test_convnext", "test_efficientnet", "test_mambaout", "test_maxvit"]
+SMALL += ["test_coatnet", "test_byobnet", "test_nfnet", "test_vit_relpos"]
+
+FAMILIES = [
+    "resnet18",
+    "resnet26d",
+    "resnext26ts",
+    "seresnet18",
+    "densenet121",
+    "vgg11_bn",
+    "mobilenetv2_050",
+    "mobilenetv3_small_050",
+    "mobilenetv4_conv_small",
+    "efficientnet_b0",
+    "efficientnetv2_rw_t",
+    "regnetx_002",
+    "regnety_002",
+    "repvgg_a0",
+    "convnext_atto",
+    "convnextv2_atto",
+    "mambaout_femto",
+    "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "cait_xxs24_224",
+    "xcit_nano_12_p16_224",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+    "hiera_tiny_224",
+    "levit_128s",
+    "fastvit_t8",
+    "mobilevitv2_050",
+    "coatnet_pico_rw_224",
+    "maxvit_pico_rw_256",
+    "poolformer_s12",
+    "mixer_s32_224",
+    "gmixer_24_224",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "ghostnet_050",
+    "lcnet_050",
+    "rexnet_100",
+    "dla34",
+    "hardcorenas_a",
+]
+"""One model of each of 40 families."""
+
+
+def made(name: str, lean: float = 0.0, **table: object) -> MultiExit:
+    """A network with random weights of some size: fresh classifiers are close to zero. `lean` favours one class."""
+    torch.manual_seed(0)
+    classes = [str(number) for number in range(10)]
+    network = build(Blueprint.draft(Network(**table), name, classes)).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and module.out_features == 10:
+            nn.init.normal_(module.weight)
+            module.bias.data[0] += lean
+    return network
+
+
+def images_for(network: MultiExit, count: int) -> Tensor:
+    return torch.randn(count, *network.plan.input_size, generator=torch.Generator().manual_seed(1))
+
+
+def full_pass(network: MultiExit, images: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {point: signal.logits for point, signal in network(images).items()}
+
+
+def spread(logits: dict[str, Tensor], exits: list[str], **options: object) -> Policy:
+    """A policy by which about a third of the images that reach an exit leave there."""
+    policy = Policy(dict.fromkeys(exits), **options)
+    for point in exits:
+        tried = policy.at(policy.thresholds | {point: -math.inf})
+        scores = reference_scores(tried, logits)[point]
+        # Halfway between two images: neither's score depends on which others are in the batch to the last bit.
+        low, high = scores.sort(descending=True).values[len(scores) // 3 - 1 : len(scores) // 3 + 1]
+        policy = policy.at(policy.thresholds | {point: float((low + high) / 2)})
+    return policy
+
+
+def reference_scores(policy: Policy, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The policies' scores, written out once more."""
+    scores, so_far = {}, []
+    for point in policy.thresholds:
+        own = torch.softmax(logits[point] / policy.temperatures.get(point, 1.0), dim=1)
+        so_far.append(own)
+        product = torch.stack(so_far).prod(dim=0) ** (1 / len(so_far))
+        mean = product / product.sum(dim=1, keepdim=True)
+        ordered = own.sort(dim=1, descending=True).values
+        scores[point] = {
+            "ensemble": mean.max(dim=1).values,
+            "confidence": own.max(dim=1).values,
+            "margin": ordered[:, 0] - ordered[:, 1],
+            "entropy": 1 + (own * own.log()).sum(dim=1) / math.log(own.shape[1]),
+        }[policy.kind]
+    return scores
+
+
+def compare(network: MultiExit, count: int, **options: object) -> None:
+    images = images_for(network, count)
+    logits = full_pass(network, images)
+    exits = [point for point, reason in network.why_not.items() if not reason]
+    policy = spread(logits, exits, **options)
+    expected, routed = decide(policy, logits), network.route(images, policy)
+    assert torch.equal(routed.exits, expected.exits)
+    torch.testing.assert_close(routed.answers, expected.answers, rtol=1e-4, atol=1e-4)
+    assert len(exits) == 0 or len(set(routed.exits.tolist())) > 1, "some leave and some go on"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_routed_answers_equal_those_of_a_full_pass(name):
+    network = made(name)
+    assert not any(network.why_not.values())
+    compare(network, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_routed_answers_equal_those_of_a_full_pass_in_every_family(name):
+    network = made(name)
+    compare(network, 9)
+    refused = {point for point, reason in network.why_not.items() if reason}
+    assert refused == {point for point, stage in network.stages.items() if not stage.clean and point != "final"}
+
+
+@pytest.mark.parametrize("agreement", [False, True])
+@pytest.mark.parametrize("kind", list(POLICIES.entries))
+def test_every_policy_routes_as_it_decides(kind, agreement):
+    # Random exits agree on nothing.
+    compare(
+        made("test_resnet", lean=8.0 if agreement else 0.0),
+        30,
+        kind=kind,
+        agreement=agreement,
+        temperatures={"exit1": 2.0, "exit2": 0.5},
+    )
+
+
+@pytest.mark.parametrize("agreement", [False, True])
+@pytest.mark.parametrize("kind", list(POLICIES.entries))
+def test_policies_decide_as_a_loop_over_images_does(kind, agreement):
+    generator = torch.Generator().manual_seed(3)
+    logits = {point: 3 * torch.randn(200, 5, generator=generator) for point in ("exit1", "exit2", "exit3", "final")}
+    temperatures = {"exit1": 2.0, "exit2": 1.0, "exit3": 0.7}
+    limits = {"exit1": 0.7, "exit2": None, "exit3": 0.5}
+    decided = decide(Policy(limits, kind, temperatures, agreement), logits)
+    scores = reference_scores(Policy(limits, kind, temperatures), logits)
+    for image in range(200):
+        before, where = None, "final"
+        products = torch.ones(5)
+        for point in ("exit1", "exit2", "exit3"):
+            own = torch.softmax(logits[point][image] / temperatures[point], dim=0)
+            products = products * own
+            guess = int((products if kind == "ensemble" else own).argmax())
+            # Where nobody leaves an exit only counts if later ones ask for its opinion.
+            if limits[point] is None and kind != "ensemble" and not agreement:
+                continue
+            sure = limits[point] is not None and scores[point][image] >= limits[point]
+            if sure and (not agreement or guess == before):
+                where = point
+                break
+            before = guess
+        answer = int(logits["final"][image].argmax()) if where == "final" else guess
+        assert decided.points[decided.exits[image]] == where
+        assert int(decided.answers[image].argmax()) == answer
+
+
+def test_nobody_leaves_at_thresholds_of_none_and_the_answer_is_the_plain_networks():
+    network = made("test_resnet")
+    images = images_for(network, 5)
+    routed = network.route(images, Policy(dict.fromkeys(network.classifiers[:-1])))
+    assert routed.points == ("final",)
+    with torch.no_grad():
+        assert torch.equal(routed.answers, torch.log_softmax(network.backbone(images), dim=1))
+
+
+def test_the_rest_of_the_network_is_not_run_when_all_have_left():
+    network = made("test_resnet")
+    calls = []
+    network.backbone.get_submodule(network.stages["exit2"].module).register_forward_hook(lambda *_: calls.append(1))
+    network.why_not  # noqa: B018 - runs the network
+    calls.clear()
+    routed = network.route(images_for(network, 4), Policy({"exit1": 0.0}))
+    assert routed.exits.tolist() == [0] * 4 and not calls
+
+
+def test_heads_of_exits_that_are_switched_off_are_not_run():
+    network = made("test_resnet")
+    network.why_not  # noqa: B018
+    for head in network.heads.values():
+        head.forward = None
+    network.heads["exit2"].__dict__.pop("forward")
+    routed = network.route(images_for(network, 4), Policy({"exit2": 2.0, "exit3": None}))
+    assert routed.points == ("exit2", "final")
+
+
+def test_training_mode_and_taps_are_as_before_after_routing():
+    network = made("test_vit").train()
+    network.backbone.eval()
+    before = [module.training for module in network.modules()]
+    network.route(images_for(network, 4), Policy({"exit1": 0.5}))
+    assert [module.training for module in network.modules()] == before
+    assert network(images_for(network, 2)).keys() == set(network.points)
+
+
+def test_a_stage_that_is_no_clean_cut_is_refused_with_the_reason():
+    network = made("hrnet_w18_small")
+    with pytest.raises(UserError, match="stage2 also reads earlier tensors") as error:
+        network.route(images_for(network, 2), Policy({"exit2": 0.5}))
+    assert "exit1" in error.value.expected
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda tensor, count: tensor.reshape(count, -1, *tensor.shape[2:]), "relies on the number of images"),
+        (lambda tensor, count: tensor - tensor.mean(dim=0), "gives other results"),
+    ],
+)
+def test_a_model_that_remembers_the_batch_is_refused(spoil, reason):
+    network = made("test_resnet")
+    backbone, features = network.backbone, network.backbone.forward_features
+
+    def remembering(images):
+        counts = [len(images)]
+        hook = backbone.layer3.register_forward_hook(lambda module, args, output: spoil(output, counts[0]))
+        try:
+            return features(images)
+        finally:
+            hook.remove()
+
+    backbone.forward_features = remembering
+    assert reason in network.why_not["exit1"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Policy({"exit9": 0.5}), "there is no exit 'exit9'"),
+        (Policy({"exit2": 0.5, "exit1": 0.5}), "not in the network's order"),
+        (Policy({"exit1": 0.5}, "sureness"), "unknown policy 'sureness'"),
+        (Policy({"exit1": 0.5}, temperatures={"exit1": 0.0}), "temperature of exit1"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(policy, message):
+    network = made("test_resnet")
+    with pytest.raises(UserError, match=message):
+        network.route(images_for(network, 2), policy)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_a_truncated_network_answers_as_the_whole_and_holds_nothing_deeper(name):
+    network = made(name)
+    images, costs = images_for(network, 2), network.blueprint.costs()
+    logits = full_pass(network, images)
+    before = copy.deepcopy(network.state_dict())
+    for point in network.classifiers:
+        alone = network.upto(point)
+        with torch.no_grad():
+            assert torch.equal(alone(images), logits[point])
+        assert sum(parameter.numel() for parameter in alone.parameters()) == costs[point].params
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_truncated_network_needs_a_head():
+    with pytest.raises(UserError, match="unknown exit 'exit1'"):
+        made("test_resnet", head="none").upto("exit1")
+
+
+def test_an_image_pays_for_the_head_of_every_exit_that_it_passes():
+    blueprint = made("test_resnet").blueprint
+    heads, stages = blueprint.head_costs(), blueprint.stages
+    passing = blueprint.passing(["exit1", "exit3"])
+    assert passing["exit1"] == stages["exit1"].macs + heads["exit1"].macs
+    assert passing["exit3"] == stages["exit3"].macs + heads["exit1"].macs + heads["exit3"].macs
+    assert passing["final"] == blueprint.plan.macs + heads["exit1"].macs + heads["exit3"].macs
