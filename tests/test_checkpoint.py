@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -16,8 +17,18 @@ import sdcli
 from sdcli import __version__
 from sdcli.errors import UserError
 from sdcli.network.blueprint import Blueprint
-from sdcli.network.checkpoint import VERSION, Description, TrainedOn, load_checkpoint, read_tensors, save_checkpoint
+from sdcli.network.calibration import Calibration, OperatingPoint, Promise
+from sdcli.network.checkpoint import (
+    VERSION,
+    Description,
+    TrainedOn,
+    describe_again,
+    load_checkpoint,
+    read_tensors,
+    save_checkpoint,
+)
 from sdcli.network.multi_exit import MultiExit, build
+from sdcli.network.policies import Policy
 from sdcli.network.weights import load_weights, rebuild
 from sdcli.recipe.schema import Network
 
@@ -250,3 +261,52 @@ def test_mutated_bytes_are_one_message_or_harmless(saved):
         except UserError:
             refused += 1
     assert refused > 75
+
+
+POLICY = Policy({"exit1": 0.9, "exit2": None, "exit3": 0.5}, "ensemble", {"exit1": 1.5, "final": 1.1})
+CALIBRATION = Calibration(
+    POLICY,
+    (OperatingPoint({"exit1": 0.5}, 0.4, 70.0), OperatingPoint(POLICY.thresholds, 0.7, 74.5)),
+    num_images=500,
+    data="digits (validation)",
+    date="2026-11-24",
+    promise=Promise("drop", 1.0, 0.8, 0.9, "clopper-pearson", 250),
+)
+
+
+def test_a_calibration_is_written_beside_the_same_tensors(saved, tmp_path):
+    path, _, about = saved
+    before, other = path.read_bytes(), tmp_path / "other.safetensors"
+    describe_again(path, replace(about, early_exit=CALIBRATION), other)
+    assert path.read_bytes() == before
+    tensors, again = load_checkpoint(other)
+    assert again.early_exit == CALIBRATION
+    assert all(torch.equal(tensor, load_file(path)[name]) for name, tensor in tensors.items())
+    describe_again(path, replace(about, early_exit=CALIBRATION), path)
+    assert path.read_bytes() == other.read_bytes()
+    describe_again(path, about, path)
+    assert path.read_bytes() == before
+
+
+def test_a_budget_chooses_the_dearest_setting_within_it():
+    assert CALIBRATION.at_budget(0.3) is None
+    assert CALIBRATION.at_budget(0.69).thresholds == {"exit1": 0.5}
+    assert CALIBRATION.at_budget(0.7) == POLICY
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda found: found["policy"].update(kind="sureness"), "unknown policy 'sureness'"),
+        (lambda found: found["policy"]["thresholds"].update(exit9=0.5), "there is no exit 'exit9'"),
+        (lambda found: found["policy"]["temperatures"].update(exit1=-1.0), "the temperature of exit1 is -1.0"),
+        (lambda found: found["curve"].reverse(), "early_exit.curve is not sorted by cost"),
+        (lambda found: found["curve"][0].update(thresholds={"exit1": "low"}), "early_exit.curve.0.thresholds.exit1"),
+        (lambda found: found["promise"].update(bound=float("nan")), "not finite"),
+    ],
+)
+def test_a_calibration_that_cannot_be_true_is_refused(saved, change, reason):
+    path, _, about = saved
+    describe_again(path, replace(about, early_exit=CALIBRATION), path)
+    rewrite(path, lambda described, _: change(described["early_exit"]))
+    assert reason in message(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +29,11 @@ from sdcli.errors import UserError
 from sdcli.files import replacing
 from sdcli.network.backbones import SOURCES, Architecture
 from sdcli.network.blueprint import Blueprint
+from sdcli.network.calibration import Calibration, problems
+from sdcli.network.policies import check_policy
 from sdcli.network.stages import StagePlan
 from sdcli.network.stem import STEMS
+from sdcli.recipe.address import FINAL
 from sdcli.recipe.schema import MOST_ENDS, MOST_EPOCHS
 
 VERSION = 1
@@ -65,6 +69,8 @@ class Description:
     """After how many epochs it was saved."""
     scores: dict[str, Any] = field(default_factory=dict)
     """The report on the validation split, where there is one."""
+    early_exit: Calibration | None = None
+    """What `sdcli calibrate` has found."""
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
@@ -72,6 +78,19 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Desc
 
     The same tensors and description always give the same bytes, and the file gets the permissions of any new file.
     """
+    # The format allows no two tensors that share memory, which tied weights do.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "sdcli": _written(description)}
+    with replacing(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode
+        save_file(copies, beside, metadata)
+        _sort_metadata(beside)
+        os.chmod(beside, mode)
+
+
+def _written(description: Description) -> str:
+    """The description as JSON."""
     about = {
         "version": VERSION,
         "sdcli": __version__,
@@ -81,15 +100,25 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Desc
         "epoch": description.epoch,
         "scores": description.scores,
     }
-    # The format allows no two tensors that share memory, which tied weights do.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "sdcli": json.dumps(about)}
-    with replacing(path) as beside:
-        beside.touch()
-        mode = beside.stat().st_mode
-        save_file(copies, beside, metadata)
-        _sort_metadata(beside)
-        os.chmod(beside, mode)
+    if description.early_exit is not None:
+        about["early_exit"] = description.early_exit.to_dict()
+    return json.dumps(about)
+
+
+def describe_again(path: Path, description: Description, output: Path) -> None:
+    """Writes the checkpoint at `path` with another description to `output`, which may be the same file.
+
+    The tensors are copied byte for byte, and the new file appears whole or not at all.
+    """
+    with path.open("rb") as old, replacing(output) as beside:
+        (length,) = struct.unpack("<Q", old.read(8))
+        header = json.loads(old.read(length))
+        header["__metadata__"] = {**header["__metadata__"], "sdcli": _written(description)}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # safetensors aligns the tensors
+        with beside.open("wb") as new:
+            new.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(old, new)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -163,7 +192,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Description]:
     blueprint = Blueprint(table.architecture, table.plan, table.heads, table.classes, table.preprocess)
     for problem in _problems(blueprint, table):
         raise _unreadable(path, problem)
-    return tensors, Description(blueprint, table.dataset, table.recipe, table.epoch, table.scores)
+    return tensors, Description(blueprint, table.dataset, table.recipe, table.epoch, table.scores, table.early_exit)
 
 
 @dataclass(frozen=True)
@@ -179,6 +208,7 @@ class _Metadata:
     recipe: dict[str, Any]
     epoch: int
     scores: dict[str, Any]
+    early_exit: Calibration | None = None
 
 
 _METADATA = TypeAdapter(_Metadata)
@@ -241,6 +271,13 @@ def _problems(blueprint: Blueprint, table: _Metadata) -> Iterator[str]:
             yield f"stage '{stage.module[:100]}' has layout {stage.output_fmt[:20]!r}"
         if min(stage.params, stage.macs) < 0:
             yield f"stage '{stage.module[:100]}' has negative costs"
+    if table.early_exit is not None:
+        yield from problems(table.early_exit)
+        classifiers = [point for point in blueprint.points if point in blueprint.heads or point == FINAL]
+        try:
+            check_policy(table.early_exit.policy, classifiers)
+        except UserError as error:
+            yield f"early_exit: {error.wrong}"
     if stray := sorted(blueprint.heads.keys() - set(blueprint.points)):
         yield f"a head at '{stray[0][:100]}', which is no point"
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdcli.errors import UserError, unknown
 from sdcli.network.backbones import create
 from sdcli.network.blueprint import BRANCH, Blueprint
+from sdcli.network.calibration import Calibration
 from sdcli.network.heads import build_head
 from sdcli.network.policies import Decided, Policy, check_policy
 from sdcli.network.routing import Router, averaged, reasons, visiting
@@ -59,6 +60,8 @@ class MultiExit(nn.Module):
         self._dense: DenseClassifier | None = None
         self._hooks: list[Any] = []
         self._why_not: dict[str, str] | None = None
+        self.calibration: Calibration | None = None
+        """When images leave early, if `sdcli calibrate` has found that out for the checkpoint it was loaded from."""
         for point, stage in self.stages.items():
             # Gradient checkpointing calls blocks but not the stage around them: the tap that fires is read.
             for path in tap_modules(stage):

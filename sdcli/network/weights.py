@@ -84,6 +84,7 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     _LOG.info("building %s", blueprint.architecture.model)
     network = build(blueprint)
     network.load_state_dict(tensors)
+    network.calibration = description.early_exit
     return network, description
 
 
