@@ -378,7 +378,7 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
     result = sdcli("train", "test_resnet", *QUICK, "--output", trained)
     refused(
         result,
-        f"output '{trained}' holds a run already\n  expected: a new or empty folder\n"
+        f"output '{trained}' already holds a run\n  expected: a new or empty folder\n"
         f"  fix:      --output {trained}-2, or resume the run: sdcli train --resume {trained}",
     )
     assert {file.name: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
@@ -396,7 +396,7 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
         (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9': the network has no such point\n"
          "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
         (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run (epochs = 2)\n  expected: fewer epochs than the "
-         "run, or a fraction of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
+         "run, or a fraction of the run (below 1)\n  fix:      --set schedule.warmup_epochs=0.05"),
         (["--lr", -1], "--lr -1.0: optimizer.lr = -1.0\n  expected: greater than 0\n  fix:      the default is 0.1"),
         (["--stem", "cifr"], "--stem cifr: networks.student.stem = 'cifr'\n  expected: 'auto', 'imagenet' or 'cifar'\n"
          "  fix:      did you mean 'cifar'?"),
@@ -633,7 +633,7 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
         (["--resume", "RUN", "--output", "other"], "--resume RUN and --output exclude each other\n"
          "  expected: one of them: a run stays in its folder"),
         (["--resume", "RUN", "--seed", 5], "the run in 'RUN' was started with seed = 42, not 5\n"
-         "  expected: the same; what may change is --epochs, --device, --workers, --compile, --grad-accum-steps, "
+         "  expected: the same value; only these may change: --epochs, --device, --workers, --compile, --grad-accum-steps, "
          "--save-every, --track, --import\n"
          "  fix:      leave --seed out, or start a new run"),
         (["--resume", "RUN", "--lr", 5], "the recipe of the run in 'RUN' has optimizer.lr = 0.05, not 5.0\n"
@@ -662,7 +662,7 @@ def test_only_a_near_name_is_offered_for_a_run_that_is_not_there(tmp_path, sdcli
     nope, near = tmp_path / "nope", tmp_path / "digit-resnet18"
     refused(
         sdcli("train", "--resume", nope),
-        message.format(nope) + f"sdcli train MODEL --dataset DATA --output {nope} starts one",
+        message.format(nope) + f"start one: sdcli train MODEL --dataset DATA --output {nope}",
     )
     refused(sdcli("train", "--resume", near), message.format(near) + f"did you mean '{tmp_path / 'digits-resnet18'}'?")
 
