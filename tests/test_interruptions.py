@@ -374,7 +374,7 @@ def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
     message = (
         f"error: run '{folder}' is in use by process {process.pid} on {os.uname().nodename}\n"
         "  expected: a run that no other process is training\n"
-        "  fix:      wait until it ends, stop it with Ctrl-C or SIGTERM (its state is saved), or choose another "
+        "  fix:      wait until it finishes, stop it with Ctrl-C or SIGTERM (its state is saved), or choose another "
         "--output\n"
     )
     for second in (

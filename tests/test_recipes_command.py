@@ -493,11 +493,11 @@ def test_an_imported_head_without_a_classifier_is_refused(sdcli: Command, tmp_pa
     [
         ("super().__init__()", "super().__init__(); [][1]",
          "head 'flat' cannot be built after layer1, whose map is 32x40x40: IndexError: list index out of range\n"
-         "  expected: a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
+         "  expected: a head that fits every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
         ("features.mean(dim=(2, 3))", "features.mean(dim=(2, 4))",
          "head 'flat' does not run after layer1, whose map is 32x40x40: IndexError: Dimension out of range (expected to "
          "be in range of [-4, 3], but got 4)\n"
-         "  expected: a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
+         "  expected: a head that fits every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
         ("return embedding, ", "return ",
          "head 'flat' after layer1 returns [2, 1000] for 2 images\n"
          "  expected: a tuple: the embedding that its classifier reads [2, 32] and the logits [2, 1000]\n"

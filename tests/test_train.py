@@ -738,7 +738,7 @@ def test_weights_that_the_last_update_has_ruined_are_not_saved(tmp_path: Path) -
     # One update per epoch: its loss is finite, what it makes of the weights says nothing.
     recipe = load_recipe(["quick"], ["batch.size=96", "epochs=2", "optimizer.lr=1e30"])
     training = prepare(QUICK, recipe, tmp_path / "run")
-    with pytest.raises(UserError, match="what was saved before is as it was"):
+    with pytest.raises(UserError, match="the checkpoints saved before are intact"):
         finish(training)
     state = states.load_state(tmp_path / "run" / "state" / "last.pt")
     assert (state["position"]["epoch"], state["position"]["update"]) == (1, 0)
@@ -1034,7 +1034,7 @@ def test_a_frozen_network_with_other_weights_is_refused(taught: tuple[Path, Path
 
 
 REFUSED_AT_SMALL_SIZES = (
-    "module 'maxpool' of test_resnet returns what it is given\n"
+    "module 'maxpool' of test_resnet returns its input unchanged\n"
     "  expected: a module that is called once and returns a map\n"
     "  fix:      name others, such as layer1, layer2, layer3"
 )
@@ -1074,5 +1074,5 @@ def test_the_check_is_repeated_once_the_size_is_known_and_before_weights_are_mad
     assert not (tmp_path / "run").exists()
     # With a size of the user's own the first check was the right one.
     monkeypatch.setattr("sdcli.run.prepare.open_dataset", never)
-    with pytest.raises(UserError, match="returns what it is given"):
+    with pytest.raises(UserError, match="returns its input unchanged"):
         prepare(replace(settings, image_size=16), recipe, tmp_path / "run")
