@@ -1,7 +1,7 @@
 """The run folder: resolved recipe, log, checkpoints, report.
 
 recipe.toml        the resolved recipe: `--recipe RUN/recipe.toml` trains with it again
-run.json           the settings beside the recipe: model, data set, seed, …
+run.json           the settings outside the recipe: model, data set, seed, …
 log.jsonl          one line per epoch
 summary.csv        the same as a table, with timm's columns plus one per exit
 last.safetensors   the weights after the latest epoch
@@ -87,7 +87,7 @@ class Run:
             write_text(path, text)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Writes the command line's choices beside the recipe."""
+        """Writes the settings that are not in the recipe."""
         with writing(self.folder / "run.json") as path:
             write_text(path, json.dumps(settings, indent=2) + "\n")
 
