@@ -45,7 +45,7 @@ def test_views_and_images_of_the_class_are_needs():
 def test_tables_that_come_later_show_as_they_are():
     tables = load_recipe(["byot"]).model_dump(exclude_none=True)
     later = Later.model_validate({**tables, "crops": {"small": {"size": 96}}, "phases": [{"epochs": 1}] * 2})
-    assert needs(later) == ["crops small", "2 phases"]
+    assert needs(later) == ["2 phases", "crops small"]
 
 
 def test_a_formula_has_a_line_per_loss():
