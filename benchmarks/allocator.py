@@ -1,10 +1,11 @@
-"""What it costs and brings that `sdcli train` keeps freed memory on a CPU (`sdcli.devices.keep_freed_memory`).
+"""Measures the speed-up and memory cost of keeping freed memory on a CPU (`sdcli.devices.keep_freed_memory`).
 
-    python benchmarks/allocator.py                                       the lines of docs/performance.md, ten minutes
+    python benchmarks/allocator.py                                       the rows of docs/performance.md, ten minutes
     python benchmarks/allocator.py --cases resnet50:32 --image-size 64   MODEL:BATCH
 
-Each line is two kinds of processes that take turns: one that keeps freed memory and one that leaves it to glibc. Time
-is the median step of recipe `default` after two, memory the process's peak; ratios are of the medians of rounds.
+For each row, processes that keep freed memory alternate with processes that use glibc's default. Time is the median
+step of recipe `default` after two warm-up steps, memory is the peak of the process. Ratios are those of the medians
+over the rounds.
 """
 
 import argparse
@@ -30,7 +31,7 @@ CASES = ("test_resnet:64", "test_resnet:256", "resnet18:64", "resnet18:128")
 
 
 def measure(case: str, keeps: bool, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step and the peak in MiB, in this process."""
+    """Seconds per step and peak memory in MiB, measured in this process."""
     model, _, batch_size = case.partition(":")
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""Images per second from a data set to varied, normalised batches: ours from cached bytes, against timm's loader.
+"""Images per second from a data set to augmented, normalised batches: sdcli's cached pixels against timm's loader.
 
     python benchmarks/data.py --data FOLDER [--images N] [--batch-size 128] [--threads 1] [--rounds 3]
 
-Both read the same rows of the training split in one process, without workers, and vary them the same way: a random crop
-with a border of an eighth, mirrored or not, normalised. Each measurement is a process of its own, and they take turns,
-so that a change of the machine's mood meets both. A pass over the images comes before the one that is timed. Prints a
-table and one JSON line; what counts is the ratio.
+Both read the same images of the training split in one process, without workers, with the same augmentation: a random
+crop with a border of an eighth, random horizontal flip, normalisation. Each measurement is a separate process, and the
+two alternate, so that changes in machine load affect both. One warm-up pass over the images comes before the timed one.
+Prints a table and one JSON line; the ratio is the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def ours(split: Any, preprocess: Any, batch_size: int) -> tuple[Any, dict[str, float]]:
-    """The loader, and how long decoding took where it was not done before."""
+    """sdcli's loader, and the seconds to open the decoded images (and to decode them, at the first run)."""
     import torch
 
     from sdcli.data.augment import Augmentation
@@ -31,16 +31,16 @@ def ours(split: Any, preprocess: Any, batch_size: int) -> tuple[Any, dict[str, f
 
     start = time.perf_counter()
     pixels, _ = cached_pixels(split, preprocess)
-    assert pixels is not None, "these images are large"
-    told = {"open_s": round(time.perf_counter() - start, 3)}
+    assert pixels is not None, "these images are too large for the cache"
+    timing = {"open_s": round(time.perf_counter() - start, 3)}
     device = torch.device("cpu")
     augmentation = Augmentation(preprocess, device, seed=0, crop="pad", hflip=0.5)
     loader = ResidentLoader(split, pixels, augmentation, EpochBatches(split, batch_size, seed=0), device)
-    return loader, told
+    return loader, timing
 
 
 def timms(split: Any, preprocess: Any, batch_size: int) -> tuple[Any, dict[str, float]]:
-    """timm's loader, whose dataset reads an image and its label as ours does."""
+    """timm's loader, with a dataset that reads images and labels as sdcli does."""
     import torch
     from timm.data import create_loader
     from timm.data.transforms import ToNumpy
@@ -69,7 +69,7 @@ def timms(split: Any, preprocess: Any, batch_size: int) -> tuple[Any, dict[str, 
         device=torch.device("cpu"),
     )
     height, width = preprocess.size
-    # create_loader has no crop with a border; as its own transforms these end in bytes, normalised by the batch.
+    # create_loader has no crop with a border. Like its own transforms, these return bytes; the loader normalises them.
     rows.transform = transforms.Compose(
         [
             transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
@@ -81,7 +81,7 @@ def timms(split: Any, preprocess: Any, batch_size: int) -> tuple[Any, dict[str, 
 
 
 def measure(which: str, path: str, num_images: int | None, batch_size: int, threads: int) -> dict[str, float]:
-    """One loader in this process."""
+    """Measures one loader in this process."""
     import torch
 
     from sdcli.data.measure import measure, natural_size
@@ -93,9 +93,10 @@ def measure(which: str, path: str, num_images: int | None, batch_size: int, thre
     opened = open_dataset(path)
     size, mean, std = measure(opened)
     natural = natural_size(size)
-    assert natural is not None, "these images are large or not of one size"
+    assert natural is not None, "these images are too large or have different sizes"
     split = limited(opened.splits["train"], num_images, seed=0)
-    loader, told = (ours if which == "ours" else timms)(split, Preprocess((3, natural, natural), mean, std), batch_size)
+    preprocess = Preprocess((3, natural, natural), mean, std)
+    loader, timing = (ours if which == "ours" else timms)(split, preprocess, batch_size)
     for _ in range(2):
         start, count = time.perf_counter(), 0
         for batch in loader:
@@ -103,12 +104,12 @@ def measure(which: str, path: str, num_images: int | None, batch_size: int, thre
             count += len(images)
         seconds = time.perf_counter() - start
         assert images.shape[1:] == (3, natural, natural) and images.dtype == torch.float32
-    return {"images_per_s": round(count / seconds, 1), **told}
+    return {"images_per_s": round(count / seconds, 1), **timing}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="what `sdcli train --dataset` takes")
+    parser.add_argument("--data", default="digits", help="as for `sdcli train --dataset`")
     parser.add_argument("--images", type=int, default=None)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
@@ -120,7 +121,7 @@ def main() -> None:
         return
     rounds: dict[str, list[float]] = {"ours": [], "timm": []}
     opened = []
-    print(f"{'round':6}{'ours, images/s':>16}{'timm, images/s':>16}{'ratio':>8}")
+    print(f"{'round':6}{'sdcli, images/s':>16}{'timm, images/s':>16}{'ratio':>8}")
     for number in range(1, args.rounds + 1):
         for which, measured in rounds.items():
             out = subprocess.run(

@@ -1,10 +1,10 @@
-"""An epoch of training, data and all, as a user runs it: images per second, and the time of a whole run.
+"""Times a training epoch including data loading, as a user runs it: images per second, and the time of a whole run.
 
-    python benchmarks/epoch.py --data ../shared/data/cifar100 --images 5000                    on this machine's CPU
+    python benchmarks/epoch.py --data ../shared/data/cifar100 --images 5000                    on the CPU
     python benchmarks/epoch.py --data FOLDER --device cuda --precision bf16 --channels-last --compile --batch-size 512
 
-The second epoch is timed, after one to warm up; nothing is scored. Prints one JSON line too. On a GPU it also tells the
-share of the peak, from the MACs of the network and its heads, times 6 for the multiply-adds of forward and backward.
+One warm-up epoch, then one timed epoch; nothing is scored. Also prints one JSON line. On a GPU it reports the share of
+the peak FLOPS, with 6 FLOPs per MAC of the network and its heads (forward and backward).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from sdcli.run.state import Position
 from sdcli.run.train import train_epoch
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bf16, by what the device's name holds: the makers' figures."""
+"""Peak dense bf16 FLOPS according to the manufacturer, by a part of the device's name."""
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--recipe", default="default")
-    parser.add_argument("--images", type=int, help="train on so many only")
+    parser.add_argument("--images", type=int, help="train on this many images only")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
@@ -58,7 +58,7 @@ def main() -> None:
         prepared = time.perf_counter() - start
         list(train_epoch(training))
         warm = time.perf_counter() - start - prepared
-        # Of epoch 3 the gradient's shares are not measured.
+        # Not epoch 2, in which gradient shares are measured.
         training.position = Position(3)
         if options.profile:
             with torch.profiler.profile() as profiler:

@@ -1,10 +1,11 @@
-"""A bottleneck head on a CPU, forward and backward, against the same head with torch's own ways.
+"""Times a bottleneck head on a CPU, forward and backward, against variants with torch's standard implementations.
 
     python benchmarks/heads.py                                       the three exits of resnet18, small-image stem
     python benchmarks/heads.py --model resnet50 --batch-size 32
 
-`sdcli.heads` keeps the channels innermost there, and works patches out as one product of matrices (`PatchConv`). Here
-each is left away. All three take turns on the same random maps; the median of the ratios of neighbours counts.
+On a CPU `sdcli.network.heads` uses the channels_last layout, and computes patches as one matrix product (`PatchConv`).
+Each variant leaves one of these out. All three alternate on the same random maps; the result is the median of the
+ratios of adjacent measurements.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from sdcli.recipe.schema import Network
 
 
 class ChannelsOutermost(nn.Module):
-    """The head as it would be without the change of the layout."""
+    """The head without the change to channels_last."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -33,14 +34,14 @@ class ChannelsOutermost(nn.Module):
 
 
 class OwnLayout(ChannelsOutermost):
-    """The head as it is."""
+    """The head as in sdcli."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.head(features, features)[1]
 
 
 def with_torch_patches(head: nn.Module) -> nn.Module:
-    """The same head, its patches by torch's convolution."""
+    """The same head with torch's convolution for the patches."""
     for parent in list(head.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PatchConv):
@@ -64,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory(torch.device("cpu"))
     plan = Blueprint.draft(Network(), options.model, image_size=options.image_size).plan
-    print(f"{'exit':8} {'map':>14} {'as it is, ms':>13} {'channels outermost':>19} {'torch patches':>14}")
+    print(f"{'exit':8} {'map':>14} {'sdcli, ms':>13} {'in NCHW order':>19} {'torch patches':>14}")
     rows = []
     for point, stage in list(stages_by_point(plan).items())[:-1]:
         features = torch.randn(options.batch_size, stage.num_chs, *stage.size, requires_grad=True)

@@ -1,12 +1,12 @@
-"""Inspects every timm architecture at its default size, runs it with exits, and writes one row for each.
+"""Inspects every timm architecture at its default size, runs it with exits, and writes one row per architecture.
 
     OMP_NUM_THREADS=1 python benchmarks/inspect_all.py               docs/models.csv, about an hour on one core
-    python benchmarks/inspect_all.py --pattern 'resnet*'             only these rows; the others stay
+    python benchmarks/inspect_all.py --pattern 'resnet*'             only these rows; the others are kept
 
-Each model runs without and with exits on the meta device: the backbone must do the very same operations on the very
-same tensors, in the same order, so that its logits are the same whatever the weights. Models of at most `--real-gmacs`
-also run on real numbers (random weights and images), where the logits must be equal bit for bit. No weights and no
-network are needed.
+Each model runs without and with exits on the meta device: the backbone must run the same operations on the same tensors
+in the same order, so that its logits are the same for any weights. Models of at most `--real-gmacs` also run on real
+numbers (random weights and images), where the logits must be bitwise equal. No pretrained weights and no network
+connection are needed.
 """
 
 import argparse
@@ -46,9 +46,9 @@ LARGEST_REAL_PARAMS = 1.0e9
 
 
 def inspect(name: str, real_gmacs: float) -> dict[str, Any]:
-    """One row: the plan and whether the model runs with exits as it does without, or why there is none.
+    """One row: the plan, and whether exits leave the model's computation unchanged; or the error.
 
-    `seconds` is how long it took to find the stages.
+    `seconds` is the time to find the stages.
     """
     row: dict[str, Any] = {"model": name, "family": _registry._model_to_module[name]}
     start = time.perf_counter()
@@ -101,7 +101,8 @@ def blueprint_of(architecture: Architecture, plan: StagePlan) -> Blueprint:
 
 
 def run_with_exits(model: nn.Module, architecture: Architecture, plan: StagePlan) -> tuple[str, str]:
-    """On the meta device: whether every exit answers, and whether the backbone does what it does without exits."""
+    """On the meta device: whether every exit has outputs of the right shape, and whether the backbone runs the same
+    operations as without exits."""
     images = torch.empty(2, *plan.input_size, device="meta")
     model.eval()
     with torch.no_grad():
@@ -113,7 +114,7 @@ def run_with_exits(model: nn.Module, architecture: Architecture, plan: StagePlan
     wrong = [p for p, signal in signals.items() if p != "final" and tuple(signal.logits.shape) != (2, CLASSES)]
     wrong += [p for p, signal in signals.items() if signal.features.ndim != 4 or signal.embedding.ndim != 2]
     if not plan.encoder and isinstance(logits, torch.Tensor):
-        # The logits handed on must be the tensor that the backbone made, not merely one like it.
+        # The final logits must be the tensor that the backbone computed, not just an equal one.
         same_tensor = attached.number(signals["final"].logits) == plain.number(logits)
     else:
         same_tensor = True
@@ -122,7 +123,7 @@ def run_with_exits(model: nn.Module, architecture: Architecture, plan: StagePlan
 
 
 def compare_logits(model: nn.Module, architecture: Architecture, plan: StagePlan) -> str:
-    """On real numbers: whether the plain model's output is unchanged, bit for bit, once it has exits."""
+    """On real numbers: whether the plain model's output is bitwise unchanged when it has exits."""
     images = torch.randn(1, *plan.input_size)
     model.eval()
     with torch.no_grad():
@@ -131,14 +132,14 @@ def compare_logits(model: nn.Module, architecture: Architecture, plan: StagePlan
         kept: list[Any] = []
         network.backbone.register_forward_hook(lambda module, args, output: kept.append(output))
         signals = network(images)
-    # An encoder's own output goes through a head of ours; a distilled model's two predictions are averaged.
+    # sdcli adds a head to an encoder's output, and averages the two predictions of a distilled model.
     after = signals["final"].logits if isinstance(plain, torch.Tensor) and not plan.encoder else kept[0]
     pairs = zip(tree_leaves(plain), tree_leaves(after), strict=True)
     return "equal" if all(torch.equal(one, other) for one, other in pairs) else "differ"
 
 
 class Operations(TorchDispatchMode):
-    """What is computed: every operation with the number of each tensor that goes in, in order."""
+    """Logs every operation in order, with the numbers of its input and output tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -163,7 +164,8 @@ class Operations(TorchDispatchMode):
 
 
 class QuickWeights(TorchDispatchMode):
-    """Copies one block of random numbers where an initialisation would draw billions: the values do not matter here."""
+    """Copies one block of random numbers instead of drawing billions for an initialisation, whose values do not matter
+    here."""
 
     block = torch.randn(1 << 20).mul_(0.02)
 
@@ -187,11 +189,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", nargs="+", default=["*"], help="architectures to inspect")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "models.csv")
-    parser.add_argument("--real-gmacs", type=float, default=20, help="run models of so many on real numbers too")
-    parser.add_argument("--limit-s", type=int, default=300, help="seconds for one architecture")
+    parser.add_argument(
+        "--real-gmacs", type=float, default=20, help="also run models of at most this many GMACs on real numbers"
+    )
+    parser.add_argument("--limit-s", type=int, default=300, help="time limit per architecture, in seconds")
     options = parser.parse_args()
 
-    warnings.simplefilter("ignore")  # timm's remarks about renamed models
+    warnings.simplefilter("ignore")  # timm's warnings about renamed models
     everything = timm.list_models(pretrained=False)
     names = [name for name in everything if any(fnmatch.fnmatch(name, pattern) for pattern in options.pattern)]
     rows = {}

@@ -1,8 +1,8 @@
-"""Makes sdcli/assets/digits/digits.npz from scikit-learn's copy of the UCI handwritten digits.
+"""Creates sdcli/assets/digits/digits.npz from scikit-learn's copy of the UCI handwritten digits.
 
     python benchmarks/make_digits.py        # from the project's root; needs scikit-learn
 
-The same file comes out every time: see sdcli/assets/digits/README.md.
+The result is always the same file: see sdcli/assets/digits/README.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEST_FRACTION = 0.2
 def main() -> None:
     digits = load_digits()
     images, labels = digits.images.astype(np.uint8), digits.target.astype(np.uint8)
-    # RandomState, since its stream is frozen for good.
+    # RandomState, because numpy guarantees that its stream never changes.
     random = np.random.RandomState(SEED)
     is_test = np.zeros(len(labels), dtype=bool)
     for label in range(10):

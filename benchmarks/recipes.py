@@ -1,13 +1,14 @@
-"""A training step of every recipe against `baseline`: time, memory, and what its passes explain.
+"""Measures time and memory of a training step of each recipe against `baseline`, and the part that its passes explain.
 
     python benchmarks/recipes.py                          all of them, on resnet18 at 32 pixels, about 20 minutes
     python benchmarks/recipes.py --recipes byot cs-kd --model resnet18 --batch-size 64
 
-Each recipe runs in a process of its own, its steps in turns with those of `baseline`; the median of the ratios of
-neighbours counts. A pass forward is one unit, with a way back three; heads count by their MACs. `on top` is the ratio
-of times over the ratio of these units: what is neither. `peak` is the process's peak memory in MiB; what is explained
-of it is the peak of one that only runs `baseline`, the recipe's weights and optimizer, which stand beside baseline's,
-and by how much more its forward pass keeps for the way back, gradients included.
+Each recipe runs in a separate process, and its steps alternate with steps of `baseline`; the result is the median of
+the ratios of adjacent steps. The expected time counts the MACs of all passes, heads included: once for a forward pass,
+three times with a backward pass. `overhead` is the time ratio over the ratio of these counts. `peak` is the process's
+peak memory in MiB. The expected memory is the peak of a process that only runs `baseline`, plus the recipe's weights
+and optimizer state, which are held beside baseline's, plus the additional memory that its forward pass keeps for the
+backward pass, gradients included.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
     if (last := len(training.objectives) - 1) > 0:
         training.position.epoch = training.epochs
         enter_phase(training, last)
-    # In the middle of the run every weight over time counts.
+    # At three quarters of the run, weights that change over time are in effect.
     training.learner.objective.set_time(0.75, 1.0)
     training.loader.set_epoch(1)
     training.module.train()
@@ -53,7 +54,7 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
 
 
 def units(training: Training) -> float:
-    """MACs of all passes for one image, three times where there is a way back."""
+    """MACs of all passes for one image, three times for passes with gradients."""
     total = 0.0
     for (name, _), learns in training.learner.passes.items():
         network = training.learner.networks[name]
@@ -64,7 +65,8 @@ def units(training: Training) -> float:
 
 
 def held(training: Training, batches: list[Batch]) -> tuple[float, float]:
-    """MiB that a run holds all the time, and within a step: what autograd keeps, and gradients. After a first step."""
+    """MiB that a run holds permanently, and within a step (autograd's saved tensors and gradients). Call it after a
+    first step."""
     parts = [*training.learner.state_dict().values()]
     parts += [value for state in training.optimizer.state.values() for value in state.values()]
     storages = [part.untyped_storage() for part in parts if isinstance(part, torch.Tensor)]
@@ -85,7 +87,7 @@ def held(training: Training, batches: list[Batch]) -> tuple[float, float]:
 
 
 def measure(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row; run in a process of its own."""
+    """One row; to be run in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {BASELINE: prepared(BASELINE, options, Path(folder) / "baseline")}
         runs[recipe] = prepared(recipe, options, Path(folder) / "recipe")
@@ -96,7 +98,7 @@ def measure(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
                 train_step(training, batches)
                 if turn >= 2:
                     times[name].append(time.perf_counter() - start)
-        # Each step against its neighbour: what else the machine does comes and goes more slowly than that.
+        # Ratios of adjacent steps: the machine's load changes more slowly than that.
         ratio = statistics.median(one / other for one, other in zip(times[recipe], times[BASELINE], strict=True))
         explained = units(runs[recipe][0]) / units(runs[BASELINE][0])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -127,8 +129,8 @@ def main() -> None:
         return
     same = ["--model", options.model, "--batch-size", str(options.batch_size)]
     same += ["--image-size", str(options.image_size), "--steps", str(options.steps), "--one"]
-    memory = f"{'peak':>7} {'explained':>10} {'on top':>7}"
-    print(f"{'recipe':18} {'step ms':>9} {'x baseline':>11} {'explained':>10} {'on top':>7} {memory}")
+    memory = f"{'peak':>7} {'expected':>10} {'overhead':>8}"
+    print(f"{'recipe':18} {'step ms':>9} {'x baseline':>11} {'expected':>10} {'overhead':>8} {memory}")
     rows: list[dict[str, Any]] = []
     for recipe in [BASELINE, *(name for name in options.recipes if name != BASELINE)]:
         call = [sys.executable, __file__, "--recipes", recipe, *same]
@@ -138,8 +140,8 @@ def main() -> None:
         row["memory_explained_mib"] += rows[0]["peak_mib"]
         row["memory_on_top"] = round(row["peak_mib"] / row["memory_explained_mib"], 3)
         print(
-            f"{row['recipe']:18} {row['step_ms']:9} {row['time_ratio']:11} {row['explained']:10} {row['on_top']:7} "
-            f"{row['peak_mib']:7} {row['memory_explained_mib']:10} {row['memory_on_top']:7}",
+            f"{row['recipe']:18} {row['step_ms']:9} {row['time_ratio']:11} {row['explained']:10} {row['on_top']:8} "
+            f"{row['peak_mib']:7} {row['memory_explained_mib']:10} {row['memory_on_top']:8}",
             flush=True,
         )
     print(json.dumps(rows))

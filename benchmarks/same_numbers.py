@@ -1,10 +1,11 @@
-"""Whether a change of the code changes any number: six recipes of different kinds, trained on the digits.
+"""Checks whether a code change alters any number: trains six recipes of different kinds on the digits.
 
     python benchmarks/same_numbers.py --save before.json      # on the old code
     python benchmarks/same_numbers.py --compare before.json   # on the new code
 
-Prints one line per recipe: a digest of the log (times aside), of the trained weights and of the scores. With --compare
-it exits with 1 and names the recipes whose numbers differ. One thread, so that no sum depends on who was faster.
+Prints one line per recipe with digests of the log (without times) and of the trained weights; the scores are compared
+too. With --compare it exits with code 1 and names the recipes whose numbers differ. It uses one thread, so that sums do
+not depend on the order in which threads finish.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RUNS = {
     "ema-teacher": ["test_resnet"],
     "default": ["test_vit", "--recipe", "schedules/transformer"],
 }
-"""Feature hints, branches with a gate, a memory of predictions, phases, an average that teaches, and a transformer."""
+"""Covers feature hints, gated branches, a memory of predictions, phases, an EMA teacher, and a transformer."""
 SHORT = [
     "--dataset=digits",
     "--epochs=2",
@@ -76,7 +77,7 @@ def train(recipe: str, arguments: list[str], folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", type=Path, help="write the digests to this file")
-    parser.add_argument("--compare", type=Path, help="compare them with those in this file")
+    parser.add_argument("--compare", type=Path, help="compare the digests with those in this file")
     arguments = parser.parse_args()
     former = json.loads(arguments.compare.read_text()) if arguments.compare else {}
     found, differing = {}, []

@@ -1,11 +1,11 @@
-"""How time and memory grow with exits, batch, data and processes.
+"""Measures how time and memory grow with exits, batch size, data set size and processes.
 
     python benchmarks/scaling.py [--model resnet18] [--only exits batch data processes]
 
-Each line is a process of its own (several for `processes`) that trains a warm epoch of the digits; peak memory is the
-process's, libraries and all. `data` makes batches of growing data sets and trains nothing: of small images, which are
-decoded once into a file that is mapped into memory, and of large ones, which are read one by one. Its memory is what
-the process itself holds (RssAnon): pages of mapped files come and go as there is room.
+Each row is a separate process (several for `processes`) that trains on the digits for one epoch after a warm-up epoch;
+peak memory is that of the whole process, libraries included. `data` only loads batches from data sets of increasing
+size: of small images, which are decoded once into a memory-mapped file, and of large ones, which are read one by one.
+Its memory is the process's anonymous memory (RssAnon), because the pages of mapped files depend on free memory.
 """
 
 import argparse
@@ -36,7 +36,7 @@ list(train_epoch(training))
 training.position = Position(3)
 *_, epoch = train_epoch(training)
 if training.is_first:
-    # Not getrusage, in which a process begins with its parent's peak.
+    # Not getrusage, whose peak includes that of the parent process.
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     print(json.dumps({"images_per_s": round(epoch.images_per_s, 1), "peak_mib": round(peak)}))
 """
@@ -81,7 +81,7 @@ def run(model: str, data: str, overrides: list[str], processes: int = 1) -> dict
 
 
 def noise(number: int, side: int, folder: Path) -> Path:
-    """A data set of `number` images on disk, in which 256 different ones recur."""
+    """Writes a data set of `number` images that repeats 256 different ones."""
     import datasets
     import numpy as np
     from PIL import Image
@@ -104,7 +104,7 @@ def noise(number: int, side: int, folder: Path) -> Path:
 
 
 def read(number: int, side: int) -> dict[str, Any]:
-    """Batches of one epoch, in a process of its own."""
+    """Loads one epoch of batches in a separate process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "images").mkdir()

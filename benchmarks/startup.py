@@ -1,8 +1,8 @@
-"""How long commands take to answer, and their memory, against a bare `import timm`: whole processes, interleaved.
+"""Measures time and memory of whole commands against a bare `import timm`, in alternation.
 
     python benchmarks/startup.py [--rounds 5]
 
-The least of the rounds counts: on a shared machine everything else is the neighbours'.
+The result is the fastest round: on a shared machine, slower rounds measure the load of other programs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def run(command: list[str]) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     assert status == 0, command
-    # macOS counts bytes, Linux KiB.
+    # macOS reports bytes, Linux KiB.
     return seconds, usage.ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
 
 

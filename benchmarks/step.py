@@ -1,11 +1,12 @@
-"""A training step with exits against a plain timm step of the same network: ratio of times beside ratio of MACs.
+"""Compares a training step with exits to a plain timm step of the same network: the time ratio and the MACs ratio.
 
-    python benchmarks/step.py                                                the three of docs/performance.md
+    python benchmarks/step.py                                                the three rows of docs/performance.md
     python benchmarks/step.py --model resnet50 --batch-size 32 --image-size 32 --recipe byot
     python benchmarks/step.py --device cuda --precision bf16 --channels-last --compile --batch-size 512
 
-Steps of both take turns in one process, on the same random images; the median of the ratios of neighbours counts.
-Heads, losses and taps should cost what their arithmetic costs: the first ratio over the second is what is on top.
+Steps of both alternate in one process, on the same random images; the result is the median of the ratios of adjacent
+steps. Heads, losses and taps should only cost their arithmetic: `on_top`, the time ratio over the MACs ratio, is the
+overhead.
 """
 
 import argparse
@@ -43,7 +44,7 @@ CASES = (Case("resnet18", 64, 32), Case("vit_tiny_patch16_224", 16, 224), Case("
 
 
 def prepared(case: Case, options: argparse.Namespace, folder: str) -> Training:
-    """A run of ours; its data are not looked at."""
+    """An sdcli run; its data are not used."""
     settings = Settings(
         case.model,
         "digits",
@@ -55,13 +56,13 @@ def prepared(case: Case, options: argparse.Namespace, folder: str) -> Training:
     )
     overrides = [f"batch.size={case.batch_size}", "optimizer.lr=0.001"]
     training = prepare(settings, load_recipe([options.recipe], overrides), Path(folder) / "run")
-    # As `sdcli train` does.
+    # As in `sdcli train`.
     keep_freed_memory(training.accelerator.device)
     return training
 
 
 def plain_step(training: Training, batch: Batch, options: argparse.Namespace) -> Callable[[], Any]:
-    """The same network without exits, as a short loop over timm's model would train it."""
+    """A step of the same network without exits, as in a minimal training loop around timm's model."""
     device = training.accelerator.device
     model = create(training.description.blueprint.architecture, device="cpu").to(device).train()
     if options.channels_last:
@@ -112,7 +113,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         about = training.description
         costs = about.blueprint.costs()
     median = {name: statistics.median(values) for name, values in times.items()}
-    # Each step against its neighbour: what else the machine does comes and goes more slowly than that.
+    # Ratios of adjacent steps: the machine's load changes more slowly than that.
     ratio = statistics.median(one / other for one, other in zip(times["exits"], times["plain"], strict=True))
     macs = costs["ensemble"].macs / costs["final"].macs
     return {

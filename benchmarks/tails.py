@@ -1,8 +1,8 @@
-"""Which families of timm can have branches (recipe `one`) and votes of places (recipe `zipf`).
+"""Finds out which timm families support branches (recipe `one`) and dense votes (recipe `zipf`).
 
     python benchmarks/tails.py
 
-The smallest model of each of the families in docs/families.csv, on the meta device: no weights, about four minutes.
+Tries the smallest model of each family in docs/families.csv on the meta device: no weights, about four minutes.
 """
 
 import csv

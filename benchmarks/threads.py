@@ -1,9 +1,9 @@
-"""What waiting threads cost: an epoch of `quick` on the digits, spinning and sleeping, alone and beside a busy process.
+"""Measures the cost of waiting threads that spin instead of sleeping, alone and beside a busy process.
 
     python benchmarks/threads.py
 
-Prints a table and one JSON line: seconds for each, and spinning over sleeping. Times of one run on one machine; what
-counts is the ratio.
+Times an epoch of `quick` on the digits. Prints a table and one JSON line: seconds for each case, and the ratio of
+spinning to sleeping, which is the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ print(time.monotonic() - start)
 
 
 def seconds(policy: str, busy: bool) -> float:
-    """One warm epoch under `OMP_WAIT_POLICY`, perhaps while another process keeps a core busy."""
+    """Seconds of an epoch after a warm-up under this `OMP_WAIT_POLICY`; with `busy`, another process uses a core."""
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def seconds(policy: str, busy: bool) -> float:
 
 
 def main() -> None:
-    """Interleaved, so that a change of the machine's mood meets both."""
+    """Both policies alternate, so that changes in machine load affect both."""
     result: dict[str, float] = {}
     for busy in (False, True):
         where = "beside a busy process" if busy else "alone"

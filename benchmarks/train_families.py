@@ -1,12 +1,11 @@
-"""A training step of the smallest member of every timm family, on the CPU: does everything that is trained learn?
+"""Runs a training step of the smallest model of each timm family on the CPU: does every parameter get a gradient?
 
     python benchmarks/train_families.py                          docs/families.csv, about ten minutes on two cores
     python benchmarks/train_families.py --family resnet vgg      only these
 
-Each model gets its exits, two random images at its own input size and the losses of the recipe `default`; after one
-step every trained parameter must have had a finite gradient, and the loss must be finite; the same again with gradient
-checkpointing where the family has it. No weights, data or network are needed. `tests/test_families.py` asserts the
-same (slow).
+Each model gets exits, two random images of its own input size and the losses of the recipe `default`. Every trained
+parameter must get a finite gradient; this is checked again with gradient checkpointing if the family supports it. The
+loss is recorded. No weights, data or network connection are needed. `tests/test_families.py` asserts the same (slow).
 """
 
 import argparse
@@ -36,7 +35,7 @@ CLASSES = 10
 
 
 def smallest_members() -> dict[str, str]:
-    """Of every family, the model with the fewest MACs, as `docs/models.csv` has them."""
+    """The model with the fewest MACs of each family, from `docs/models.csv`."""
     with (DOCS / "models.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["macs_g"]]
     rows.sort(key=lambda row: (float(row["macs_g"]), float(row["params_m"])))
@@ -47,7 +46,7 @@ def smallest_members() -> dict[str, str]:
 
 
 def train_one_step(model: str) -> dict[str, Any]:
-    """One row: what was trained, and which parameters had no finite gradient."""
+    """One row: the number of trained parameters, and the names of those without a finite gradient."""
     torch.manual_seed(0)
     start = time.perf_counter()
     row: dict[str, Any] = {"model": model}
@@ -80,7 +79,7 @@ def train_one_step(model: str) -> dict[str, Any]:
 
 
 def backward(network: MultiExit, objective: Objective, batch: Batch) -> tuple[float, list[str]]:
-    """The loss, and the trained parameters that got no finite gradient."""
+    """The loss, and the names of the trained parameters without a finite gradient."""
     network.zero_grad()
     total, _ = objective(network(batch.images), batch)
     total.backward()
@@ -102,7 +101,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", help="timm's families, such as resnet and vision_transformer")
     parser.add_argument("--output", type=Path, default=DOCS / "families.csv")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # timm's remarks about renamed models
+    warnings.simplefilter("ignore")  # timm's warnings about renamed models
     members = smallest_members()
     rows: dict[str, dict[str, Any]] = {}
     if options.family and options.output.exists():

@@ -1,4 +1,4 @@
-"""The device to run on and the other processes of a run, chosen by accelerate or by the user."""
+"""The device of a run, its memory, and the exchange between its processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 Precision = Literal["fp32", "bf16", "fp16"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt(3): the free memory kept at the end of the heap, the number of blocks outside it."""
+"""Parameters of glibc's mallopt(3): how much free memory to keep at the top of the heap, and the maximum number of
+blocks outside the heap (mmap)."""
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ def accelerator_for(
             raise UserError(
                 f"--device {device} puts every process of this launch on the same device",
                 "one device per process, chosen by the launcher",
-                f"leave --device out, or --device {device.partition(':')[0]}",
+                f"leave out --device, or --device {device.partition(':')[0]}",
             )
         try:
             # The only reliable way to know whether a device exists, its number included.
@@ -67,8 +68,8 @@ def accelerator_for(
         mixed_precision=mixed,
         log_with=tracker,
         project_dir=folder,
-        # Batch norms use the statistics of their own process until scoring (`training.share_buffers`), and signals
-        # remember the same in every process: no buffers have to be broadcast at each update.
+        # No broadcast at each update: batch norms keep the statistics of their own process until scoring
+        # (`training.share_buffers`), and what signals remember is the same in every process.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -97,13 +98,13 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def memory_wanted(error: Exception) -> str | None:
-    """How much memory was missing (": failed to allocate 2.50 GiB (1.25 GiB free)", or "" if unknown); None for any
-    other error."""
+    """The failed allocation (": failed to allocate 2.50 GiB (1.25 GiB free)", or "" if unknown) for an out-of-memory
+    error; None for any other error."""
     text = str(error)
     ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not ran_out and not re.search(r"out of memory|can't allocate memory", text):
         return None
-    # On a CPU torch counts bytes.
+    # On a CPU torch's message gives bytes.
     text = re.sub(r"(\d+) bytes", lambda bytes_: f"{int(bytes_[1]) / 2**20:.0f} MiB", text)
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     free = re.search(r"of which ([\d.]+ \w+) is free", text)
@@ -112,7 +113,7 @@ def memory_wanted(error: Exception) -> str | None:
 
 @contextmanager
 def short_of_memory(doing: str, expected: str, fix: str) -> Iterator[None]:
-    """Turns running out of memory while `doing` something into a UserError."""
+    """Turns an out-of-memory error in the block into a UserError; `doing` says when and where it happened."""
     try:
         yield
     except Exception as error:
@@ -129,7 +130,8 @@ def _check_tracker(tracker: str) -> None:
 
 
 def _no_device(device: str) -> UserError:
-    """The error for a device that is not available. torch's own message lists the twenty types that it knows."""
+    """The error for a device that is not available: torch's own message lists the twenty types that it knows instead of
+    the devices present."""
     kind, colon, _ = device.partition(":")
     meant = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps", "apple": "mps"}.get(kind.lower(), kind)
     present = _present()
@@ -139,8 +141,8 @@ def _no_device(device: str) -> UserError:
         fix = f"--device {same[0] if colon else meant}"
     else:
         if meant in ("cuda", "mps"):
-            wrong += f", and it finds no {meant} device" if meant != kind else f": torch finds no {meant} device"
-        fix = f"leave --device out to run on {present[-1]}"
+            wrong += f", and torch finds no {meant} device" if meant != kind else f": torch finds no {meant} device"
+        fix = f"leave out --device to run on {present[-1]}"
     return UserError(wrong, " or ".join(present), fix)
 
 
@@ -154,7 +156,7 @@ def _present() -> list[str]:
 
 
 def from_first(accelerator: Accelerator, value: T) -> T:
-    """The first process's value, on all processes."""
+    """The first process's value, in all processes."""
     if accelerator.num_processes == 1:
         return value
     values = [value]
@@ -163,7 +165,8 @@ def from_first(accelerator: Accelerator, value: T) -> T:
 
 
 def interleaved(accelerator: Accelerator, own: Sequence[T]) -> list[T]:
-    """The items of all processes in the order of a single one: process i of n has every n-th item from i on."""
+    """The items of all processes in the order of a single process; process i of n holds every n-th item, from the i-th
+    on."""
     if accelerator.num_processes == 1:
         return list(own)
     shares: list[list[T]] = gather_object([list(own)])

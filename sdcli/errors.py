@@ -1,4 +1,4 @@
-"""Mistakes that a user can fix: one message with what is wrong, what was expected and how to fix it."""
+"""Errors that a user can fix: each message states what is wrong, what was expected and how to fix it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
 LONG, NEAREST = 8, 6
-"""A list with more names than this is cut to this many."""
+"""A list of more than `LONG` names is cut to the `NEAREST` ones."""
 
 
 class UserError(Exception):
     """A mistake that the user can fix; the command line prints it without a traceback and exits with code 2.
 
-    `key` is the dotted recipe key that is wrong, and `source` the file or option that has set it, where there is one.
+    `key` is the dotted recipe key that is wrong, if any, and `source` the file or option that has set it.
     """
 
     def __init__(self, wrong: str, expected: str = "", fix: str = "", *, key: str = "", source: str = "") -> None:
@@ -24,7 +24,7 @@ class UserError(Exception):
 
     @property
     def headline(self) -> str:
-        """The first line of the message: where the mistake is and what is wrong."""
+        """The first line of the message: the source of the mistake, if known, and what is wrong."""
         return f"{self.source}: {self.wrong}" if self.source else self.wrong
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class UserError(Exception):
         return UserError(**{name: changes.get(name, getattr(self, name)) for name in parts})
 
     def within(self, context: str, *, key: str = "") -> UserError:
-        """The same error, headed by what it happened in; `key` is the recipe key that asked for it."""
+        """The same error with `context` before its message; `key` is the recipe key at fault, if none is set yet."""
         return self.but(wrong=f"{context}: {self.wrong}", key=self.key or key)
 
 
@@ -49,7 +49,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest known name as a question ("did you mean 'byot'?"), or "" if none is near."""
     names = list(known)
     near = get_close_matches(str(name), names, n=1, cutoff=0.6)
-    # "kl_div" and "randaugment" start with the name that is meant.
+    # "kl_div" and "randaugment" start with the name that was meant ("kl", "rand").
     near = near or sorted((k for k in names if len(k) > 1 and str(name).startswith(k)), key=len)[-1:]
     return f"did you mean '{near[0]}'?" if near else ""
 
@@ -68,11 +68,11 @@ def unknown(what: str, name: str, known: Iterable[str], fix: str = "", *, lists:
 
 
 def invalid(problems: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str, Any]) -> UserError:
-    """The first of pydantic's problems with a table as one error: the key, its value and what was expected.
+    """One of pydantic's problems with a table as a UserError: the key, its value and what was expected.
 
     `where` names the table ("losses.soft"); `keys` are the keys that it may have, with their defaults.
     """
-    # An unknown key comes first: it is often the reason that another one is missing.
+    # An unknown key is reported first: it is often the reason why another one is missing.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
     path, kind, value = [str(part) for part in problem["loc"]], problem["type"], problem["input"]
     place = ".".join(filter(None, [where, *path]))
@@ -105,7 +105,7 @@ def shown(value: Any) -> str:
 
 
 def _mended(place: str, kind: str, value: Any, expected: str) -> str:
-    """The line that was probably meant, for common slips; "" otherwise."""
+    """The correction for common mistakes; "" otherwise."""
     key, number = place.rpartition(".")[2], str(value).strip()
     if (
         kind in ("int_type", "float_type")

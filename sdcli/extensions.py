@@ -19,7 +19,7 @@ def find_imports(files: Iterable[Path | str]) -> list[str]:
 
 
 def load_imports(files: Iterable[Path | str]) -> None:
-    """Runs each file once, however often it is named.
+    """Runs each file once, even if it is named several times.
 
     Raises UserError for a file that does not exist, one that fails (where and why), and one that registers a name that
     is already taken.
@@ -45,7 +45,7 @@ def _existing(path: Path) -> Path:
 
 
 def _load(path: Path) -> None:
-    # A unique module name, by which compiled and pickled functions are found again.
+    # A unique module name, under which compiled and pickled functions are found again.
     name = f"sdcli_import_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
@@ -69,7 +69,7 @@ def _load(path: Path) -> None:
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """The line of the file that failed, as ", line 3"; "" if none did."""
+    """The line of the file that failed, as ", line 3"; "" if the error is not in the file."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}" if error.lineno else ""
     number, trace = 0, error.__traceback__

@@ -11,23 +11,23 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that replaces it when the block ends: no reader finds half a file.
+    """A temporary file beside `path` that replaces it when the block ends, so that readers never see half a file.
 
-    If the block fails, the temporary file is removed and `path` stays as it was. Its name is that of one block alone,
-    so that two processes may replace the same file.
+    If the block fails, the temporary file is removed and `path` stays as it was. Its name is unique, so that two
+    processes can replace the same file.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield beside
         os.replace(beside, path)
     finally:
-        # A folder that has become read-only raises here too; the block has then raised the error to report.
+        # In a folder that has become read-only this fails too, but then the block has raised the error to report.
         with suppress(OSError):
             beside.unlink()
 
 
 def remove_temporary(folder: Path) -> None:
-    """Removes the temporary files of processes that were killed; for folders that no other process writes to."""
+    """Removes the temporary files of killed processes; only for folders that no other process writes to."""
     for path in folder.glob(".*.tmp"):
         with suppress(OSError):
             path.unlink()

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked once and for seconds; where it does not answer, its libraries look into their caches."""
+"""Checks once, for a few seconds, whether the Hugging Face hub answers; if not, its libraries use their caches only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps retries and other warnings of the hub's libraries off stderr: what goes wrong arrives as an exception."""
+    """Keeps warnings of the hub's libraries, such as retries, off stderr: real errors arrive as exceptions."""
     loggers = [logging.getLogger(name) for name in CLIENTS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -32,10 +32,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def reach(repo: str, kind: Literal["dataset", "model"]) -> Iterator[str]:
-    """Asks the hub for `repo`. Where it does not answer, or the user has set HF_HUB_OFFLINE, its libraries use nothing
-    but their caches within the block, without retries, and the reason is yielded; "" where it answers.
+    """Asks the hub for `repo` and yields "" if it answers. If it does not, or if the user has set HF_HUB_OFFLINE, its
+    libraries use only their caches within the block, without retries, and the reason is yielded.
 
-    Logs what it waits for. The hub is asked once for each repository.
+    Logs what it waits for. The hub is asked once per repository.
     """
     switches = _switches(kind)
     before = [switch.HF_HUB_OFFLINE for switch in switches]
@@ -70,7 +70,7 @@ def _answers(repo: str, kind: str) -> bool:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # The libraries wait as long for each of up to six tries, and that for every file.
+    # The libraries themselves would wait this long for each of up to six tries, for every file.
     patience_s = constants.HF_HUB_ETAG_TIMEOUT
     _LOG.info("asking the Hugging Face hub for %s (up to %s s)", repo, patience_s)
     answers: list[bool] = []
@@ -79,16 +79,16 @@ def _answers(repo: str, kind: str) -> bool:
         try:
             HfApi().repo_info(repo, repo_type=kind, timeout=patience_s)
         except HfHubHTTPError as error:
-            # The download reports a wrong name. Proxies answer 502 to 504 for a hub that they cannot reach.
+            # A wrong name is reported by the download. Proxies answer 502 to 504 if they cannot reach the hub.
             answers.append(error.response.status_code < 500)
         except HFValidationError:
             answers.append(True)
-        except Exception:  # which HTTP library is behind it, and what that raises, changes from release to release
+        except Exception:  # the HTTP library, and with it the error types, changes between releases
             answers.append(False)
         else:
             answers.append(True)
 
-    # In a thread, since the timeout holds for each of the hub's addresses, and not for looking these up.
+    # In a thread, because the timeout applies to each of the hub's addresses and not to the DNS lookup.
     asking = Thread(target=ask, daemon=True)
     asking.start()
     asking.join(patience_s)
@@ -97,6 +97,4 @@ def _answers(repo: str, kind: str) -> bool:
 
 @cache
 def _note_cached(repo: str) -> None:
-    _LOG.warning(
-        "no answer from the Hugging Face hub: %s is taken from the cache (HF_HUB_OFFLINE=1 skips the wait)", repo
-    )
+    _LOG.warning("no answer from the Hugging Face hub: using %s from the cache (HF_HUB_OFFLINE=1 skips the wait)", repo)

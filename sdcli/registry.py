@@ -1,7 +1,7 @@
 """Registries: the names that a recipe can use, and the functions behind them.
 
 The keyword-only arguments of a registered function or class are its recipe keys: their annotations are the types and
-ranges that a recipe is checked against, their defaults apply where a recipe leaves a key out. Nothing is written twice.
+ranges that a recipe is checked against, their defaults apply if a recipe leaves a key out. Nothing is written twice.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from sdcli.errors import UserError, invalid, unknown
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name: its function or class, what it reads of a signal, and its keys."""
+    """One registered name: its function or class, the part of a signal that it reads, and its keys."""
 
     name: str
     call: Callable[..., Any]
     reads: str = ""
     sees_batch: bool | str = False
-    """Whether its value couples the images of a batch, so that splitting the batch changes it; or the key that decides
-    this."""
+    """Whether its value couples the images of a batch, so that splitting the batch changes it; or the name of the key
+    that decides this."""
     hard_labels: bool = False
     """Whether it needs one class per image: no mixup or cutmix."""
     constant: bool = False
-    """Whether its output has no gradient."""
+    """Whether no gradient flows through its output."""
     reads_one: bool = False
     """Whether it is called with a single signal, not with a list."""
 

@@ -47,11 +47,11 @@ def _values(tables: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]
 def _fill(into: Any, tables: Mapping[str, Any], comment: Callable[[str], str] | None, column: int, at: str) -> None:
     import tomlkit
 
-    # A table's own values come first: below the header of a subtable they would belong to that.
+    # A table's own values come first: after the header of a subtable they would belong to the subtable.
     for key, value in sorted(tables.items(), key=lambda pair: _is_table(pair[1]) or _is_list_of_tables(pair[1])):
         place = f"{at}.{key}" if at else key
         if _is_table(value):
-            # A table of nothing but tables needs no header.
+            # A table that only contains tables needs no header.
             inner = tomlkit.table(is_super_table=all(_is_table(v) or _is_list_of_tables(v) for v in value.values()))
             _fill(inner, value, comment, column, place)
             into.append(key, inner)

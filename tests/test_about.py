@@ -17,7 +17,7 @@ from sdcli.recipe.schema import Ema, Recipe
 class Later(Recipe):
     """A recipe as it may be one day, with tables that `needs` has never heard of."""
 
-    signals: dict[str, dict[str, str]]
+    crops: dict[str, dict[str, int]]
     phases: list[dict[str, int]]
 
 
@@ -30,13 +30,22 @@ def test_other_networks_averages_and_mixed_images_are_needs():
         ["byot", "quick"],
         ["networks.teacher.model=resnet50", "networks.teacher.learns=false", "batch.mixup=0.2", "ema.decay=0.999"],
     )
-    assert needs(recipe) == ["teacher: resnet50, frozen", "mixup 0.2", "ema"]
+    assert needs(recipe) == ["network teacher (resnet50, frozen)", "mixup (alpha 0.2)", "EMA of the weights"]
+
+
+def test_views_and_images_of_the_class_are_needs():
+    assert needs(load_recipe(["ddgsd"])) == ["second view of each image"]
+    assert needs(load_recipe(["cs-kd"])) == ["second image of the same class"]
+    assert needs(load_recipe(["bake"])) == [
+        "3 extra images of the same class",
+        "derived predictions (propagated)",
+    ]
 
 
 def test_tables_that_come_later_show_as_they_are():
     tables = load_recipe(["byot"]).model_dump(exclude_none=True)
-    later = Later.model_validate({**tables, "signals": {"past": {"kind": "past"}}, "phases": [{"epochs": 1}] * 2})
-    assert needs(later) == ["signals past", "2 phases"]
+    later = Later.model_validate({**tables, "crops": {"small": {"size": 96}}, "phases": [{"epochs": 1}] * 2})
+    assert needs(later) == ["2 phases", "crops small"]
 
 
 def test_a_formula_has_a_line_per_loss():

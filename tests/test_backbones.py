@@ -63,7 +63,7 @@ def test_pretrained_transformers_keep_their_patches_and_say_so() -> None:
     architecture = resolve("test_vit", num_classes=10, image_size=32, pretrained=True)
     assert (architecture.stem, architecture.model_args) == ("imagenet", {"img_size": 32})
     assert architecture.notes == (
-        "The last map is only 2x2, and no smaller stem fits: pretrained weights keep their patches of 16x16.",
+        "The last map is only 2x2, and no smaller stem fits: pretrained weights need their patches of 16x16.",
     )
 
 
@@ -107,7 +107,7 @@ def test_a_misspelt_model_gets_the_nearest_name() -> None:
     ("model", "fix"),
     [
         ("timm/resnet18.a1_in1k", "resnet18.a1_in1k --pretrained"),
-        ("someone/resnet18", "hf-hub:someone/resnet18, if this is a timm model of the Hugging Face hub"),
+        ("someone/resnet18", "hf-hub:someone/resnet18, if this is a timm model on the Hugging Face hub"),
     ],
 )
 def test_an_id_of_the_hub_is_answered_with_what_to_type(model: str, fix: str) -> None:
@@ -158,7 +158,7 @@ def test_pretrained_weights_without_a_network_are_one_message() -> None:
         "pretrained weights of 'resnet18' are not in the cache, and HF_HUB_OFFLINE is set\n"
         "  expected: a network connection, or a cache that holds them (HF_HOME)\n"
         "  fix:      on a machine with a network: hf download timm/resnet18.a1_in1k, then copy its cache; "
-        "or --weights FILE.safetensors; or leave --pretrained out"
+        "or --weights FILE.safetensors; or leave out --pretrained"
     )
 
 

@@ -288,7 +288,7 @@ def test_inspect_counts_an_exits_head_and_marks_exits_that_are_no_cheaper_than_a
         assert stage["exit_params"] == stage["params"] + stage["head_params"]
         assert stage["exit_macs_fraction"] == stage["exit_macs"] / plan["macs"]
     assert plan["stages"][-1]["exit_macs_fraction"] == 1
-    note = "exit1* costs at least as many MACs as exit2, which is deeper; --head linear is cheaper"
+    note = "exit1* costs at least as many MACs as the deeper exit2; --head linear is cheaper"
     assert plan["notes"] == [note]
     result = sdcli("inspect", "tf_efficientnet_lite0")
     rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line.strip()}
@@ -378,7 +378,7 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
     result = sdcli("train", "test_resnet", *QUICK, "--output", trained)
     refused(
         result,
-        f"output '{trained}' holds a run already\n  expected: a new or empty folder\n"
+        f"output '{trained}' already holds a run\n  expected: a new or empty folder\n"
         f"  fix:      --output {trained}-2, or resume the run: sdcli train --resume {trained}",
     )
     assert {file.name: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
@@ -396,7 +396,7 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
         (["--set", "losses.soft.on=exit9"], "--set losses.soft.on=exit9: losses.soft.on = 'exit9': the network has no such point\n"
          "  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
         (["--set", "schedule.warmup_epochs=5"], "--set schedule.warmup_epochs=5: schedule.warmup_epochs = 5 lasts as long as the run (epochs = 2)\n  expected: fewer epochs than the "
-         "run, or a fraction of it below 1\n  fix:      --set schedule.warmup_epochs=0.05"),
+         "run, or a fraction of the run (below 1)\n  fix:      --set schedule.warmup_epochs=0.05"),
         (["--lr", -1], "--lr -1.0: optimizer.lr = -1.0\n  expected: greater than 0\n  fix:      the default is 0.1"),
         (["--stem", "cifr"], "--stem cifr: networks.student.stem = 'cifr'\n  expected: 'auto', 'imagenet' or 'cifar'\n"
          "  fix:      did you mean 'cifar'?"),
@@ -439,15 +439,15 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, sdcli):
 @pytest.mark.parametrize(
     ("device", "present", "message"),
     [
-        ("gpu", ["cpu"], "--device gpu is not available: torch's name for it is cuda, and it finds no cuda device\n"
-         "  expected: cpu\n  fix:      leave --device out to run on cpu"),
+        ("gpu", ["cpu"], "--device gpu is not available: torch's name for it is cuda, and torch finds no cuda device\n"
+         "  expected: cpu\n  fix:      leave out --device to run on cpu"),
         ("cuda:7", ["cpu"], "--device cuda:7 is not available: torch finds no cuda device\n"
-         "  expected: cpu\n  fix:      leave --device out to run on cpu"),
+         "  expected: cpu\n  fix:      leave out --device to run on cpu"),
         ("gpu", ["cpu", "cuda:0"], "--device gpu is not available: torch's name for it is cuda\n"
          "  expected: cpu or cuda:0\n  fix:      --device cuda"),
         ("cuda:7", ["cpu", "cuda:0"], "--device cuda:7 is not available\n"
          "  expected: cpu or cuda:0\n  fix:      --device cuda:0"),
-        ("tpu", ["cpu"], "--device tpu is not available\n  expected: cpu\n  fix:      leave --device out to run on cpu"),
+        ("tpu", ["cpu"], "--device tpu is not available\n  expected: cpu\n  fix:      leave out --device to run on cpu"),
     ],
 )  # fmt: skip
 def test_a_device_that_is_not_there_is_explained(device, present, message, tmp_path, sdcli, monkeypatch):
@@ -461,12 +461,12 @@ def test_a_device_that_is_not_there_is_explained(device, present, message, tmp_p
         (
             "test_resnet",
             "pretrained weights of 'test_resnet' are not in the cache, and HF_HUB_OFFLINE is set\n",
-            "hf download timm/test_resnet.r160_in1k, then copy its cache; or --weights FILE.safetensors; or leave --pretrained out\n",
+            "hf download timm/test_resnet.r160_in1k, then copy its cache; or --weights FILE.safetensors; or leave out --pretrained\n",
         ),
         (
             "darknet17",
             "pretrained weights of 'darknet17' cannot be loaded: ",
-            "  fix:      --weights FILE.safetensors, or leave --pretrained out to start from random weights\n",
+            "  fix:      --weights FILE.safetensors, or leave out --pretrained to start from random weights\n",
         ),
     ],
 )
@@ -530,8 +530,8 @@ def test_a_classifier_that_does_most_of_the_work_is_refused(sdcli):
     refused(
         sdcli("inspect", "mobilenetv3_small_050", "--num-classes", 100_000),
         "82% of the MACs of mobilenetv3_small_050 come after its last map, in the classifier\n"
-        "  expected: a network that does most of its work in its stages\n"
-        "  fix:      fewer classes, a larger image, or modules to read after: --exits MODULE,MODULE",
+        "  expected: a network with most of its MACs in its stages\n"
+        "  fix:      fewer classes, a larger image, or name the modules to attach exits to: --exits MODULE,MODULE",
     )
 
 
@@ -633,7 +633,7 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
         (["--resume", "RUN", "--output", "other"], "--resume RUN and --output exclude each other\n"
          "  expected: one of them: a run stays in its folder"),
         (["--resume", "RUN", "--seed", 5], "the run in 'RUN' was started with seed = 42, not 5\n"
-         "  expected: the same; what may change is --epochs, --device, --workers, --compile, --grad-accum-steps, "
+         "  expected: the same value; only these may change: --epochs, --device, --workers, --compile, --grad-accum-steps, "
          "--save-every, --track, --import\n"
          "  fix:      leave --seed out, or start a new run"),
         (["--resume", "RUN", "--lr", 5], "the recipe of the run in 'RUN' has optimizer.lr = 0.05, not 5.0\n"
@@ -662,7 +662,7 @@ def test_only_a_near_name_is_offered_for_a_run_that_is_not_there(tmp_path, sdcli
     nope, near = tmp_path / "nope", tmp_path / "digit-resnet18"
     refused(
         sdcli("train", "--resume", nope),
-        message.format(nope) + f"sdcli train MODEL --dataset DATA --output {nope} starts one",
+        message.format(nope) + f"start one: sdcli train MODEL --dataset DATA --output {nope}",
     )
     refused(sdcli("train", "--resume", near), message.format(near) + f"did you mean '{tmp_path / 'digits-resnet18'}'?")
 

@@ -86,7 +86,7 @@ def test_hub_that_does_not_answer_leaves_the_cache(
     released.set()
     assert not constants.HF_HUB_OFFLINE and not config.HF_HUB_OFFLINE
     assert caplog.messages[1:] == [
-        "no answer from the Hugging Face hub: some/set is taken from the cache (HF_HUB_OFFLINE=1 skips the wait)"
+        "no answer from the Hugging Face hub: using some/set from the cache (HF_HUB_OFFLINE=1 skips the wait)"
     ]
 
 

@@ -215,7 +215,7 @@ def test_a_worker_that_is_killed_is_explained_after_the_state_is_saved(tmp_path:
         f"error: process {worker.pid}, one of 2 that load images, was killed by SIGKILL: the machine has probably run "
         "out of memory\n"
         "  expected: processes that last as long as they are needed\n"
-        f"  fix:      --workers 0, or fewer than 2; the state is saved, resume with: sdcli train --resume {folder}\n"
+        f"  fix:      --workers 0, or fewer than 2; the state is saved; resume with: sdcli train --resume {folder}\n"
     )
     assert gone([other])
     position = state_of(folder)["position"]
@@ -233,7 +233,7 @@ def test_a_worker_that_is_killed_while_scoring_is_explained(tmp_path: Path, monk
         patch.setattr("sdcli.run.train.score", score)
         with pytest.raises(UserError) as error:
             list(fit(training))
-    assert error.value.fix == (f"--workers 0; the state is saved, resume with: sdcli train --resume {tmp_path / 'run'}")
+    assert error.value.fix == (f"--workers 0; the state is saved; resume with: sdcli train --resume {tmp_path / 'run'}")
     position = state_of(tmp_path / "run")["position"]
     assert (position["epoch"], position["update"]) == (1, 2)
 
@@ -263,7 +263,7 @@ def test_an_image_that_becomes_unreadable_loses_nothing(pictures: Path, tmp_path
                 for file in images:
                     file.write_bytes(b"no image")
     assert "the image cannot be read (unknown format)" in error.value.wrong
-    assert error.value.fix == (f"replace or remove it; the state is saved, resume with: sdcli train --resume {folder}")
+    assert error.value.fix == (f"replace or remove it; the state is saved; resume with: sdcli train --resume {folder}")
     position = state_of(folder)["position"]
     assert (position["epoch"], position["update"]) == (2, 1)
     for file, content in images.items():
@@ -374,7 +374,7 @@ def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
     message = (
         f"error: run '{folder}' is in use by process {process.pid} on {os.uname().nodename}\n"
         "  expected: a run that no other process is training\n"
-        "  fix:      wait until it ends, stop it with Ctrl-C or SIGTERM (its state is saved), or choose another "
+        "  fix:      wait until it finishes, stop it with Ctrl-C or SIGTERM (its state is saved), or choose another "
         "--output\n"
     )
     for second in (
@@ -474,7 +474,7 @@ def test_a_folder_that_cannot_be_written_is_one_message(
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err[result.err.index("error: ") :] == (
         f"error: '{folder / name}' cannot be written: {os.strerror(number)}\n"
-        "  expected: a run folder that can be written to, on a disk with free space\n"
+        "  expected: a writable run folder, on a disk with free space\n"
         f"  fix:      free space or make it writable{then}\n"
     )
     assert not list(folder.rglob("*.tmp"))
@@ -553,13 +553,13 @@ def test_a_log_with_fewer_epochs_than_the_state_is_refused(copied: Path) -> None
     (copied / "log.jsonl").write_text(first)
     with pytest.raises(UserError) as error:
         resume(copied, *resumed(copied, {}, None, []))
-    assert error.value.wrong == f"'{copied / 'log.jsonl'}' is not what a run has written: it has 1 of 2 epochs"
+    assert error.value.wrong == f"'{copied / 'log.jsonl'}' is damaged: it has 1 of 2 epochs"
 
 
 def test_a_damaged_line_within_the_log_is_named(copied: Path) -> None:
     _, second = (copied / "log.jsonl").read_text().splitlines(keepends=True)
     (copied / "log.jsonl").write_text('{"epoch": 1, "lo\n' + second)
-    with pytest.raises(UserError, match=r"log\.jsonl' is not what a run has written: line 1: "):
+    with pytest.raises(UserError, match=r"log\.jsonl' is damaged: line 1: "):
         read_log(copied)
 
 
@@ -593,10 +593,10 @@ def test_a_taken_output_gets_a_free_name(tmp_path: Path, sdcli: Command, monkeyp
 @pytest.mark.parametrize(
     ("output", "where", "free"),
     [
-        ("pictures", "is the folder of the data set", "runs/pictures"),
-        ("pictures/train/run", "is inside the folder of the data set, 'FOLDER/pictures'", "runs/run"),
-        (".", "contains the folder of the data set, 'FOLDER/pictures'", "runs/NAME"),
-        ("link/run", "is inside the folder of the data set, 'FOLDER/pictures'", "runs/run"),
+        ("pictures", "is the data set's folder", "runs/pictures"),
+        ("pictures/train/run", "is inside the data set's folder, 'FOLDER/pictures'", "runs/run"),
+        (".", "contains the data set's folder, 'FOLDER/pictures'", "runs/NAME"),
+        ("link/run", "is inside the data set's folder, 'FOLDER/pictures'", "runs/run"),
     ],
 )
 def test_an_output_that_would_mix_with_the_data_is_refused(
@@ -611,7 +611,7 @@ def test_an_output_that_would_mix_with_the_data_is_refused(
     where, free = (text.replace("FOLDER", str(tmp_path)).replace("NAME", tmp_path.name) for text in (where, free))
     refused(
         result,
-        f"output '{output}' {where}\n  expected: a folder apart from the data set\n  fix:      --output {free}",
+        f"output '{output}' {where}\n  expected: a folder outside the data set\n  fix:      --output {free}",
     )
     assert sorted(pictures.rglob("*")) == before
 
@@ -620,7 +620,7 @@ def test_a_run_that_is_resumed_with_other_threads_is_noted(copied: Path) -> None
     assert not [note for note in resume(copied, *resumed(copied, {}, None, [])).notes if "threads" in note]
     state = state_of(copied)
     states.save_state(copied / "state" / "last.pt", {**state, "threads": 64})
-    note = f"64 CPU threads before, {torch.get_num_threads()} now: sums are rounded differently, in their last digits"
+    note = f"64 CPU threads before, {torch.get_num_threads()} now: results differ in the last digits, by rounding"
     assert note in resume(copied, *resumed(copied, {}, None, [])).notes
 
 

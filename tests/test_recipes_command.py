@@ -235,7 +235,7 @@ MISTAKES = {
     "a warm-up as long as the run": (
         BYOT + "epochs = 5\n[schedule]\nwarmup_epochs = 5\n",
         "FILE: schedule.warmup_epochs = 5 lasts as long as the run (epochs = 5)\n"
-        "  expected: fewer epochs than the run, or a fraction of it below 1\n"
+        "  expected: fewer epochs than the run, or a fraction of the run (below 1)\n"
         "  fix:      --set schedule.warmup_epochs=0.05",
     ),
     "a part that is no recipe of its own": (
@@ -493,11 +493,11 @@ def test_an_imported_head_without_a_classifier_is_refused(sdcli: Command, tmp_pa
     [
         ("super().__init__()", "super().__init__(); [][1]",
          "head 'flat' cannot be built after layer1, whose map is 32x40x40: IndexError: list index out of range\n"
-         "  expected: a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
+         "  expected: a head that fits every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
         ("features.mean(dim=(2, 3))", "features.mean(dim=(2, 4))",
          "head 'flat' does not run after layer1, whose map is 32x40x40: IndexError: Dimension out of range (expected to "
          "be in range of [-4, 3], but got 4)\n"
-         "  expected: a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
+         "  expected: a head that fits every stage: HEAD(plan, stage, num_classes), called with (features, prefix)"),
         ("return embedding, ", "return ",
          "head 'flat' after layer1 returns [2, 1000] for 2 images\n"
          "  expected: a tuple: the embedding that its classifier reads [2, 32] and the logits [2, 1000]\n"
@@ -550,8 +550,8 @@ def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_
     assert again.wait() == 2
     assert again.err == (
         f"error: the run in '{folder / 'runs/mine'}' was started with --import {folder / 'mine.py'}\n"
-        "  expected: --import for its files again: no file that a run folder names is run by itself\n"
-        f"  fix:      if you trust them: sdcli train --resume {folder / 'runs/mine'} --import {folder / 'mine.py'}\n"
+        "  expected: the same --import again: for safety, files named in a run folder are not imported automatically\n"
+        f"  fix:      if you trust these files: sdcli train --resume {folder / 'runs/mine'} --import {folder / 'mine.py'}\n"
     )
     resumed = finished("train", "--resume", "work/runs/mine", "--epochs", 2, "--import", "work/mine.py", cwd=tmp_path)
     assert resumed.wait() == 0, resumed.err
@@ -565,7 +565,7 @@ def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_
     moved = moved.rename(tmp_path / "mine.py")
     again = finished("train", "--resume", "runs/mine", "--epochs", 3, "--import", moved, cwd=folder)
     assert again.wait() == 0, again.err
-    assert f"{moved} has changed since the run was last saved; the run resumes with what it is now" in again.err
+    assert f"{moved} has changed since the run was last saved; the run resumes with the new version" in again.err
 
 
 HEAD = """

@@ -162,7 +162,7 @@ def test_two_names_of_one_tensor_are_refused() -> None:
         plan_of("resnet18", exits=["layer1", "layer1.1"])
     assert str(caught.value) == (
         "'layer1.1' and 'layer1' return the same tensor of resnet18\n"
-        "  expected: modules that return different ones\n"
+        "  expected: modules that return different tensors\n"
         "  fix:      leave one of them out"
     )
 
@@ -193,9 +193,9 @@ def test_a_model_without_stages_takes_named_ones() -> None:
     with pytest.raises(UserError) as caught:
         find_stages(Lone(), (3, 8, 8), name="lone")
     assert str(caught.value) == (
-        "lone has no stages of its own: no modules return maps between which the work is shared\n"
+        "lone has no stages of its own: no modules whose maps divide the work into stages\n"
         "  expected: a network of stages or blocks\n"
-        "  fix:      name the modules to read after with --exits"
+        "  fix:      name the modules to attach exits to with --exits"
     )
     assert modules(find_stages(Lone(), (3, 8, 8), exits=["blocks.0"])) == ["blocks.0"]
 
@@ -227,7 +227,7 @@ class Awkward(nn.Module):
         ("twice", "is called 2 times in a forward pass"),
         ("never", "is never called in a forward pass"),
         ("changed", "returns a tensor that is changed in place afterwards"),
-        ("fc", "returns no map but a tensor of shape [1, 3]"),
+        ("fc", "returns a tensor of shape [1, 3], which is not a map"),
     ],
 )
 def test_a_module_that_cannot_be_tapped_says_why(name: str, why: str) -> None:
@@ -269,8 +269,8 @@ def test_a_cut_is_clean_only_where_nothing_jumps_over_it() -> None:
         "blocks.3": True,
     }
     assert plan.notes == (
-        "What follows blocks.1 and blocks.2 also reads earlier tensors: exits there can be trained and read, but the "
-        "network can neither be stopped nor cut off there.",
+        "The layers after blocks.1 and blocks.2 also read earlier tensors: exits there can be trained and read, but the "
+        "network cannot stop early or be truncated there.",
     )
 
 
@@ -309,7 +309,7 @@ class Unread(Blocks):
 def test_parameters_that_never_reach_the_output_are_listed() -> None:
     plan = find_stages(Unread(), (3, 8, 8))
     assert plan.unused == ("never", "aside.weight")
-    assert plan.notes == ("2 parameters never reach the output and are not trained: never, aside.weight.",)
+    assert plan.notes == ("Parameters that never affect the output and are not trained: 2 (never, aside.weight).",)
     assert plan_of("resnet18").unused == ()
 
 

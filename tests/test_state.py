@@ -61,9 +61,9 @@ def test_a_damaged_state_is_refused_and_the_one_before_it_is_offered(folder: Pat
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     assert refusal(folder) == (
-        f"state cannot be used: '{last}': it is damaged: its content does not match its digest\n"
+        f"state cannot be used: '{last}': it is damaged: its content does not match its checksum\n"
         "  expected: the state as sdcli train saved it\n"
-        f"  fix:      resume from the state saved before it: mv {previous} {last}"
+        f"  fix:      go back to the previous state, then resume: mv {previous} {last}"
     )
     previous.rename(last)
     training = resume(folder, *resumed(folder, {}, None, []))
@@ -74,7 +74,7 @@ def test_a_damaged_state_without_an_earlier_one_is_refused(folder: Path) -> None
     (folder / "state" / "last.pt").write_bytes(b"")
     (folder / "state" / "previous.pt").write_bytes(b"sdcli")
     assert refusal(folder) == (
-        f"state cannot be used: '{folder}/state/last.pt': it is damaged: it does not begin as a state does\n"
+        f"state cannot be used: '{folder}/state/last.pt': it is damaged: its first line is not that of a state\n"
         "  expected: the state as sdcli train saved it\n"
         "  fix:      start a new run"
     )

@@ -53,7 +53,7 @@ def test_unstrided_resnet_keeps_every_name_and_shape() -> None:
     notes = apply_stem(model, "unstrided", SMALL)
     assert shapes(model) == before
     assert sides(find_stages(model, SMALL)) == [32, 16, 8, 4]
-    assert notes == ("Strides undone, weights as they were: conv1, maxpool.", "The last map is 4x4.")
+    assert notes == ("Strides removed, weights unchanged: conv1, maxpool.", "The last map is 4x4.")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_network_without_strides_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         apply_stem(Flat(), "cifar", SMALL)
     assert str(caught.value) == (
-        "nothing at the front of Flat can be undone for small images\n"
+        "Flat has no stride that can be removed for small images\n"
         "  expected: a network that shrinks its input by strided convolutions or poolings\n"
         "  fix:      --stem imagenet"
     )
@@ -149,7 +149,7 @@ def test_an_image_that_only_tiny_patches_divide_is_refused_with_the_nearest_that
     with pytest.raises(UserError) as caught:
         smaller_patches(lambda arguments: on_meta("test_vit", **arguments), on_meta("test_vit"), (3, 97, 97))
     assert str(caught.value) == (
-        "patches of no size fit an image of 97 pixels: patches of 1x1 would leave 9409 tokens\n"
-        "  expected: an image size that a patch of 2 to 16 pixels divides\n"
+        "no patch size fits an image of 97 pixels: patches of 1x1 would leave 9409 tokens\n"
+        "  expected: an image size divisible by a patch of 2 to 16 pixels\n"
         "  fix:      --image-size 96"
     )

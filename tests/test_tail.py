@@ -98,7 +98,7 @@ def test_a_network_with_branches_can_be_copied_and_its_copy_is_whole():
 
 @pytest.mark.parametrize(("name", "reason"), [
     ("levit_128s", "levit_128s has no single classifier"),
-    ("xcit_nano_12_p16_224", "xcit_nano_12_p16_224 does more after blocks.8 than call one module after the other"),
+    ("xcit_nano_12_p16_224", "xcit_nano_12_p16_224 does more after blocks.8 than call modules in sequence"),
 ])  # fmt: skip
 def test_what_cannot_be_copied_is_refused(name, reason):
     with pytest.raises(UserError) as error:
@@ -176,7 +176,7 @@ def test_votes_are_refused_where_they_cannot_be_had():
         return error.value.wrong
 
     assert message(model="xcit_nano_12_p16_224") == (
-        "signals.votes: xcit_nano_12_p16_224 does more after blocks.11 than call one module after the other"
+        "signals.votes: xcit_nano_12_p16_224 does more after blocks.11 than call modules in sequence"
     )
     exits = ("networks.student.exits=auto", "losses.task.on=all")
     assert message(*exits, "signals.votes.of=exit1") == (

@@ -229,7 +229,7 @@ def test_what_makes_another_run_is_refused(whole: tuple[Recipe, Path]) -> None:
 
     assert refused({"seed": 7}) == (
         f"the run in '{folder}' was started with seed = 42, not 7\n"
-        "  expected: the same; what may change is --epochs, --device, --workers, --compile, --grad-accum-steps, "
+        "  expected: the same value; only these may change: --epochs, --device, --workers, --compile, --grad-accum-steps, "
         "--save-every, --track, --import\n"
         "  fix:      leave --seed out, or start a new run"
     )
@@ -269,15 +269,15 @@ def test_other_data_are_refused(whole: tuple[Recipe, Path], tmp_path: Path) -> N
     with pytest.raises(UserError) as error:
         resume(copied, *resumed(copied, {}, None, []))
     assert str(error.value) == (
-        "the training data are not those of the run: 96 images, 95 when it was started\n"
-        "  expected: the very same data\n"
-        "  fix:      put them back, or start a new run"
+        "the training data have changed since the run was started: 96 images now, 95 then\n"
+        "  expected: the same data\n"
+        "  fix:      restore the data, or start a new run"
     )
 
 
 @pytest.mark.parametrize(("file", "old", "new", "message"), [
-    ("recipe.toml", "lr = 0.05", "lr = 0.5", "recipe.toml' has optimizer.lr = 0.5, and the run was started with 0.05"),
-    ("run.json", '"seed": 42', '"seed": 43', "run.json' has seed = 43, and the run was started with 42"),
+    ("recipe.toml", "lr = 0.05", "lr = 0.5", "recipe.toml' has optimizer.lr = 0.5, but the run was started with 0.05"),
+    ("run.json", '"seed": 42', '"seed": 43', "run.json' has seed = 43, but the run was started with 42"),
 ])  # fmt: skip
 def test_files_of_a_run_that_were_edited_are_refused(
     whole: tuple[Recipe, Path], tmp_path: Path, file: str, old: str, new: str, message: str
@@ -303,8 +303,8 @@ def test_no_file_that_a_run_folder_names_is_run(whole: tuple[Recipe, Path], tmp_
         resume(copied, *resumed(copied, {}, None, []))
     assert str(error.value) == (
         f"the run in '{copied}' was started with --import {evil}\n"
-        "  expected: --import for its files again: no file that a run folder names is run by itself\n"
-        f"  fix:      if you trust them: sdcli train --resume {copied} --import {evil}"
+        "  expected: the same --import again: for safety, files named in a run folder are not imported automatically\n"
+        f"  fix:      if you trust these files: sdcli train --resume {copied} --import {evil}"
     )
     resume(copied, *resumed(copied, {"imports": []}, None, []))
     assert not (tmp_path / "hacked").exists()
@@ -315,7 +315,7 @@ def test_no_file_that_a_run_folder_names_is_run(whole: tuple[Recipe, Path], tmp_
     ({"seed": "7"}, "seed: input should be a valid integer"),
     ({"model": None}, "model: input should be a valid string"),
     ([], "model: field required"),
-    (3, "it holds no table"),
+    (3, "it does not hold a table"),
 ])  # fmt: skip
 def test_settings_of_other_types_are_named(
     whole: tuple[Recipe, Path], tmp_path: Path, settings: Any, reason: str
@@ -325,7 +325,7 @@ def test_settings_of_other_types_are_named(
     (copied / "run.json").write_text(json.dumps({**own, **settings} if isinstance(settings, dict) else settings))
     with pytest.raises(UserError) as error:
         resumed(copied, {}, None, [])
-    assert error.value.wrong == f"'{copied / 'run.json'}' is not what a run has written: {reason}"
+    assert error.value.wrong == f"'{copied / 'run.json'}' is damaged: {reason}"
 
 
 @pytest.mark.parametrize("file", ["run.json", "log.jsonl"])
@@ -333,7 +333,7 @@ def test_a_damaged_file_of_a_run_is_named(whole: tuple[Recipe, Path], tmp_path: 
     copied = tmp_path / "run"
     shutil.copytree(whole[1], copied)
     (copied / file).write_text('{"epoch": 1, "lo')
-    with pytest.raises(UserError, match=f"{file}' is not what a run has written"):
+    with pytest.raises(UserError, match=f"{file}' is damaged"):
         finish(resume(copied, *resumed(copied, {}, None, [])))
 
 
@@ -341,7 +341,7 @@ def test_fewer_epochs_than_are_done_are_refused(whole: tuple[Recipe, Path]) -> N
     with pytest.raises(UserError) as error:
         resume(whole[1], *resumed(whole[1], {}, None, ["epochs=1"]))
     assert str(error.value).startswith(
-        f"epochs = 1, and the run in '{whole[1]}' has begun or done 2\n  expected: 2 or more"
+        f"epochs = 1, but the run in '{whole[1]}' has already started epoch 2\n  expected: 2 or more"
     )
 
 
@@ -352,7 +352,7 @@ def test_a_fresh_phase_that_begins_from_a_file_wants_it_before_it_goes_on(tmp_pa
     recipe = load_recipe(["born-again"], [*short, f'networks.student.weights="{weights}"'])
     assert isinstance(list(fit(prepare(QUICK, recipe, tmp_path / "run"), after(2)))[-1], Stopped)
     moved = weights.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(UserError, match="a fresh phase is to begin from it"):
+    with pytest.raises(UserError, match="a later phase starts from it"):
         resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, []))
     moved.rename(weights)
     finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
@@ -430,13 +430,13 @@ def test_a_run_that_died_before_its_first_state_leaves_its_folder_free(tmp_path:
     training.run.state.unlink()
     assert {path.name for path in folder.iterdir()} == {"recipe.toml", "run.json", "state"}
     prepare(QUICK, load_recipe(["quick"]), folder)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         prepare(QUICK, load_recipe(["quick"]), folder)
     # A recipe of the user's own is no such thing.
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "recipe.toml").write_text('extends = "quick"')
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         prepare(QUICK, load_recipe(["quick"]), mine)
 
 
@@ -497,7 +497,7 @@ def test_two_processes_and_parts_train_as_one_process_does(tmp_path: Path) -> No
     finish(prepare(replace(settings, grad_accum_steps=3), recipe, tmp_path / "parts"))
     two = together(2, "train", *SHARED, "--epochs", 1, "--limit-train", 480, "--output", tmp_path / "two")
     assert [process.wait() for process in two] == [0, 0], two[0].err
-    assert "2 processes: each sees 12 of the 24 images of an update" in two[0].err
+    assert "2 processes: each sees 12 of the 24 images of a batch" in two[0].err
     assert "deprecated" not in two[0].err + two[1].err
     one = json.loads((tmp_path / "one" / "log.jsonl").read_text())
     for name in ("two", "parts"):
@@ -547,7 +547,7 @@ def test_two_processes_score_what_they_save_whatever_the_recipe(tmp_path: Path) 
     two = together(2, "train", "test_resnet", "--dataset", "digits", "--recipe", recipe, "--limit-train", 256,
                    "--val-fraction", 0, "--device", "cpu", "--workers", 0, "--output", tmp_path / "run")  # fmt: skip
     assert [process.wait() for process in two] == [0, 0], two[0].err
-    told = "signals.neighbours compares images with each other: 16 at a time, not all 32 of an update"
+    told = "signals.neighbours compares images with each other: 16 at a time, not all 32 of a batch"
     assert told in two[0].err
     state = states.load_state(tmp_path / "run" / "state" / "last.pt")
     assert state["learner"]["derived.past.make.seen"].sum() > 128, "each process has seen 128"
@@ -597,7 +597,7 @@ def test_when_a_process_dies_the_others_end_and_the_run_goes_on(tmp_path: Path) 
     settings, recipe = resumed(folder, {}, None, [])
     training = resume(folder, settings, recipe)
     assert training.position.epoch >= 2
-    assert "2 processes before, 1 now: the run goes on with other random numbers" in training.notes
+    assert "2 processes before, 1 now: the run continues with different random numbers" in training.notes
 
 
 # What a run may meet
@@ -738,7 +738,7 @@ def test_weights_that_the_last_update_has_ruined_are_not_saved(tmp_path: Path) -
     # One update per epoch: its loss is finite, what it makes of the weights says nothing.
     recipe = load_recipe(["quick"], ["batch.size=96", "epochs=2", "optimizer.lr=1e30"])
     training = prepare(QUICK, recipe, tmp_path / "run")
-    with pytest.raises(UserError, match="what was saved before is as it was"):
+    with pytest.raises(UserError, match="the checkpoints saved before are intact"):
         finish(training)
     state = states.load_state(tmp_path / "run" / "state" / "last.pt")
     assert (state["position"]["epoch"], state["position"]["update"]) == (1, 0)
@@ -809,9 +809,9 @@ def test_an_infinite_gradient_stops_the_run_and_keeps_the_state(
     rate = training.schedule._get_lr(2)[0]
     assert str(error.value) == (
         "the gradient of losses.task, losses.exits, losses.soft, losses.hint was not finite in epoch 1, update 3, "
-        f"at learning rate {rate:g}; the losses were\n"
+        f"at learning rate {rate:g}, but all losses were\n"
         "  expected: a finite gradient\n"
-        "  fix:      a lower --lr, or losses whose gradient is finite wherever their value is; "
+        "  fix:      a lower --lr, or losses whose gradient is always finite; "
         'optimizer.nonfinite = "skip" skips such updates'
     )
     assert training.run.state.read_bytes() == before
@@ -830,8 +830,8 @@ def test_a_run_that_skips_every_update_names_the_loss_to_blame(tmp_path: Path, m
         finish(prepare(QUICK, load(file, "batch.size=48"), tmp_path / "run"))
     assert str(error.value) == (
         "2 updates in a row were skipped: losses.root or its gradient was not finite\n"
-        "  expected: finite losses and gradients; a run ends after 100 skipped updates in a row, or an epoch of them\n"
-        "  fix:      a lower --lr, or a smaller weight of that loss, in a new run"
+        "  expected: finite losses and gradients; a run ends after 100 skipped updates in a row or a whole skipped epoch\n"
+        "  fix:      a lower --lr or a smaller weight for that loss, in a new run"
     )
 
 
@@ -877,9 +877,9 @@ def test_a_full_disk_keeps_the_state(training: Training, monkeypatch: pytest.Mon
     with pytest.raises(UserError) as error:
         save(training)
     assert str(error.value) == (
-        f"the state of the run cannot be written to '{training.run.state}': no space left on the disk; "
-        "the state before it is whole\n"
-        "  expected: room for it in the run folder\n"
+        f"the run's state cannot be written to '{training.run.state}': no space left on the disk; "
+        "the previous state is intact\n"
+        "  expected: free space for the run folder\n"
         f"  fix:      free some space and resume: sdcli train --resume {training.run.folder}"
     )
     assert training.run.state.read_bytes() == before
@@ -894,7 +894,7 @@ def test_too_little_memory_says_what_to_lower(training: Training) -> None:
     assert told is not None and str(told) == (
         "out of memory on cpu with 24 images at a time: failed to allocate 2.50 GiB (1.25 GiB free)\n"
         "  expected: a network and a batch that fit\n"
-        "  fix:      --grad-accum-steps 2 (smaller parts of the same updates); in a new run --precision bf16, "
+        "  fix:      --grad-accum-steps 2 (same batch, smaller micro-batches); in a new run --precision bf16, "
         "--grad-checkpointing or a smaller --batch-size"
     )
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3145728 bytes.")
@@ -936,8 +936,8 @@ def test_a_batch_norm_that_sees_one_image_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         finish(prepare(one, load_recipe(["quick"], ["batch.size=1"]), tmp_path / "run"))
     assert str(error.value) == (
-        "a batch norm was given a single image\n"
-        "  expected: two images or more at a time, in each process and part\n"
+        "a batch norm received a single image\n"
+        "  expected: two or more images per micro-batch in each process\n"
         "  fix:      --batch-size 2"
     )
 
@@ -1018,13 +1018,13 @@ def test_a_frozen_network_with_other_weights_is_refused(taught: tuple[Path, Path
         assert refused() == (
             "networks.teacher, which does not learn, has other weights than when the run was started\n"
             f"  expected: the same weights from {weights}\n"
-            "  fix:      put the file back"
+            "  fix:      restore the file"
         )
         weights.unlink()
         assert refused() == (
-            f"networks.teacher.weights = '{weights}': there is no such file, and networks.teacher is loaded from it\n"
+            f"networks.teacher.weights = '{weights}': file not found, and networks.teacher is loaded from it\n"
             "  expected: the file that the run was started from\n"
-            "  fix:      put it back"
+            "  fix:      restore the file"
         )
     finally:
         weights.write_bytes(content)
@@ -1034,7 +1034,7 @@ def test_a_frozen_network_with_other_weights_is_refused(taught: tuple[Path, Path
 
 
 REFUSED_AT_SMALL_SIZES = (
-    "module 'maxpool' of test_resnet returns what it is given\n"
+    "module 'maxpool' of test_resnet returns its input unchanged\n"
     "  expected: a module that is called once and returns a map\n"
     "  fix:      name others, such as layer1, layer2, layer3"
 )
@@ -1074,5 +1074,5 @@ def test_the_check_is_repeated_once_the_size_is_known_and_before_weights_are_mad
     assert not (tmp_path / "run").exists()
     # With a size of the user's own the first check was the right one.
     monkeypatch.setattr("sdcli.run.prepare.open_dataset", never)
-    with pytest.raises(UserError, match="returns what it is given"):
+    with pytest.raises(UserError, match="returns its input unchanged"):
         prepare(replace(settings, image_size=16), recipe, tmp_path / "run")

@@ -137,7 +137,7 @@ def recipes_table(recipes: Sequence[Overview], console: Console) -> Table:
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it is")
     if has_needs:
-        table.add_column("needs")
+        table.add_column("also uses")
     if has_papers:
         table.add_column("paper", no_wrap=True)
     others = [name for name in by_name if not any(name in names for _, names in GROUPS.values())]

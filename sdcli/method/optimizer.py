@@ -1,4 +1,4 @@
-"""Builds the optimizer and the learning-rate schedule of `[optimizer]` and `[schedule]`."""
+"""Builds the optimizer and the learning-rate schedule from the recipe's `[optimizer]` and `[schedule]`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_optimizer(table: Optimizer) -> None:
 
 
 def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
-    """timm's optimizer over all trainable parameters of `modules`; torch's own optimizers run fused."""
+    """timm's optimizer for all trainable parameters of `modules`; SGD, Adam and AdamW run fused."""
     import timm.optim
 
     check_optimizer(table)
@@ -69,7 +69,7 @@ def undecayed(module: nn.Module, prefix: str = "") -> Iterator[str]:
 
 
 def check_schedule(table: Schedule, epochs: int) -> None:
-    """Raises UserError if the warm-up lasts as long as the run."""
+    """Raises UserError if the warm-up takes the whole run."""
     if table.warmup_epochs >= epochs:
         raise _too_long(table, epochs)
 
@@ -77,7 +77,7 @@ def check_schedule(table: Schedule, epochs: int) -> None:
 def _too_long(table: Schedule, epochs: int) -> UserError:
     return UserError(
         f"schedule.warmup_epochs = {table.warmup_epochs:g} lasts as long as the run (epochs = {epochs})",
-        "fewer epochs than the run, or a fraction of it below 1",
+        "fewer epochs than the run, or a fraction of the run (below 1)",
         "--set schedule.warmup_epochs=0.05",
         key="schedule.warmup_epochs",
     )

@@ -1,4 +1,4 @@
-"""timm models by name: which arguments, stem and size build one, and what is needed to build it again."""
+"""timm models by name: chooses the arguments, stem and input size that build one, and stores what rebuilds it."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ DEFAULT_SIZE = (3, 224, 224)
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything needed to build a backbone again; stored in checkpoints."""
+    """Everything needed to rebuild a backbone; stored in checkpoints."""
 
     model: str
-    """A timm name, perhaps with the tag of its weights ("resnet50.a1_in1k")."""
+    """A timm name, with or without the tag of its weights ("resnet50.a1_in1k")."""
     num_classes: int
     input_size: tuple[int, int, int]
     """C, H, W."""
     stem: str
-    """A resolved kind, one of `STEMS`: never "auto"."""
+    """One of `STEMS`, never "auto"."""
     model_args: dict[str, Any]
     """Arguments of timm's `create_model` besides the number of classes."""
     notes: tuple[str, ...] = ()
     source: str = ""
-    """The `hf-hub:` or `local-dir:` source that the user named: where its pretrained weights are."""
+    """The `hf-hub:` or `local-dir:` source of the pretrained weights, if the user named one."""
 
     @property
     def family(self) -> str:
-        """The module of timm that defines it, such as "resnet"; "" for a name that timm does not know."""
+        """The timm module that defines the model, such as "resnet"; "" for a name that timm does not know."""
         from timm.models import is_model, model_entrypoint, split_model_name_tag
 
         name, _ = split_model_name_tag(self.model)
         return model_entrypoint(name).__module__.rpartition(".")[2] if is_model(name) else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` gives the equal architecture back."""
+        """Plain JSON types, without `source`; `from_dict` restores the rest."""
         table = asdict(self) | {"input_size": list(self.input_size), "notes": list(self.notes)}
-        # The source stays on its machine: name and arguments are enough to build the model again.
+        # The source may be a local path; name and arguments are enough to rebuild the model.
         return table | {"source": ""}
 
     @classmethod
@@ -74,10 +74,10 @@ def resolve(
     pretrained: bool = False,
     model_args: dict[str, Any] | None = None,
 ) -> Architecture:
-    """Decides how `model` is built for images of this size, without weights.
+    """Decides how to build `model` for images of this size, without weights.
 
     `num_classes` and `image_size` default to the model's own. `stem` "auto" changes the stem only if the last map
-    would be smaller than 4x4, "cifar" always, "imagenet" never; `pretrained` keeps the stem's weights.
+    would be smaller than 4x4, "cifar" always, "imagenet" never. With `pretrained`, the changed stem keeps its weights.
 
     Raises UserError for an unknown model, unknown arguments, and an image size that the model does not accept.
     """
@@ -106,7 +106,7 @@ def resolve(
 
 
 def create(architecture: Architecture, *, device: str = "meta", pretrained: bool = False) -> nn.Module:
-    """Builds the backbone; on "meta" it has no weights and takes no memory.
+    """Builds the backbone; on "meta" it has no weights and needs no memory.
 
     Raises UserError if pretrained weights are not available.
     """
@@ -124,7 +124,7 @@ def create(architecture: Architecture, *, device: str = "meta", pretrained: bool
 def pretrained_transform(model: nn.Module) -> dict[str, Any]:
     """The preprocessing of the pretrained weights: `mean`, `std`, `interpolation` and `crop_pct`.
 
-    The image size is the architecture's, which may differ from that of the weights.
+    The image size is left out, because the architecture's may differ from that of the weights.
     """
     from timm.data import resolve_data_config
 
@@ -145,8 +145,8 @@ def build(
     device: str = "meta",
     pretrained: bool = False,
 ) -> nn.Module:
-    """timm's `create_model`, with one UserError for whatever it raises. Waits seconds for the Hugging Face hub, then
-    takes what has been downloaded before."""
+    """timm's `create_model`, with a UserError for whatever it raises. Waits seconds for the Hugging Face hub, then
+    falls back to the local cache."""
     import timm
 
     repo = _repository(model) if pretrained else ""
@@ -155,20 +155,20 @@ def build(
         with torch.device(device), reach(repo, "model") if repo else nullcontext("") as silence:
             built = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **model_args)
     except Exception as error:
-        # timm and its models raise anything: asserts, KeyError, errors of the hub.
+        # timm and its models raise all kinds of errors: assertions, KeyError, errors of the hub.
         reason = " ".join(str(error).split()) or type(error).__name__
         if silence and isinstance(error, OSError):
             raise UserError(
                 f"pretrained weights of '{model}' are not in the cache, and {silence}",
                 "a network connection, or a cache that holds them (HF_HOME)",
                 f"on a machine with a network: hf download {repo}, then copy its cache; "
-                "or --weights FILE.safetensors; or leave --pretrained out",
+                "or --weights FILE.safetensors; or leave out --pretrained",
             ) from error
         if pretrained:
             raise UserError(
                 f"pretrained weights of '{model}' cannot be loaded: {reason}",
-                "weights that timm has, and a network connection or a filled cache (HF_HOME)",
-                "--weights FILE.safetensors, or leave --pretrained out to start from random weights",
+                "weights that timm provides, and a network connection or a cache that holds them (HF_HOME)",
+                "--weights FILE.safetensors, or leave out --pretrained to start from random weights",
             ) from error
         what = ", ".join(f"{name}={value!r}" for name, value in model_args.items())
         raise UserError(f"timm cannot build '{model}'" + (f" with {what}" if what else "") + f": {reason}") from error
@@ -188,7 +188,7 @@ def _repository(model: str) -> str:
 
 
 def names_weights(model: str) -> bool:
-    """Whether a model's name says which pretrained weights are meant: by timm's tag, or by a source."""
+    """Whether a model's name specifies its pretrained weights, by timm's tag or by a source."""
     from timm.models import split_model_name_tag
 
     return model.startswith(SOURCES) or bool(split_model_name_tag(model)[1])
@@ -205,10 +205,10 @@ def _check_name(model: str) -> None:
     if not timm.is_model(name):
         owner, _, repository = model.rpartition("/")
         if owner == "timm" and timm.is_model(split_model_name_tag(repository)[0]):
-            # The hub's id of timm's own weights.
+            # The user gave the hub's name of timm's own weights ("timm/resnet18.a1_in1k").
             fix = f"{repository} --pretrained"
         elif owner:
-            fix = f"hf-hub:{model}, if this is a timm model of the Hugging Face hub"
+            fix = f"hf-hub:{model}, if this is a timm model on the Hugging Face hub"
         else:
             fix = did_you_mean(name, timm.list_models()) or "sdcli inspect 'resnet*' lists a family"
         raise UserError(f"unknown model '{model}'", "a timm architecture, such as resnet18", fix)
@@ -217,7 +217,7 @@ def _check_name(model: str) -> None:
 
 
 def _described(source: str) -> tuple[str, dict[str, Any]]:
-    """The timm architecture and arguments of a `hf-hub:` or `local-dir:` source.
+    """The timm architecture and arguments of an `hf-hub:` or `local-dir:` source.
 
     Raises UserError if the source is not available.
     """
@@ -229,7 +229,7 @@ def _described(source: str) -> tuple[str, dict[str, Any]]:
         with reach(repo, "model") if repo else nullcontext("") as silence:
             load = load_model_config_from_path if kind == "local-dir" else load_model_config_from_hf
             _, model, arguments = load(Path(name) if kind == "local-dir" else name)
-    except Exception as error:  # the hub's client raises whatever comes
+    except Exception as error:  # the hub's client raises all kinds of errors
         if silence and isinstance(error, OSError):
             raise UserError(
                 f"'{source}' is not in the cache, and {silence}",
@@ -239,13 +239,13 @@ def _described(source: str) -> tuple[str, dict[str, Any]]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"'{source}' is not available: {reason}",
-            "a folder with config.json, or a model of the hub and a connection or filled cache (HF_HOME)",
+            "a folder with config.json, or a model on the hub and a network connection or cached copy (HF_HOME)",
         ) from None
     return str(model), dict(arguments or {})
 
 
 def _own_size(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The image size of a model: from its arguments, or else its default."""
+    """The input size of a model: from its arguments, or else its default."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size") or DEFAULT_SIZE
     if "img_size" in given:
@@ -280,7 +280,7 @@ def _choose_stem(
     stem: str,
     pretrained: bool,
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """The resolved kind of stem, the arguments to build with, and a note for each change."""
+    """The chosen kind of stem, the arguments to build with, and a note for each change."""
     plain: nn.Module | None = None
     refusal = UserError("")
     try:
@@ -309,9 +309,9 @@ def _small_stem(
     stem: str,
     pretrained: bool,
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """A stem for small images that suits the family: smaller patches, the papers' 3x3, or strides removed.
+    """A stem for small images that suits the model: smaller patches, the papers' 3x3 convolution, or removed strides.
 
-    Pretrained weights keep their kernels, so that only strides may go.
+    Pretrained weights fix the shapes of all kernels, so that only strides can be removed.
     """
     free = {name: value for name, value in given.items() if name != "img_size"}
     probe = build(model, num_classes, free)
@@ -319,7 +319,7 @@ def _small_stem(
     no_patches: UserError | None = None
     if patch is not None and stem != "unstrided":
         if pretrained:
-            raise UserError(f"pretrained weights keep their patches of {patch}x{patch}")
+            raise UserError(f"pretrained weights need their patches of {patch}x{patch}")
         try:
             patches = smaller_patches(lambda more: build(model, num_classes, {**free, **more}), probe, input_size)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""All it takes to build a network again, and what it costs.
+"""Everything that is needed to rebuild a network, and what the network costs.
 
 D embedding, K classes
 """
@@ -20,12 +20,12 @@ from sdcli.recipe.schema import Network
 
 ENSEMBLE = "ensemble"
 BRANCH = "branch"
-"""An exit's head that is the network's own end once more. Not in the registry: `branches` asks for it."""
+"""The head that is a copy of the network's own end. Not in the registry, because `branches` chooses it."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What it takes to run a network up to a point and its head, and nothing else, on one image."""
+    """Parameters, and MACs for one image, of a head or of a network cut off at a point."""
 
     params: int
     macs: int
@@ -38,7 +38,7 @@ class Blueprint:
     architecture: Architecture
     plan: StagePlan
     heads: dict[str, str]
-    """The kind of each exit's head, shallowest first; an encoder's `final` has one too."""
+    """The kind of each exit's head, shallowest first; for an encoder, also that of `final`."""
     classes: tuple[str, ...]
     preprocess: Preprocess
 
@@ -52,11 +52,11 @@ class Blueprint:
         image_size: int | None = None,
         colours: tuple[Colour, Colour] | None = None,
     ) -> Blueprint:
-        """The network that a `[networks]` table asks for, found on the meta device: no weights, no data.
+        """Plans the network of a `[networks]` table on the meta device, without weights or data.
 
-        `classes` and `image_size` are the model's own where they are None, and so are the mean and standard deviation
-        in `colours`; with `weights = "pretrained"` images are always brought to them as the weights want it. Raises
-        UserError for a model, stem, size, exit or head that does not exist or does not fit.
+        `classes`, `image_size` and `colours` (mean and standard deviation) default to the model's own; with
+        `weights = "pretrained"`, preprocessing is always that of the weights. Raises UserError for a model, stem, size,
+        exit or head that does not exist or does not fit.
         """
         pretrained = table.weights == "pretrained"
         architecture = resolve(
@@ -82,16 +82,16 @@ class Blueprint:
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The stage behind every point, shallowest first."""
+        """The stage of every point, shallowest first."""
         return stages_by_point(self.plan)
 
     @property
     def notes(self) -> list[str]:
-        """What is unusual about the model and its stages, a sentence each."""
+        """One sentence for each unusual property of the model and its stages."""
         return [*self.architecture.notes, *self.plan.notes]
 
     def head_costs(self) -> dict[str, Cost]:
-        """What each exit's own head costs; for `final`, what comes after the last stage."""
+        """The cost of each exit's own head; for `final`, of everything after the last stage."""
         costs = {FINAL: Cost(0, 0)}
         for point, kind in self.heads.items():
             stage = self.stages[point]
@@ -100,14 +100,14 @@ class Blueprint:
             else:
                 costs[point] = Cost(*head_cost(kind, self.plan, stage, len(self.classes)))
         last, own = self.plan.stages[-1], costs.pop(FINAL)
-        # The last stage is followed by the model's own norm, pooling and classifier; an encoder's by a head as well.
+        # After the last stage come the model's own norm, pooling and classifier; for an encoder, its head as well.
         end = Cost(own.params + self.plan.params - last.params, own.macs + self.plan.macs - last.macs)
         return costs | {FINAL: end}
 
     def costs(self, points: Sequence[str] | None = None) -> dict[str, Cost]:
-        """What each exit costs when it is shipped alone, head included, and what the `ensemble` of `points` costs.
+        """The cost of each exit deployed alone, head included, and of the `ensemble` of `points`.
 
-        The ensemble (of all points by default) needs the network up to the deepest of them, and the head of each.
+        The ensemble (of all points by default) needs the network up to the deepest point, and the head of each.
         """
         own, stages = self.head_costs(), self.stages
         alone = {p: Cost(stages[p].params + cost.params, stages[p].macs + cost.macs) for p, cost in own.items()}
@@ -128,9 +128,9 @@ class Blueprint:
         return costs | {FINAL: stages[FINAL].macs + own[FINAL].macs + heads}
 
     def summary(self) -> dict[str, Any]:
-        """What `inspect --json` prints: each stage with the cost of its head, and of the exit when it is shipped alone.
+        """The output of `inspect --json`: each stage with the cost of its head, and of its exit deployed alone.
 
-        `dominated_by` is the deepest exit that costs no more MACs.
+        `dominated_by` is the deepest of the deeper exits that cost no more MACs.
         """
         plan, heads = self.plan, {point: Cost(0, 0) for point in self.points} | self.head_costs()
         macs = {point: stage.macs + heads[point].macs for point, stage in self.stages.items()}
@@ -171,11 +171,11 @@ class Blueprint:
             if own > self.plan.macs:
                 found = f"costs {self._share(own):.2f} times as many MACs as the whole network"
             else:
-                found = f"costs at least as many MACs as {deeper}, which is deeper"
+                found = f"costs at least as many MACs as the deeper {deeper}"
             yield f"{point}* {found}" + ("; --head linear is cheaper" if self.heads.get(point) != "linear" else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `checkpoint.py` reads them back."""
+        """Plain JSON types, which `checkpoint.py` reads back."""
         return {
             "architecture": self.architecture.to_dict(),
             "plan": self.plan.to_dict(),
@@ -186,11 +186,11 @@ class Blueprint:
 
 
 UNNAMED_CLASSES = 1000
-"""Of a model without a classifier, where no classes are given."""
+"""The number of classes of a model without a classifier, if none are given."""
 
 
 def _dominating(point: str, macs: Mapping[str, int]) -> str | None:
-    """The deepest exit that costs no more than `point`, if there is one; `macs` are those of all, shallowest first."""
+    """The deepest exit after `point` that costs no more, if there is one; `macs` has all points, shallowest first."""
     names = list(macs)
     deeper = names[names.index(point) + 1 :]
     return next((other for other in reversed(deeper) if macs[other] <= macs[point]), None)
@@ -207,7 +207,7 @@ def stages_by_point(plan: StagePlan) -> dict[str, Stage]:
 
 
 def plan_network(network: Network, architecture: Architecture) -> StagePlan:
-    """Where the network will be cut, found on the meta device: no weights, no data."""
+    """Plans where to cut the network, on the meta device, without weights or data."""
     backbone = create(architecture, device="meta")
     exits: int | list[str] | None = None
     if isinstance(network.exits, (int, list)):
@@ -218,20 +218,20 @@ def plan_network(network: Network, architecture: Architecture) -> StagePlan:
     if network.branches is not None:
         if len(plan.stages) < 2:
             raise UserError(
-                f"branches: {architecture.model} has one stage",
-                "two or more: branches are copies of the last",
+                f"branches: {architecture.model} has only one stage",
+                "two or more stages, because branches are copies of the last one",
                 key="networks.student.branches",
             )
-        # One and the same stage is the exits' beginning, as often as there are branches beside the last stage itself.
+        # The stage before the last is repeated once per extra branch: all branches start from it.
         plan = replace(plan, stages=(*plan.stages[-2:-1] * (network.branches - 1), plan.stages[-1]))
     return plan
 
 
 def choose_heads(plan: StagePlan, table: Network) -> dict[str, str]:
-    """Which head each exit of `plan` gets, and the final one of an encoder; raises UserError for an unknown head.
+    """The kind of head for each exit of `plan`, and for `final` of an encoder; raises UserError for an unknown head.
 
-    `head = "none"` leaves exits without classifiers: taps whose maps can be compared; `branches` gives each a copy of
-    all that follows it.
+    `head = "none"` leaves exits without classifiers: only their maps can be compared. With `branches`, each exit's head
+    is a copy of everything after its stage.
     """
     final = {FINAL: POOLED} if plan.encoder else {}
     if table.branches is not None:

@@ -1,7 +1,7 @@
-"""The model's own stages: where its designers put the boundaries, found in one of four ways.
+"""The model's own stages: the boundaries that its designers chose, found in one of four ways.
 
-A quirk of its class is listed here; timm announces a pyramid in `feature_info`; a trunk of equal blocks is cut into
-equal shares of the work; what remains is cut at each change of resolution.
+A list of exceptions covers some classes; timm's `feature_info` describes a pyramid; a trunk of equal blocks is cut into
+equal shares of the work; any other model is cut at each change of resolution.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from sdcli.network.work import NUM_STAGES, SMALLEST_SHARE, apart, is_stem, merge
 
 MIN_STAGES = 3
 
-# Models, by class, whose boundaries nothing tells. Each entry says why.
+# Models, by class, whose boundaries cannot be found automatically. Each entry says why.
 _QUIRKS: dict[str, tuple[str, ...]] = {
     # Its branches run side by side to the end; `feature_info` has other names and leaves out the layers that join them.
     "HighResolutionNet": ("layer1", "stage2", "stage3", "final_layer"),
-    # As announced, but for a misspelt name ("block.0").
+    # As in `feature_info`, which misspells the names ("block.0").
     "Twins": ("blocks.0", "blocks.1", "blocks.2", "blocks.3"),
-    # Three scales run side by side after the serial blocks, and `feature_info` announces all of them at the very end.
+    # Three scales run side by side after the serial blocks, and `feature_info` lists all of them at the very end.
     "CoaT": ("serial_blocks1.1", "serial_blocks2.1", "parallel_blocks.2", "parallel_blocks.5"),
 }
 
 
 def natural_boundaries(traced: TracedModel) -> tuple[list[TapPoint], str]:
-    """The model's own boundaries without its stem, and how they were found; none where no way leads to stages."""
+    """The model's own boundaries without its stem, and how they were found; empty if none of the ways finds stages."""
     everywhere = traced.points
     clean = [point for point in everywhere if point.clean]
     for find, points, found_by in (
@@ -46,16 +46,13 @@ def natural_boundaries(traced: TracedModel) -> tuple[list[TapPoint], str]:
 
 
 def _sane(points: Sequence[TapPoint], macs: int) -> bool:
-    """At least three stages that together do most of the work, and none that does nearly all of it."""
+    """Whether these are at least three stages that do most of the work together, and none does nearly all of it."""
     done = shares(points, macs)
     return len(points) >= MIN_STAGES and sum(done) > 0.5 and max(done) < 0.9
 
 
-# Named by the class or by timm
-
-
 def _quirk(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapPoint]:
-    """The boundaries that `_QUIRKS` has for this model; of several maps that a module returns, the smallest."""
+    """The boundaries in `_QUIRKS` for this model; of several maps that a module returns, the smallest."""
     named = _QUIRKS.get(type(traced.model).__name__, ())
     found = [_find(traced, name, traced.input_size[1], points) for name in named]
     return [point for point in found if point is not None] if None not in found else []
@@ -71,7 +68,7 @@ def _announced(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapPoint
 
 
 def _resolved(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapPoint]:
-    """The points that `feature_info` names, shallowest first; none where one of them cannot be tapped."""
+    """The points in `feature_info`, shallowest first; empty if one with a reduction above 2 cannot be tapped."""
     resolved = {}
     for info in getattr(traced.model, "feature_info", ()):
         point = _find(traced, info["module"], info["reduction"], points)
@@ -85,26 +82,26 @@ def _resolved(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapPoint]
 def _find(traced: TracedModel, path: str, reduction: int, points: Sequence[TapPoint]) -> TapPoint | None:
     """The point that `feature_info` means by `path`.
 
-    A name may lack a prefix. Where the module itself cannot be tapped (a container that is never called, or one
-    that returns two tensors), the last one inside it is meant.
+    `path` may lack a prefix. If the module itself cannot be tapped (a container that is never called, or one that
+    returns two tensors), the last tappable module inside it is meant.
     """
     taps = [(known, point) for point in points for known, _ in point.paths]
-    # By the tensor rather than the name: an identity may be announced.
+    # Compared by tensor, not by name: the named module may be an identity.
     nodes = [node for call in traced.calls.get(path, []) for _, node in call.outputs]
     meant = [point for point in points if point.node in nodes]
     meant = meant or [point for known, point in taps if known.endswith(f".{path}")]
     if not meant:
-        # A container that is never called, or returns no map itself: the last of the modules right inside it.
+        # A container that is never called or returns no map itself: the last of its outermost modules.
         inside = [point for known, point in taps if path and known.startswith(f"{path}.")]
         return max(inside, key=lambda point: (-point.depth, point.node), default=None)
-    # Of several maps that one module returns, the one of the announced reduction.
+    # Of several maps that one module returns, the one with the reduction in `feature_info`.
     return min(meant, key=lambda point: (abs(point.reduction - reduction), -point.node))
 
 
 def _last_sibling(point: TapPoint, following: TapPoint | None, points: Sequence[TapPoint]) -> TapPoint:
-    """The last of the numbered modules beside the point's own with a map of its size, before the next boundary.
+    """The last numbered sibling of the point's module that has a map of the same size, before the next boundary.
 
-    GhostNet announces the first block of a resolution.
+    For GhostNet, whose `feature_info` names the first block of each resolution.
     """
     if following is not None and following.layout.size == point.layout.size:
         return point
@@ -118,13 +115,10 @@ def _last_sibling(point: TapPoint, following: TapPoint | None, points: Sequence[
     return point
 
 
-# A trunk of one resolution
-
-
 def _equal_shares(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapPoint]:
-    """The blocks of a trunk of one resolution nearest to equal shares of the work; the last block is the end.
+    """The blocks of a single-resolution trunk nearest to equal shares of the work; the last block is the end.
 
-    Hybrids have a convolutional trunk in front: a share that ends there ends after one of its stages.
+    In hybrids a convolutional part comes first: a share that ends there ends after one of its stages.
     """
     blocks = _blocks(points, traced.macs)
     if len(blocks) < MIN_STAGES:
@@ -141,7 +135,7 @@ def _equal_shares(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapPo
 
 
 def _blocks(points: Sequence[TapPoint], macs: int) -> list[TapPoint]:
-    """The numbered siblings with equal maps that do much of the work; none where the map shrinks after them."""
+    """The numbered siblings with equal maps that do much of the work; empty if the map shrinks after them."""
     families: dict[tuple[str, int, tuple[int, int]], list[TapPoint]] = {}
     for point in points:
         for path, _ in point.paths:
@@ -154,19 +148,16 @@ def _blocks(points: Sequence[TapPoint], macs: int) -> list[TapPoint]:
         return []
     blocks = families[largest]
     end = blocks[-1]
-    # The encoders of language models end in a layer that merges tokens: that is no further stage.
+    # The image encoders of vision-language models end in a layer that merges tokens: that is not another stage.
     far = end.macs + 0.05 * macs
     shrinks = any(point.macs > far and point.layout.size < end.layout.size for point in points)
     return [] if shrinks else blocks
 
 
-# A change of resolution
-
-
 def _by_resolution(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapPoint]:
-    """After each resolution: the last of the outermost modules that return a map of it.
+    """For each resolution, the last of the outermost modules that return a map of this size.
 
-    A numbered one is preferred, a stage or block, to an embedding ahead of it or a norm behind it.
+    A numbered module (a stage or block) is preferred to an embedding before it or a norm after it.
     """
     least = SMALLEST_SHARE * traced.macs
     points = [point for point in points if point.macs >= least]
@@ -186,6 +177,6 @@ def _by_resolution(traced: TracedModel, points: Sequence[TapPoint]) -> list[TapP
 
 
 def _family(path: str) -> str:
-    """The container of a numbered module ("blocks" of "blocks.3"); "" where it has no number."""
+    """The container of a numbered module ("blocks" of "blocks.3"); "" if the module has no number."""
     parent, _, number = path.rpartition(".")
     return parent if number.isdigit() else ""

@@ -1,4 +1,4 @@
-"""Where a timm model can be cut: one traced forward pass, no weights and no data needed."""
+"""Finds where a timm model can be cut, from one traced forward pass without weights or data."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def find_stages(
     exits: int | Sequence[str] | None = None,
     name: str = "",
 ) -> StagePlan:
-    """Where to put exits in a timm model, and what each stage costs.
+    """Finds where to attach exits to a timm model, and what each stage costs.
 
-    `model` runs once, in eval mode, on one image of `input_size` (C, H, W), and is left as it was. On the meta device
-    that needs neither weights nor memory:
+    `model` runs once, in eval mode, on one image of `input_size` (C, H, W), and is left unchanged. On the meta device
+    this needs neither weights nor memory:
 
         >>> import timm, torch
         >>> from sdcli import find_stages
@@ -39,16 +39,16 @@ def find_stages(
         layer3 256 (14, 14) 77%
         layer4 512 (7, 7) 100%
 
-    `exits` sets the number of stages, the deepest included, or names the modules to read after (the deepest stage is
-    added unless one of them lies behind it). The default is four stages, or three where the model has only three of
-    its own. `name` is the model's name in the plan and in messages; the default is its class.
+    `exits` is the number of stages, including the deepest, or the names of the modules whose output to read (the
+    deepest stage is added unless one of them comes at or after it). The default is four stages, or three if the model
+    has only three of its own. `name` is the model's name in the plan and in messages; the default is its class.
 
-    The boundaries are those that timm announces in `feature_info` where it describes a pyramid and each entry is a
-    clean cut. A trunk of equal blocks is cut into equal shares of the work. What remains is cut after the last
-    outermost module of each resolution. Stages beyond these come from halving the heaviest one.
+    If timm's `feature_info` describes a pyramid and each entry is a clean cut, its boundaries are used. A trunk of
+    equal blocks is cut into equal shares of the work. Any other model is cut after the last outermost module of each
+    resolution. If more stages are wanted, the heaviest stage is halved.
 
-    Raises UserError where the model refuses the input size, where a named module cannot be tapped and where the model
-    has fewer places than asked for.
+    Raises UserError if the model refuses the input size, if a named module cannot be tapped, or if the model cannot be
+    cut into that many stages.
     """
     traced = trace_model(model, input_size, name or type(model).__name__)
     if exits is None or isinstance(exits, int):
@@ -60,7 +60,7 @@ def find_stages(
 
 
 def _numbered(traced: TracedModel, exits: int | None) -> tuple[list[TapPoint], str]:
-    """As many boundaries as asked for, and how they were found."""
+    """The requested number of boundaries, and how they were found."""
     natural, found_by = natural_boundaries(traced)
     points, macs = traced.points, traced.macs
     if not natural:
@@ -68,13 +68,13 @@ def _numbered(traced: TracedModel, exits: int | None) -> tuple[list[TapPoint], s
         if behind > 0.5:
             raise UserError(
                 f"{behind:.0%} of the MACs of {traced.name} come after its last map, in the classifier",
-                "a network that does most of its work in its stages",
-                "fewer classes, a larger image, or modules to read after: --exits MODULE,MODULE",
+                "a network with most of its MACs in its stages",
+                "fewer classes, a larger image, or name the modules to attach exits to: --exits MODULE,MODULE",
             )
         raise UserError(
-            f"{traced.name} has no stages of its own: no modules return maps between which the work is shared",
+            f"{traced.name} has no stages of its own: no modules whose maps divide the work into stages",
             "a network of stages or blocks",
-            "name the modules to read after with --exits",
+            "name the modules to attach exits to with --exits",
         )
     if exits is None:
         return split(merged(natural, NUM_STAGES, macs), NUM_STAGES, points, macs, lopsided_only=True), found_by

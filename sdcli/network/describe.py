@@ -1,4 +1,4 @@
-"""From the chosen boundaries to the plan: stages, classifier, parameters out of use, and what is unusual."""
+"""Turns the chosen boundaries into a plan: stages, classifier, unused parameters, notes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdcli.network.stages import Stage, StagePlan
 from sdcli.network.tap_points import TapPoint, TracedModel
 from sdcli.network.trace import RESHAPES, reaching
 
-# An exit that a user places after less of the work than this gets a note.
+# An exit that the user places before this share of the work gets a note.
 EARLY_SHARE = 0.1
 
 
@@ -41,7 +41,7 @@ def describe(traced: TracedModel, points: Sequence[TapPoint], found_by: str) -> 
 
 def _stage(model: nn.Module, point: TapPoint, points: Sequence[TapPoint]) -> Stage:
     others = [path for other in points if other is not point for path, _ in other.paths]
-    # A container of several stages returns what the last of them does; the stage is that last one.
+    # A container of several stages returns the same tensor as the last of them; the stage is that last module.
     own = [tap for tap in point.paths if not any(path.startswith(f"{tap[0]}.") for path in others)]
     own = own or [point.paths[-1]]
     (module, entry), layout = own[0], point.layout
@@ -62,7 +62,7 @@ def _stage(model: nn.Module, point: TapPoint, points: Sequence[TapPoint]) -> Sta
 
 
 def _windows(model: nn.Module, layout: Layout) -> int:
-    """How often the tokens of a stage are still folded into windows of 2x2: Hiera keeps its own schedule of it."""
+    """How often the tokens of a stage are still folded into windows of 2x2, by Hiera's own `reroll.schedule`."""
     schedule = getattr(getattr(model, "reroll", None), "schedule", {})
     return next((len(left) for left, size in schedule.values() if tuple(size) == layout.size), 0)
 
@@ -74,11 +74,11 @@ def _unused(traced: TracedModel) -> tuple[str, ...]:
 
 
 def _classifier(traced: TracedModel) -> tuple[str | None, int | None]:
-    """The innermost module that makes the logits of one vector, and the width of that vector."""
+    """The innermost module that turns one vector into the logits, and the width of that vector."""
     record = traced.record
     values = record.graph.values
     if getattr(traced.model, "num_classes", None) == 0:
-        # An encoder: what it puts out is pooled to the embedding, and a head of ours follows.
+        # An encoder: its output is pooled to the embedding, and sdcli adds a classifier.
         shape = values[record.outputs[0]].shape
         return None, int(shape[1] if len(shape) == 4 else shape[-1])
     if len(record.outputs) != 1:
@@ -100,25 +100,25 @@ def _notes(model: nn.Module, stages: Sequence[Stage], unused: Sequence[str], cla
     unclean = [stage.module for stage in stages if not stage.clean]
     if unclean:
         yield (
-            f"What follows {_listed(unclean)} also reads earlier tensors: exits there can be trained and read, but "
-            "the network can neither be stopped nor cut off there."
+            f"The layers after {_listed(unclean)} also read earlier tensors: exits there can be trained and read, but "
+            "the network cannot stop early or be truncated there."
         )
     several = [stage.module for stage in stages if stage.tensor is not None and not stage.clean]
     if several:
-        yield f"{_listed(several)} return several maps, of which one is read."
+        yield f"Modules that return several maps, of which one is read: {_listed(several)}."
     if stages[0].windows:
-        yield "The tokens lie in nested windows, not row by row; maps are put back in order."
+        yield "The tokens are stored in nested windows, not row by row; sdcli restores the order of the maps."
     if not getattr(model, "num_classes", 0):
-        yield "The model has no classifier: its output is pooled and gets a linear one of ours."
+        yield "The model has no classifier: sdcli pools its output and adds a linear classifier."
     elif classifier is None:
-        yield "No single module turns an embedding into the logits: the last stage's map, pooled, stands for it."
+        yield "No single module turns an embedding into the logits: the pooled map of the last stage is the embedding."
     if unused:
         few = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
-        yield f"{len(unused)} parameters never reach the output and are not trained: {few}."
+        yield f"Parameters that never affect the output and are not trained: {len(unused)} ({few})."
 
 
 def _early(stages: Sequence[Stage], macs: int) -> list[str]:
-    """A note on each stage that ends in the stem or close behind it."""
+    """A note on each stage that ends in the stem or shortly after it."""
     return [
         f"{stage.module} ends after {stage.macs / macs:.1%} of the MACs: expect low accuracy at its exit."
         for stage in stages

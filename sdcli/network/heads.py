@@ -1,7 +1,7 @@
 """Exit heads: small classifiers that read one stage's map.
 
-A head is built from its stage and the plan's end, so that no width is ever typed, and gives the embedding [B, D] and
-the logits [B, K]. All but `linear` give an embedding of the final exit's own width, which is what a hint compares.
+A head's widths follow from its stage and the plan, so the user never sets them. A head returns the embedding [B, D] and
+the logits [B, K]. For all heads but `linear`, the embedding has the final exit's width, as the hint loss needs.
 
 B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 """
@@ -25,20 +25,20 @@ from sdcli.registry import Registry
 HEADS = Registry("head")
 
 POOLED = "pooled"
-"""The head of an encoder's final exit. Not in the registry: no recipe chooses it."""
+"""The head of an encoder's final exit. Not in the registry, because no recipe can choose it."""
 
 BOTTLENECK_WIDTH = 128
 """Channels inside a bottleneck head, as in the BYOT authors' SCAN code."""
 
 
 def suitable_head(plan: StagePlan, stage: Stage) -> str:
-    """The head that `auto` stands for: `tokens` where tokens never shrink (ViTs), else `bottleneck`."""
+    """The head that `auto` stands for: `tokens` for models whose tokens never shrink (ViTs), otherwise `bottleneck`."""
     shrinks = plan.stages[0].size != plan.stages[-1].size
     return "tokens" if stage.output_fmt == "NLC" and not shrinks else "bottleneck"
 
 
 def build_head(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
-    """A fresh head for one stage; raises UserError for an unknown kind and a head that cannot be built."""
+    """A new head for one stage; raises UserError for an unknown kind and for a head that cannot be built."""
     if kind == POOLED:
         return PooledHead(plan.embedding_dim, num_classes)
     make = HEADS.find(kind).call
@@ -54,10 +54,10 @@ def build_head(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> nn
 
 
 def check_head(kind: str, head: nn.Module, stage: Stage, num_classes: int) -> None:
-    """Runs a head on maps of its stage's size: as in training on two images, and as in evaluation on one.
+    """Runs a head on maps of its stage's size: in training mode on two images, in eval mode on one.
 
-    Meant for the meta device, where that costs nothing. Raises UserError where the head raises, and where it returns
-    something else than an embedding [B, D] and logits [B, K].
+    Meant for the meta device, where that costs nothing. Raises UserError if the head raises, or if it does not return
+    an embedding [B, D] and logits [B, K].
     """
     assert isinstance(head.classifier, nn.Linear)
     device = head.classifier.weight.device
@@ -80,7 +80,7 @@ def check_head(kind: str, head: nn.Module, stage: Stage, num_classes: int) -> No
 
 @contextmanager
 def _blaming(kind: str, stage: Stage, what: str) -> Iterator[None]:
-    """Turns whatever a user's own head raises into one message."""
+    """Turns any error of a user's own head into a UserError that names head and stage."""
     try:
         yield
     except UserError:
@@ -90,12 +90,12 @@ def _blaming(kind: str, stage: Stage, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise UserError(
             f"head '{kind}' {what} after {stage.module}, whose map is {shape}: {type(error).__name__}: {reason}",
-            "a head for every stage: HEAD(plan, stage, num_classes), called with (features, prefix)",
+            "a head that fits every stage: HEAD(plan, stage, num_classes), called with (features, prefix)",
         ) from error
 
 
 def head_cost(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> tuple[int, int]:
-    """Parameters and MACs for one image of a head, counted on the meta device."""
+    """A head's parameters, and its MACs for one image, counted on the meta device."""
     with torch.device("meta"):
         head = build_head(kind, plan, stage, num_classes).eval()
         if kind == POOLED:
@@ -106,9 +106,9 @@ def head_cost(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> tup
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its kernel: every patch by itself, in one product of matrices on a CPU.
+    """A convolution whose stride equals its kernel size, computed on a CPU as one matrix product over all patches.
 
-    With torch's own convolution the head on a wide map takes 1.3 times as long there (benchmarks/heads.py).
+    With torch's own convolution, a head on a wide map takes 1.3 times as long on a CPU (benchmarks/heads.py).
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class SepConv(nn.Sequential):
 class Attention(nn.Module):
     """A mask in [0.5, 1) on the map, as in BYOT's journal code (Zhang, Bao and Ma 2022, TPAMI 44(8)).
 
-    The sigmoid follows a ReLU, hence the range: that is the authors' code, not a slip of ours.
+    The sigmoid follows a ReLU, hence the range; this is as in the authors' code.
     """
 
     def __init__(self, num_chs: int) -> None:
@@ -183,14 +183,14 @@ class ConvHead(nn.Module):
 
     def forward(self, features: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
         if features.device.type == "cpu":
-            # With the channels outermost wide maps of few channels take 1.3 times as long there (benchmarks/heads.py).
+            # In NCHW order, wide maps with few channels take 1.3 times as long on a CPU (benchmarks/heads.py).
             features = features.contiguous(memory_format=torch.channels_last)
         embedding = self.body(features).mean(dim=(2, 3))
         return embedding, self.classifier(embedding)
 
 
 def _bottleneck(plan: StagePlan, stage: Stage) -> nn.Module:
-    """1x1 down to 128 channels, k x k with stride k to the last stage's resolution, 1x1 up to the final width."""
+    """1x1 to 128 channels, then k x k with stride k to the last stage's resolution, then 1x1 to the final width."""
     stride = max(1, min(round(height / end) for height, end in zip(stage.size, plan.stages[-1].size, strict=True)))
     width = BOTTLENECK_WIDTH
     return nn.Sequential(
@@ -201,7 +201,7 @@ def _bottleneck(plan: StagePlan, stage: Stage) -> nn.Module:
 
 
 def _sepconv(plan: StagePlan, stage: Stage) -> nn.Module:
-    """One separable block for each stage that is skipped, with that stage's channels and resolution."""
+    """One separable block for each stage after this one, with that stage's channels and resolution."""
     blocks: list[nn.Module] = []
     depth = plan.stages.index(stage)
     here = stage
@@ -209,7 +209,7 @@ def _sepconv(plan: StagePlan, stage: Stage) -> nn.Module:
         num_in = here.num_chs
         num_out = plan.embedding_dim if deeper is plan.stages[-1] else deeper.num_chs
         stride = max(1, round(here.size[0] / deeper.size[0]))
-        # A skipped stage that shrinks the map by more than two takes several halvings.
+        # A stage that shrinks the map by more than two needs several halvings.
         halvings = max(1, round(math.log2(stride)))
         for step in range(halvings):
             last = step == halvings - 1
@@ -226,28 +226,28 @@ def bottleneck(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
 
 @HEADS.register("bottleneck+attention")
 def bottleneck_attention(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
-    """The head of the authors' SCAN code (NeurIPS 2019): attention, then the bottleneck."""
+    """The head of the BYOT authors' SCAN code (NeurIPS 2019): attention, then the bottleneck."""
     body = nn.Sequential(Attention(stage.num_chs), _bottleneck(plan, stage))
     return ConvHead(body, plan.embedding_dim, num_classes)
 
 
 @HEADS.register("sepconv")
 def sepconv(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
-    """The separable convolutions of BYOT's journal form, without its attention."""
+    """The separable convolutions of BYOT's journal version, without its attention."""
     return ConvHead(_sepconv(plan, stage), plan.embedding_dim, num_classes)
 
 
 @HEADS.register("sepconv+attention")
 def sepconv_attention(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
-    """The head of BYOT's journal form (TPAMI 2022): attention, then separable convolutions."""
+    """The head of BYOT's journal version (TPAMI 2022): attention, then separable convolutions."""
     return ConvHead(nn.Sequential(Attention(stage.num_chs), _sepconv(plan, stage)), plan.embedding_dim, num_classes)
 
 
 @HEADS.register("linear")
 class LinearHead(nn.Module):
-    """Batch norm, global average pooling, a linear classifier: the cheapest exit.
+    """Global average pooling, batch norm, a linear classifier: the cheapest exit.
 
-    Its embedding is the pooled map [B, C], of the stage's own width.
+    Its embedding is the pooled and normalised map [B, C], with the stage's own width.
     """
 
     def __init__(self, plan: StagePlan, stage: Stage, num_classes: int) -> None:
@@ -262,11 +262,10 @@ class LinearHead(nn.Module):
 
 @HEADS.register("tokens")
 class TokenHead(nn.Module):
-    """Layer norm, the mean of the tokens beside the class token where there is one, two linear layers, a classifier.
+    """Layer norm, the class token (if any) concatenated with the mean of the tokens, two linear layers, a classifier.
 
-    A class token in the middle of a ViT has gathered little so far, hence the mean beside it and the layers between,
-    which also give the embedding the final exit's width. Other prefix tokens (registers) are scratch paper and are
-    dropped.
+    In the middle of a ViT the class token has gathered little information so far, hence the mean and the extra layers,
+    which also give the embedding the final exit's width. Other prefix tokens (registers) are not read.
     """
 
     def __init__(self, plan: StagePlan, stage: Stage, num_classes: int) -> None:
@@ -289,7 +288,7 @@ class TokenHead(nn.Module):
 
 
 class PooledHead(nn.Module):
-    """The classifier that an encoder lacks: the mean of what it puts out, a linear layer.
+    """The classifier for an encoder, which has none of its own: the mean of its output, a linear layer.
 
     Reads a map [B, D, H, W], tokens [B, N, D] or their mean [B, D].
     """

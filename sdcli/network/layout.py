@@ -1,4 +1,4 @@
-"""How a tensor is a map of an image: its layout, size and reduction.
+"""Interprets tensors as maps of an image: layout, size and reduction.
 
 C channels, H W map, N tokens, P prefix tokens
 """
@@ -19,7 +19,7 @@ class Layout:
 
 
 def _grid(length: int, image: tuple[int, int]) -> tuple[int, int] | None:
-    """H, W of `length` tokens with the proportions of `image`; None where no grid has them."""
+    """H and W of a grid of `length` tokens with the proportions of `image`; None if there is no such grid."""
     height = round(math.sqrt(length * image[0] / image[1]))
     for rows in (height, height - 1, height + 1):
         if rows > 0 and length % rows == 0 and _proportional((rows, length // rows), image):
@@ -28,25 +28,28 @@ def _grid(length: int, image: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def _proportional(size: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether one reduction, rounded up or down, takes `image` to `size`."""
+    """Whether one reduction of both sides, rounded up or down, takes `image` to `size`."""
     height, width = size
     return height <= image[0] and width <= image[1] and abs(image[1] * height / image[0] - width) < 1
 
 
 def reduction_of(image: int, rows: int) -> int:
-    """How many rows of the image a row of the map stands for: 64 rather than 56 where 224 rows became 4."""
+    """How many rows of the image one row of the map covers: 64 rather than 56 if 224 rows became 4 by halving."""
     power: int = 2 ** round(math.log2(image / rows))
     if rows in (image // power, -(-image // power)):
         return power
-    # 299 rows that became 37 were halved three times, without padding.
+    # 299 rows became 37 by halving three times without padding: the reduction is 8.
     near = image % rows and abs(math.log2(image / rows / power)) < 0.25
     return power if near else round(image / rows)
 
 
 def layout_of(shape: Sequence[int], axis: int | None, image: tuple[int, int], prefixes: Iterable[int]) -> Layout | None:
-    """How a tensor of this shape is a map of `image`; None where it is none."""
+    """The layout of a tensor of this shape as a map of `image`; None if it is not a map.
+
+    `axis` is the channel axis if it is known; `prefixes` are the numbers of prefix tokens to try, in order.
+    """
     if shape[0] != 1:
-        # Windows or heads beside the batch.
+        # Windows or attention heads are folded into the batch axis.
         return None
     if len(shape) == 3 and shape[2] > 1:
         for prefix in prefixes:
@@ -60,5 +63,5 @@ def layout_of(shape: Sequence[int], axis: int | None, image: tuple[int, int], pr
         Layout("NHWC", shape[3], (shape[1], shape[2])),
     ]
     fitting = [layout for layout in layouts if _proportional(layout.size, image)]
-    # The axis decides where both fit; where it is not known, most models are NCHW.
+    # If both fit, the channel axis decides; if that is unknown: most models are NCHW.
     return fitting[-1 if axis == 3 else 0] if fitting else None

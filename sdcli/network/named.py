@@ -1,4 +1,4 @@
-"""Boundaries that a user names, and the reason where a module cannot be tapped."""
+"""Boundaries that the user names, with the reason if a module cannot be tapped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from sdcli.network.tap_points import TapPoint, TracedModel
 
 
 def named_boundaries(traced: TracedModel, names: Sequence[str]) -> list[TapPoint]:
-    """The points of the named modules, and the model's own end unless one of them lies behind it.
+    """The points of the named modules, and the model's own end unless one of them comes at or after it.
 
-    Raises UserError for a name that the model does not have, a module that cannot be tapped and two names of the same
-    tensor.
+    Raises UserError for an unknown module, one that cannot be tapped, and two modules that return the same tensor.
     """
     own = natural_boundaries(traced)[0] or traced.points
     points: dict[int, TapPoint] = {}
@@ -25,10 +24,10 @@ def named_boundaries(traced: TracedModel, names: Sequence[str]) -> list[TapPoint
         if point.node in points:
             raise UserError(
                 f"'{name}' and '{points[point.node].paths[0][0]}' return the same tensor of {traced.name}",
-                "modules that return different ones",
+                "modules that return different tensors",
                 "leave one of them out",
             )
-        # The user's name for it, rather than that of a container which returns the same.
+        # The module that the user named comes first, before a container that returns the same tensor.
         points[point.node] = replace(point, paths=tuple(sorted(point.paths, key=lambda tap: tap[0] != name)))
     end = own[-1]
     if all(node < end.node for node in points):
@@ -37,8 +36,8 @@ def named_boundaries(traced: TracedModel, names: Sequence[str]) -> list[TapPoint
 
 
 def _tappable(traced: TracedModel, name: str, own: Sequence[TapPoint]) -> TapPoint:
-    """The point of a module that the user names; raises UserError with the reason where it has none."""
-    # Of several maps that a module returns, the one made last.
+    """The point of a module that the user names; raises UserError with the reason if it has none."""
+    # Of several maps that a module returns, the one that is computed last.
     for point in reversed(traced.points):
         if any(path == name for path, _ in point.paths):
             return point
@@ -69,9 +68,9 @@ def _why_not(traced: TracedModel, name: str) -> str:
     if not graph.rewritten.isdisjoint(returned):
         return "returns a tensor that is changed in place afterwards"
     if not set(calls[0].inputs).isdisjoint(returned):
-        return "returns what it is given"
+        return "returns its input unchanged"
     if any(point.node in returned for point in traced.points):
         return "returns a tensor that a dropout changes in training"
     if not returned:
         return "returns no tensor"
-    return f"returns no map but a tensor of shape {list(graph.values[returned[0]].shape)}"
+    return f"returns a tensor of shape {list(graph.values[returned[0]].shape)}, which is not a map"

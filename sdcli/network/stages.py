@@ -1,4 +1,4 @@
-"""What is known of a model that can be cut: its stages, their maps and costs.
+"""The stages of a model: where exits can read, with the layout and cost of each map.
 
 B batch, C channels, H W map, N tokens, P prefix tokens
 """
@@ -14,29 +14,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stage:
-    """One boundary: a module whose output an exit can read."""
+    """The end of one stage: a module whose output an exit can read."""
 
     module: str
     """Path inside the timm model. A forward hook there fires exactly once per forward."""
     tensor: int | None
-    """Which entry of a returned tuple; None where the module returns the tensor itself."""
+    """The index in the returned tuple; None if the module returns the tensor itself."""
     num_chs: int
     size: tuple[int, int]
-    """H, W of its map; for tokens, of their grid."""
+    """H and W of its map, or of the grid of its tokens."""
     reduction: int
     output_fmt: str
     """"NCHW", "NHWC" or "NLC" (tokens)."""
     num_prefix_tokens: int
     clean: bool
-    """Everything later depends on this one tensor only."""
+    """Whether everything later depends on this tensor only."""
     params: int
-    """Of everything up to and including the stage."""
+    """Parameters of everything up to and including the stage."""
     macs: int
-    """Likewise, for one image."""
+    """MACs up to and including the stage, for one image."""
     inner: tuple[str, ...] = ()
-    """Modules inside it that return the very same tensor, outermost first. See `tap_modules`."""
+    """Modules inside it that return the same tensor, outermost first. See `tap_modules`."""
     windows: int = 0
-    """Tokens lie in windows nested this many times (Hiera's `Unroll`) rather than row by row."""
+    """How many times the tokens are nested in windows (Hiera's `Unroll`); 0 for tokens in rows."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,25 @@ class StagePlan:
     model: str
     input_size: tuple[int, int, int]
     stages: tuple[Stage, ...]
-    """Shallowest first; the last one is the model's own end."""
+    """Shallowest first; the last one is the model's own end, unless the user named a module after it."""
     found_by: str
     notes: tuple[str, ...]
-    """One sentence each about what is unusual."""
+    """One sentence for each unusual property."""
     params: int
-    """Of the whole model, whether the forward pass uses them or not."""
+    """Parameters of the whole model, including those that the forward pass does not use."""
     macs: int
     unused: tuple[str, ...]
-    """Parameters whose value never reaches the output: they get no gradient and must not be trained."""
+    """Parameters that never affect the output: they get no gradient and must not be trained."""
     classifier: str | None
-    """The module that turns the embedding ([B, D] or [B, D, 1, 1]) into the logits; None where no single one does."""
+    """The module that turns the embedding ([B, D] or [B, D, 1, 1]) into the logits; None if no single module does."""
     embedding_dim: int
-    """D; the channels of the last stage where no single module is the classifier."""
+    """D; the channels of the last stage if no single module is the classifier."""
 
     encoder: bool = False
-    """Whether the model has no classifier at all: its output is a map or tokens, or their mean."""
+    """Whether the model has no classifier: its output is a map or tokens, or their mean."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` gives the equal plan back."""
+        """Plain JSON types; `from_dict` restores an equal plan."""
         return {
             name: [_plain(asdict(stage)) for stage in self.stages] if name == "stages" else value
             for name, value in _plain(asdict(self)).items()
@@ -86,9 +86,9 @@ def _frozen(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_map(tensor: Tensor, stage: Stage) -> Tensor:
-    """A stage's tensor, in the model's own layout, as a map [B, C, H, W].
+    """Converts a stage's tensor from the model's own layout to a map [B, C, H, W].
 
-    Tokens of another number than traced are taken for a grid of the same proportions.
+    If the number of tokens differs from the traced one, they are taken as a grid of the same proportions.
     """
     if stage.output_fmt == "NCHW":
         return tensor
@@ -101,7 +101,7 @@ def to_map(tensor: Tensor, stage: Stage) -> Tensor:
         height = round(math.sqrt(length * height / width))
         width = length // height
     for _ in range(stage.windows):
-        # [B, 2*2 places in a window, windows, C] with the windows themselves nested: the outermost pair first.
+        # [B, 2*2 positions in a window, windows, C], where the windows are nested again: the outermost pair first.
         height, width = height // 2, width // 2
     grid = tokens.reshape(batch, *(2, 2) * stage.windows, height, width, num_chs)
     if stage.windows:
@@ -113,16 +113,16 @@ def to_map(tensor: Tensor, stage: Stage) -> Tensor:
 
 
 def prefix_tokens(tensor: Tensor, stage: Stage) -> Tensor:
-    """The class and register tokens of a stage's tensor [B, P, C]; P is 0 where it has none."""
+    """The class and register tokens of a stage's tensor [B, P, C]; P is 0 if it has none."""
     if stage.output_fmt != "NLC":
         return tensor.new_empty(tensor.shape[0], 0, stage.num_chs)
     return tensor[:, : stage.num_prefix_tokens]
 
 
 def tap_modules(stage: Stage) -> list[str]:
-    """The stage's module and those inside it that return the same tensor, outermost first.
+    """The stage's module and the modules inside it that return the same tensor, outermost first.
 
-    timm's gradient checkpointing runs the blocks of a stage one by one and never calls the stage itself (47 of 98
-    families), but always calls one of these: tap them all and read whichever fired.
+    With timm's gradient checkpointing, 47 of 98 families run the blocks of a stage one by one and never call the stage
+    itself, but always one of these modules: tap all of them and read the one that fires.
     """
     return [stage.module, *stage.inner]

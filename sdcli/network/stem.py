@@ -1,7 +1,7 @@
-"""Stems for small images: ImageNet networks that do not shrink 32 pixels to one.
+"""Stems for small images, so that ImageNet networks do not shrink 32 pixels to one.
 
-Three things help: the stem of the CIFAR ResNets (He et al. 2016, arXiv:1512.03385, section 4.2), strides taken out of
-the front of any other network, and smaller patches for transformers.
+There are three ways: the stem of the CIFAR ResNets (He et al. 2016, arXiv:1512.03385, section 4.2), removing the first
+strides of any other network, and smaller patches for transformers.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from sdcli.errors import UserError
 from sdcli.network.cuts import find_stages
 
 STEMS = ("imagenet", "cifar", "unstrided", "patch")
-"""What a checkpoint can name: as timm builds it · a 3x3 stem without stride and pool, new weights · the strides at the
-front undone, every weight keeps name and shape · smaller patches, which `create_model`'s arguments say."""
+"""The kinds that a checkpoint can store: timm's own stem · a 3x3 stem without stride and pooling, with new weights ·
+the first strides removed, every weight keeps its name and shape · smaller patches, by arguments of `create_model`."""
 
 SMALLEST_MAP = 4
-"""Exits on smaller maps see no shape: a stem is changed where the last map would be smaller."""
+"""The smallest side of a useful last map: exits see no shapes on smaller ones, so the stem is changed."""
 GRID = 8
-"""The grid that a transformer of one resolution is given: 64 tokens."""
+"""The side of the grid that a single-resolution transformer should get: 64 tokens."""
 FACTOR = 4
-"""How much less a network for small images shrinks them: what the ImageNet stems do."""
+"""A network for small images shrinks them less by this factor: the reduction of the ImageNet stems."""
 
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
 
 def last_map(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """The shorter side of the last map; 0 where the model does not run at this size or has no stages there."""
+    """The shorter side of the last map; 0 if the model does not run at this size or has no stages there."""
     return _sides(model, input_size)[-1]
 
 
 def _sides(model: nn.Module, input_size: tuple[int, int, int]) -> list[int]:
-    """The shorter side of each stage's map, shallowest first; [0] where the model does not run or has no stages."""
+    """The shorter side of each stage's map, shallowest first; [0] if the model does not run or has no stages."""
     try:
         return [min(stage.size) for stage in find_stages(model, input_size).stages]
     except UserError:
@@ -46,15 +46,15 @@ def _sides(model: nn.Module, input_size: tuple[int, int, int]) -> list[int]:
 
 
 def has_cifar_stem(model: nn.Module) -> bool:
-    """Whether `model` is of timm's ResNet kind, which has a stem as the CIFAR papers replace it."""
+    """Whether `model` has the structure of timm's ResNet, whose stem the CIFAR papers replace."""
     return all(hasattr(model, name) for name in ("conv1", "bn1", "maxpool", "layer4"))
 
 
 def apply_stem(model: nn.Module, kind: str, input_size: tuple[int, int, int]) -> tuple[str, ...]:
-    """Gives `model` the stem of a resolved `kind` in place; returns what was done, a sentence each.
+    """Gives `model` the stem of a resolved `kind`, in place; returns one sentence per change.
 
     The same model, kind and size always give the same result, so that a checkpoint needs to store nothing else. Raises
-    UserError where the model has no stride that can be taken out.
+    UserError if no stride of the model can be removed.
     """
     if kind in ("imagenet", "patch"):
         return ()
@@ -65,15 +65,17 @@ def apply_stem(model: nn.Module, kind: str, input_size: tuple[int, int, int]) ->
         done.append("The stem is a 3x3 convolution with stride 1 and no pooling, as in the CIFAR papers.")
     undone, after = _undo_strides(model, input_size, FACTOR if papers else 1)
     if undone:
-        done.append(f"Strides undone, weights as they were: {', '.join(undone)}.")
+        done.append(f"Strides removed, weights unchanged: {', '.join(undone)}.")
     if not done:
         raise UserError(
-            f"nothing at the front of {type(model).__name__} can be undone for small images",
+            f"{type(model).__name__} has no stride that can be removed for small images",
             "a network that shrinks its input by strided convolutions or poolings",
             "--stem imagenet",
         )
     if not after:
-        raise UserError(f"{type(model).__name__} does not run on images of {input_size[1]} pixels with {undone} undone")
+        raise UserError(
+            f"{type(model).__name__} does not run on images of {input_size[1]} pixels without the strides of {undone}"
+        )
     return (*done, f"The last map is {after}x{after}.")
 
 
@@ -90,16 +92,17 @@ def _replace_stem(model: nn.Module) -> None:
 
 
 def _undo_strides(model: nn.Module, input_size: tuple[int, int, int], factor: int) -> tuple[list[str], int]:
-    """Takes strides out from the front until the maps are four times larger and the last one is not too small.
+    """Removes strides from the front until the maps are four times larger and the last one is not too small.
 
-    `factor` is what was undone before. All modules that take the map from one size to the next are changed together; a
-    change after which the maps have not grown is taken back (a branch of its own, or the model no longer runs), and the
-    next one tried. Returns the paths of what was changed, and the side of the last map.
+    `factor` is by how much the maps have already grown. All modules that take the map from one size to the next are
+    changed together. A change that does not enlarge the maps is reverted (the modules are in a separate branch, or the
+    model no longer runs), and the next step is tried. Returns the paths of the changed modules, and the side of the
+    last map.
     """
     changed: list[str] = []
     tried: set[str] = set()
     sides, steps = _survey(model, input_size)
-    # CIFAR networks take 32 pixels to 4: images smaller than that are not kept any larger.
+    # CIFAR networks shrink by 8, from 32 pixels to 4: for smaller images the goal is lower in proportion.
     goal = max(1, min(SMALLEST_MAP, min(input_size[1:]) // 8))
     while factor < FACTOR or sides[-1] < goal:
         step = next((step for step in steps if not tried.issuperset(step.paths)), None)
@@ -112,9 +115,9 @@ def _undo_strides(model: nn.Module, input_size: tuple[int, int, int], factor: in
         for path, module in former.items():
             model.set_submodule(path, _with_stride(module, stride))
         now, remaining = _survey(model, input_size)
-        # A last map of one position may stand for less than one: then the earlier ones tell.
+        # The last map may be rounded up to one position and not grow: then the earlier maps show the difference.
         grown = (now[-1], sum(now)) > (sides[-1], sum(sides))
-        # Some do not run at all before their second stride is gone.
+        # Some models do not run at all until their second stride is removed.
         if grown or (now == sides == [0] and factor < FACTOR):
             sides, steps, changed = now, remaining, [*changed, *step.paths]
             factor *= step.ratio // stride
@@ -126,14 +129,15 @@ def _undo_strides(model: nn.Module, input_size: tuple[int, int, int], factor: in
 
 @dataclass(frozen=True)
 class _Step:
-    """The modules that take the map from one size to the next."""
+    """The modules that take the map from one size to the next, and by how much it shrinks."""
 
     paths: tuple[str, ...]
     ratio: int
 
 
 def _survey(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[list[int], list[_Step]]:
-    """The sides of the maps, and where the map shrinks, in the order of the forward pass as far as that runs."""
+    """The sides of the stages' maps, and the steps at which the map shrinks, in the order of the forward pass; if that
+    fails, the steps before the failure."""
     found: dict[tuple[int, int], list[str]] = {}
     hooks = []
 
@@ -157,21 +161,21 @@ def _survey(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[list[in
 
 
 def _can_be_undone(module: nn.Module) -> bool:
-    """A convolution with a stride, or a pooling that owns no weights."""
+    """Whether it is a convolution with a stride, or a pooling without weights."""
     if isinstance(module, nn.Conv2d):
         return max(module.stride) > 1
     return "Pool2d" in type(module).__name__ and not module.state_dict() and not any(True for _ in module.children())
 
 
 def _with_stride(module: nn.Module, stride: int) -> nn.Module:
-    """The same module with another stride: same weights, same names."""
+    """The same module with another stride, the same weights and the same names; an identity for a pooling."""
     if not isinstance(module, nn.Conv2d):
         return nn.Identity()
     if module.kernel_size != module.stride:
         changed = copy.copy(module)
         changed.stride = (stride, stride)
         return changed
-    # Patches begin to overlap, and an even kernel needs more padding on one side than on the other.
+    # Patches now overlap, and an even kernel needs more padding on one side than on the other.
     from timm.layers import Conv2dSame
 
     same = Conv2dSame(
@@ -181,25 +185,22 @@ def _with_stride(module: nn.Module, stride: int) -> nn.Module:
     return cast(nn.Module, same)
 
 
-# Transformers
-
-
 @dataclass(frozen=True)
 class Patches:
-    """Arguments for `create_model` that make a transformer fit an image, and what they mean in words."""
+    """Arguments for `create_model` that fit a transformer to a small image, and a note for the user."""
 
     model_args: dict[str, Any]
     note: str
 
 
 def smaller_patches(build: Build, model: nn.Module, input_size: tuple[int, int, int]) -> Patches:
-    """Which `patch_size` suits this image, for a model that has one and is built by `build(model_args)`.
+    """The `patch_size` that suits this image, for a model that has one and is built by `build(model_args)`.
 
-    A trunk of one resolution gets a grid of 8x8 where the image allows, and at least 4x4; a pyramid gets patches so
-    small that its last map has 4x4 if that is possible. Raises UserError where no patch works.
+    A single-resolution trunk gets a grid as near to 8x8 as the image allows; a pyramid gets the patches that bring its
+    last map nearest to 4x4. Raises UserError if no patch works, or if that leaves the last map smaller than 4x4.
     """
     takes, patch = parameters_of(model), patch_size(model)
-    assert patch is not None, "ask patch_size first"
+    assert patch is not None, "check patch_size first"
     image = min(input_size[1:])
     best: tuple[tuple[float, float], Patches] | None = None
     reason = f"no patch smaller than {patch} divides {image}"
@@ -221,7 +222,7 @@ def smaller_patches(build: Build, model: nn.Module, input_size: tuple[int, int, 
         if last > 3 * goal:
             reason = f"patches of {size}x{size} would leave {last * last} tokens"
             break
-        # As near to the goal as possible, and of two that are equally near the one with fewer tokens.
+        # As near to the goal as possible; of two equally near ones, that with fewer tokens.
         rank = (abs(math.log2(last / goal)), float(last))
         if best is None or rank < best[0]:
             note = f"Patches of {size}x{size} instead of {patch}x{patch}: the last map is {last}x{last}."
@@ -229,22 +230,22 @@ def smaller_patches(build: Build, model: nn.Module, input_size: tuple[int, int, 
     if best is None:
         multiple = max(1, round(image / patch)) * patch
         raise UserError(
-            f"patches of no size fit an image of {image} pixels: {reason}",
-            f"an image size that a patch of 2 to {patch} pixels divides",
+            f"no patch size fits an image of {image} pixels: {reason}",
+            f"an image size divisible by a patch of 2 to {patch} pixels",
             f"--image-size {multiple}",
         )
     if best[0][1] < SMALLEST_MAP:
-        raise UserError(f"smaller patches leave the last map at {best[0][1]:g}x{best[0][1]:g}")
+        raise UserError(f"even with smaller patches the last map is only {best[0][1]:g}x{best[0][1]:g}")
     return best[1]
 
 
 def parameters_of(model: nn.Module) -> frozenset[str]:
-    """What the model's class takes when it is built."""
+    """The names of the arguments of the model's class."""
     return frozenset(inspect.signature(type(model).__init__).parameters)
 
 
 def patch_size(model: nn.Module) -> int | None:
-    """The side of the patches that `create_model` can make smaller; None where there are none."""
+    """The side of the patches, if `create_model` can change it; None otherwise."""
     if not {"img_size", "patch_size"} <= parameters_of(model):
         return None
     size = getattr(getattr(model, "patch_embed", None), "patch_size", None)

@@ -1,6 +1,7 @@
-"""What follows a stage: found by watching one forward pass, copied as a branch, or shown one place of a map at a time.
+"""The rest of a network after a stage: traced in one forward pass, copied as a branch, or applied to each position of a
+map.
 
-B batch, K classes, C channels, N places of the last map, P prefix tokens
+B batch, K classes, C channels, D embedding, N positions of the last map, P prefix tokens
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from sdcli.network.stages import Stage, StagePlan
 from sdcli.network.taps import InputTap, Store
 
 HEAD = "forward_head"
-"""Where timm's models go from their last map to the logits."""
+"""The method of timm's models that turns the last map into the logits."""
 
 
 @dataclass(frozen=True)
 class Tail:
-    """A network from a stage on."""
+    """The modules of a network after a stage."""
 
     modules: tuple[str, ...]
-    """Paths of the modules that the stage's tensor goes through, one after the other, until timm's `forward_head`."""
+    """Paths of the modules that the stage's tensor passes through in sequence, up to timm's `forward_head`."""
     head: tuple[str, ...]
     """Paths of the modules that `forward_head` calls."""
 
 
 def tail_after(backbone: nn.Module, plan: StagePlan, stage: Stage) -> Tail:
-    """What `backbone` does after `stage`, watched in one forward pass, which may be on the meta device.
+    """The modules that `backbone` runs after `stage`, found in one forward pass, which may be on the meta device.
 
-    Raises UserError where that is more than modules in a row and `forward_head`: where something is worked out between
-    them, a module takes further arguments, or a later one reads an earlier tensor too.
+    Raises UserError if that is not a plain sequence of modules and `forward_head`: if something is computed between
+    them, a module takes further arguments, or a later one also reads an earlier tensor.
     """
     watch = _Watch(stage)
     training = [(module, module.training) for module in backbone.modules()]
@@ -59,14 +60,14 @@ def tail_after(backbone: nn.Module, plan: StagePlan, stage: Stage) -> Tail:
             module.training = flag
     if not watch.reached_head:
         raise UserError(
-            f"{plan.model} does more after {stage.module} than call one module after the other",
-            "a model whose last part can be called by itself, such as resnet18, convnext_tiny or vit_small_patch16_224",
+            f"{plan.model} does more after {stage.module} than call modules in sequence",
+            "a model whose last part can be called alone, such as resnet18, convnext_tiny or vit_small_patch16_224",
         )
     return Tail(tuple(watch.modules), tuple(watch.in_head))
 
 
 class _Watch:
-    """Follows a stage's tensor through the calls of one forward pass."""
+    """Follows a stage's tensor through the module calls of one forward pass."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -108,20 +109,20 @@ class _Watch:
 
 
 class Branch(nn.Module):
-    """A second network's modules from a stage on, grown on the first one's stage: ONE's branch (arXiv:1806.04606).
+    """ONE's branch (arXiv:1806.04606): a second network's modules after a stage, attached to the first network's stage.
 
-    `network` is a network of the same kind with weights of its own; what lies before the stage is dropped from it.
+    `network` has the same architecture with its own weights; everything up to the stage is dropped from it.
     """
 
     def __init__(self, network: nn.Module, plan: StagePlan, stage: Stage) -> None:
         super().__init__()
         if plan.classifier is None:
-            raise UserError(f"{plan.model} has no single classifier", "a model that has one: a branch copies it")
+            raise UserError(f"{plan.model} has no single classifier", "a model with one, because a branch copies it")
         self.tail = tail_after(network, plan, stage)
         for name, parameter in network.named_parameters():
             if name in plan.unused:
                 parameter.requires_grad_(False)
-        # Some models look at parts for their answer that are dropped next.
+        # Read now, because some models look at modules here that are dropped below.
         self._undecayed = {f"rest.{name}" for name in getattr(network, "no_weight_decay", set)()}
         _keep(network, self.tail)
         self.rest = network
@@ -129,11 +130,11 @@ class Branch(nn.Module):
         network.get_submodule(plan.classifier).register_forward_pre_hook(InputTap(self._store))
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters that the copied network exempts from weight decay, as timm's models name theirs."""
+        """The parameters that the copied network exempts from weight decay, as in timm's models."""
         return self._undecayed
 
     def forward(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """The stage's tensor, in the model's own layout, to the embedding [B, D] and the logits [B, K]."""
+        """Turns the stage's tensor, in the model's own layout, into the embedding [B, D] and the logits [B, K]."""
         for path in self.tail.modules:
             tensor = self.rest.get_submodule(path)(tensor)
         self._store.open = True
@@ -143,7 +144,7 @@ class Branch(nn.Module):
 
 
 def _keep(network: nn.Module, tail: Tail) -> None:
-    """Drops everything from `network` that takes no part in `tail`."""
+    """Drops everything from `network` that is not part of `tail`."""
     kept = {*tail.modules, *tail.head}
 
     def keep(module: nn.Module, at: str) -> None:
@@ -164,24 +165,25 @@ def _keep(network: nn.Module, tail: Tail) -> None:
 
 
 class DenseClassifier:
-    """A network's classifier at every place of its last map, as if each were a map of its own: what votes in Zipf's
-    label smoothing (arXiv:2207.12980)."""
+    """A network's classifier applied to each position of its last map, as if that were a map of its own: these dense
+    predictions vote in Zipf's label smoothing (arXiv:2207.12980)."""
 
     def __init__(self, backbone: nn.Module, plan: StagePlan) -> None:
-        """Raises UserError for a model whose `forward_head` cannot be called by itself."""
+        """Raises UserError for a model without a classifier, or whose `forward_head` cannot be called separately."""
         if plan.encoder:
-            raise UserError(f"{plan.model} has no classifier of its own", "a model that has one")
+            raise UserError(f"{plan.model} has no classifier of its own", "a model with a classifier")
         self.stage = plan.stages[-1]
         self.tail = tail_after(backbone, plan, self.stage)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def logits(self, backbone: nn.Module, tensor: Tensor) -> Tensor:
-        """[B, K, N] without gradients, norms and dropout as in eval mode; `tensor` is what `forward_head` was given."""
+        """Logits [B, K, N] without gradients, with norms and dropout in eval mode; `tensor` is the input of
+        `forward_head`."""
         num_prefix = self.stage.num_prefix_tokens
         if tensor.ndim == 3:
             places = tensor[:, num_prefix:].flatten(0, 1).unsqueeze(1)
             if num_prefix and getattr(backbone, "global_pool", "") != "token":
-                # Dropped again by the pooling, which takes them for class and register tokens.
+                # Placeholders for the class and register tokens, which the pooling drops again.
                 places = torch.cat([places.new_zeros(len(places), num_prefix, places.shape[2]), places], dim=1)
         elif self.stage.output_fmt == "NHWC":
             places = tensor.flatten(0, 2)[:, None, None]
@@ -189,13 +191,13 @@ class DenseClassifier:
             places = tensor.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
         head = [backbone, *(backbone.get_submodule(path) for path in self.tail.head)]
         with torch.no_grad(), _evaluating(head):
-            said: Tensor = getattr(backbone, HEAD)(places)
-        return said.reshape(len(tensor), -1, said.shape[-1]).mT
+            logits: Tensor = getattr(backbone, HEAD)(places)
+        return logits.reshape(len(tensor), -1, logits.shape[-1]).mT
 
 
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """These modules, but not those inside them, in eval mode."""
+    """Puts these modules, but not their submodules, into eval mode."""
     flags = [module.training for module in modules]
     for module in modules:
         module.training = False

@@ -1,8 +1,8 @@
-"""The tensors of one forward pass on which a stage could end.
+"""The tensors of one forward pass at which a stage could end.
 
-The record of a forward pass (`trace.py`) shows which modules return maps and in which layout, what each map cost so
-far, and which of them are *clean cuts*: tensors on which everything later depends and on nothing else earlier
-(dominators of the logits in the dataflow graph). Exits, truncation and early exit are exact there.
+The record of a forward pass (`trace.py`) shows which modules return maps, in which layout, and the cost up to each map.
+It also shows which of them are *clean cuts*: everything later depends on this tensor and on nothing earlier (it is a
+dominator of the logits in the dataflow graph). Exits, truncation and early exit are exact there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdcli.network.trace import Call, Record, calls_by_path, channel_axes, clean
 
 MOST_PREFIX_TOKENS = 16
 
-# A map of one position is a pooled vector, except where the image is so small that it may be all that is left of it.
+# A 1x1 map is a pooled vector, except for images so small that the network may shrink them to a single position.
 LARGEST_IMAGE_OF_POINTS = 64
 
 
@@ -29,7 +29,7 @@ class TapPoint:
 
     node: int
     paths: tuple[tuple[str, int | None], ...]
-    """The modules that return it, each once per forward, outermost first, with the entry of their tuple."""
+    """The modules that return it, outermost first, with the index in the returned tuple; each is called only once."""
     layout: Layout
     reduction: int
     clean: bool
@@ -50,7 +50,7 @@ class TracedModel:
     input_size: tuple[int, int, int]
     record: Record
     calls: Mapping[str, list[Call]]
-    """By path, without the model's own."""
+    """The calls by module path, without the call of the model itself."""
     points: tuple[TapPoint, ...]
     """In the order of the forward pass."""
 
@@ -60,14 +60,14 @@ class TracedModel:
 
 
 def trace_model(model: nn.Module, input_size: tuple[int, int, int], name: str) -> TracedModel:
-    """One forward pass of `model` and its tap points; raises UserError where it refuses the input size."""
+    """Records one forward pass of `model` and finds its tap points; raises UserError if it refuses the input size."""
     parameter = next(model.parameters(), None)
     image = torch.zeros(1, *input_size)
     image = image if parameter is None else image.to(parameter)
     try:
         record = record_forward(model, [image])
     except Exception as error:
-        # A model raises whatever it likes for a size that does not suit it.
+        # Models raise all kinds of errors for an unsuitable size.
         reason = " ".join(str(error).split()) or type(error).__name__
         size = "x".join(map(str, input_size))
         raise UserError(f"{name} does not run on an image of {size}: {reason}") from error
@@ -100,7 +100,8 @@ def _find_points(
 
 
 def _returned_by(model: nn.Module, calls: Mapping[str, list[Call]]) -> dict[int, list[list[tuple[Call, int | None]]]]:
-    """The calls that return each node, with the entry of their tuple, in groups that return the same in training too.
+    """The calls that return each node, with the index in their tuple, in groups that return the same tensor in training
+    too.
 
     Modules that are called more than once are left out: a hook there would see several tensors.
     """
@@ -113,11 +114,11 @@ def _returned_by(model: nn.Module, calls: Mapping[str, list[Call]]) -> dict[int,
             if node not in call.inputs:
                 groups[-1].append((call, entry))
             elif _is_random(model.get_submodule(path)):
-                # In training a dropout returns something else: its container and the module before it differ.
+                # In training a dropout changes the tensor: its container and the module before it then differ.
                 groups.append([])
     return returned
 
 
 def _is_random(module: nn.Module) -> bool:
-    """Whether a module that returned what it was given may be a dropout, rather than an identity by any name."""
+    """Whether a module that returned its input may be a dropout rather than an identity."""
     return not isinstance(module, (nn.Identity, nn.Sequential)) and not any(True for _ in module.children())

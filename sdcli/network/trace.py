@@ -1,6 +1,6 @@
-"""One forward pass, recorded: which modules returned what, what each tensor is made of, and what it cost so far.
+"""Records one forward pass: what each module returned, what each tensor was computed from, and the cost up to there.
 
-On the meta device it costs neither memory nor arithmetic.
+On the meta device this needs neither memory nor arithmetic.
 
 B batch, C channels
 """
@@ -20,19 +20,19 @@ from torch.utils.flop_counter import flop_registry
 
 
 def count(module: nn.Module, *inputs: Tensor) -> tuple[int, int]:
-    """Parameters of `module`, and the multiply-adds of one call with `inputs`."""
+    """The parameters of `module`, and the multiply-adds (MACs) of one call with `inputs`."""
     record = record_forward(module, inputs)
     return sum(parameter.numel() for parameter in module.parameters()), record.macs
 
 
 @dataclass
 class Call:
-    """One call of a module: what it was given and what it returned, as nodes of the dataflow graph."""
+    """One call of a module: its inputs and outputs, as nodes of the dataflow graph."""
 
     path: str
     inputs: list[int]
     outputs: list[tuple[int | None, int]] = field(default_factory=list)
-    """(entry of the returned tuple, node), in order."""
+    """(index in the returned tuple, node), in order; the index is None for a single tensor."""
     params: int = 0
     macs: int = 0
 
@@ -51,10 +51,10 @@ class _Operation:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The dataflow graph of a forward pass, and its multiply-adds.
+    """Builds the dataflow graph of a forward pass and counts its multiply-adds.
 
-    A node is one value of one tensor: writing in place makes a new node for each tensor that shares the memory, a
-    view is a node that depends on its base. Nodes are numbered as they appear, so the order is topological.
+    A node is one value of one tensor: an in-place write creates a new node for each tensor that shares the memory, and
+    a view is a node that depends on its base. Nodes are numbered as they appear, so the order is topological.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sharing: dict[int, list[Tensor]] = {}
 
     def node(self, tensor: Tensor) -> int:
-        """The node of a tensor's present value."""
+        """The node of a tensor's current value."""
         if id(tensor) not in self._node_of:
             self._add(tensor, [])
             if isinstance(tensor, nn.Parameter):
@@ -136,7 +136,7 @@ class Record:
 
 
 def record_forward(module: nn.Module, inputs: Sequence[Tensor]) -> Record:
-    """One forward pass in eval mode and without gradients, recorded; leaves `module` as it was."""
+    """Records one forward pass in eval mode without gradients; leaves `module` unchanged."""
     graph = Recorder()
     calls: list[Call] = []
     stack: list[Call] = []
@@ -166,7 +166,7 @@ def record_forward(module: nn.Module, inputs: Sequence[Tensor]) -> Record:
         for path, part in module.named_modules():
             hooks.append(part.register_forward_pre_hook(entered(path), with_kwargs=True))
             hooks.append(part.register_forward_hook(returned))
-        # As plain products of matrices, attention is counted alike on all devices and by every version of torch.
+        # As plain matrix products, attention has the same count on all devices and in every version of torch.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), graph:
             given = [graph.node(tensor) for tensor in inputs]
             output = module(*inputs)
@@ -180,7 +180,7 @@ def record_forward(module: nn.Module, inputs: Sequence[Tensor]) -> Record:
 
 
 def reaching(sources: list[list[int]], targets: Iterable[int]) -> set[int]:
-    """The nodes from which one of `targets` can be reached, themselves included."""
+    """The nodes from which one of `targets` can be reached, including the targets."""
     found = set(targets)
     for node in range(len(sources) - 1, -1, -1):
         if node in found:
@@ -189,10 +189,9 @@ def reaching(sources: list[list[int]], targets: Iterable[int]) -> set[int]:
 
 
 def clean_cuts(record: Record) -> set[int]:
-    """The nodes that every path from the input to the logits runs through.
+    """The nodes that lie on every path from the input to the logits.
 
-    Among the nodes that lie on such a path, taken in topological order, a node is one exactly when no edge jumps
-    over it.
+    Of the nodes on any such path, in topological order, these are exactly the ones that no edge jumps over.
     """
     sources = record.graph.sources
     fed = set(record.inputs)
@@ -221,10 +220,11 @@ _LAST_AXIS = ("native_layer_norm", "_fused_rms_norm", "mm", "addmm")
 
 
 def channel_axes(graph: Recorder) -> dict[int, int]:
-    """The channel axis of every node where the operations that follow tell it: the axis that the next one mixes.
+    """The channel axis of each node for which the following operations show it.
 
-    Convolutions, batch norms and poolings mix axis 1, layer norms and linear layers the last; through permutations,
-    views and elementwise operations the axis is followed back. The earliest operation that tells is believed.
+    Convolutions, batch norms and poolings have their channels in axis 1, layer norms and linear layers in the last
+    axis; through permutations, views and elementwise operations the axis is traced back. If several operations show an
+    axis, the earliest one decides.
     """
     axes: dict[int, int] = {}
     for operation in reversed(graph.operations):
@@ -236,7 +236,7 @@ def channel_axes(graph: Recorder) -> dict[int, int]:
 
 
 def _axis_of(operation: _Operation, source: int, values: list[Tensor], axes: dict[int, int]) -> int | None:
-    """Which axis of `source` this operation takes for channels, given what is known of its result."""
+    """The axis of `source` that this operation treats as channels, given the known axes of its results."""
     name, args, before = operation.name, operation.args, values[source].shape
     if len(before) < 2 or not operation.results:
         return None
@@ -245,7 +245,7 @@ def _axis_of(operation: _Operation, source: int, values: list[Tensor], axes: dic
     if name in _LAST_AXIS:
         return len(before) - 1
     if name == "mean" and len(before) == 4 and len(args) > 1:
-        # Global pooling: what is left beside the batch are the channels.
+        # Global pooling: the axis that is left beside the batch holds the channels.
         left = {1, 2, 3} - {int(dim) % 4 for dim in args[1] or ()}
         return left.pop() if len(left) == 1 else None
     after, axis = values[operation.results[0]].shape, axes.get(operation.results[0])

@@ -1,6 +1,6 @@
-"""How the work of a forward pass is shared out among stages: boundaries merged, dropped and added by their MACs.
+"""Divides the work of a forward pass among stages: merges, drops and adds boundaries by their MACs.
 
-Everywhere `macs` is the work of the whole model.
+`macs` is always the work of the whole model.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from sdcli.network.tap_points import TapPoint
 
 NUM_STAGES = 4
 
-# An exit after less of the work than this has seen next to nothing: what lies before it is the stem.
+# A boundary before this share of the work belongs to the stem: an exit there could not see much.
 SMALLEST_FIRST_SHARE = 0.04
 
-# Two boundaries with less of the work than this between them are one.
+# Two boundaries with less than this share of the work between them count as one.
 SMALLEST_SHARE = 0.02
 
 
 def shares(points: Sequence[TapPoint], macs: int) -> list[float]:
-    """Each stage's part of all the work."""
+    """Each stage's share of the work."""
     ends = [0, *(point.macs for point in points)]
     return [(after - before) / max(macs, 1) for before, after in pairwise(ends)]
 
 
 def merged(points: Sequence[TapPoint], most: int, macs: int) -> list[TapPoint]:
-    """At most `most` of the boundaries: again and again, the two neighbours that do the least work become one."""
+    """At most `most` of the boundaries: the two neighbouring stages with the least work are merged repeatedly."""
     left = list(points)
     while len(left) > most:
         joint = [before + after for before, after in pairwise(shares(left, macs))]
@@ -35,7 +35,7 @@ def merged(points: Sequence[TapPoint], most: int, macs: int) -> list[TapPoint]:
 
 
 def apart(points: Sequence[TapPoint], macs: int) -> list[TapPoint]:
-    """Without the stem, and without those that have next to no work before the following one."""
+    """The boundaries without the stem, and without those that have almost no work before the next one."""
     least, first = SMALLEST_SHARE * macs, SMALLEST_FIRST_SHARE * macs
     kept: list[TapPoint] = []
     for point in reversed(points):
@@ -45,9 +45,10 @@ def apart(points: Sequence[TapPoint], macs: int) -> list[TapPoint]:
 
 
 def is_stem(point: TapPoint, end: TapPoint) -> bool:
-    """Whether a map has the resolution before a pyramid's first stage: pyramids shrink by 8, by 16 with their stem.
+    """Whether a map has a resolution from before a pyramid's first stage.
 
-    The ratio keeps the first stages of networks for small images, which shrink the image by less than 4.
+    The stages of a pyramid shrink the map by 8 in all, or by 16 with their stem. The ratio to the last map keeps the
+    first stages of networks for small images, whose reduction is below 4 as well.
     """
     return point.reduction < 4 and point.layout.size[0] > 12 * end.layout.size[0]
 
@@ -60,9 +61,9 @@ def split(
     *,
     lopsided_only: bool = False,
 ) -> list[TapPoint]:
-    """As many stages as wanted, or as can be: the heaviest is cut at the candidate nearest its middle, again and again.
+    """Up to `wanted` stages: the heaviest stage is repeatedly cut at the candidate nearest to its middle.
 
-    `lopsided_only` leaves a model with fewer stages of its own as it is unless one of them does most of the work.
+    With `lopsided_only`, only stages that do more than half of the work are cut.
     """
     found = list(points)
     while len(found) < wanted:
@@ -84,9 +85,9 @@ def split(
 def _middle(
     before: TapPoint | None, after: TapPoint, candidates: Sequence[TapPoint], macs: int, *, beside: bool
 ) -> TapPoint | None:
-    """The outermost clean candidate nearest to half the work between two boundaries.
+    """The outermost clean candidate nearest to half the work between two boundaries; None if there is no suitable one.
 
-    `beside` keeps to the same container, so that a stem is not made a stage.
+    `beside` only considers modules in the same container as `after`, so that a stem does not become a stage.
     """
     start = before.macs if before else 0
     least = SMALLEST_SHARE * macs

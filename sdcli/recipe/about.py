@@ -57,25 +57,45 @@ def overview(name: str) -> Overview:
 
 
 def needs(recipe: Recipe) -> list[str]:
-    """What a recipe needs beyond one network, labels and ordinary batches, a few words for each need.
+    """What a recipe uses beyond one network, labels and ordinary batches, a few words for each.
 
     Looks at all tables, so that a new kind of table shows up without a change here.
     """
     tables = _given(recipe)
     found = [f"{recipe.student.branches} branches"] if recipe.student.branches else []
     for name, network in recipe.others.items():
-        found.append(f"{name}: {network.model}" + ("" if network.learns else ", frozen"))
+        found.append(f"network {name} ({network.model}{'' if network.learns else ', frozen'})")
     for key, value in tables.get("batch", {}).items():
         if key not in ORDINARY_BATCH:
-            found.append(f"{key} {_names(value)}")
+            found += _in_words(key, value)
     for key, value in tables.items():
         if key not in ORDINARY and key != "batch":
-            found.append(f"{len(value)} {key}" if isinstance(value, list) else f"{key} {_names(value)}".strip())
+            found += _in_words(key, value)
     return found
 
 
+VIEWS = {"itself": "second view of each image", "class": "second image of the same class"}
+"""What `of` of a further view stands for."""
+
+
+def _in_words(key: str, value: Any) -> list[str]:
+    """A table or key in a few words; one that has none here by its name and that of its parts."""
+    match key:
+        case "mixup" | "cutmix":
+            return [f"{key} (alpha {value:g})"]
+        case "mates":
+            return [f"{value} extra images of the same class"]
+        case "views":
+            return [VIEWS[view["of"]] for view in value.values()]
+        case "signals":
+            return [f"derived predictions ({signal['kind']})" for signal in value.values()]
+        case "ema":
+            return ["EMA of the weights"]
+    return [f"{len(value)} {key}" if isinstance(value, list) else f"{key} {_names(value)}".strip()]
+
+
 def _names(value: Any) -> str:
-    """A value in a word or two; a table by the names of its subtables."""
+    """A value in a word or two; for a table, the names of its subtables."""
     if isinstance(value, Mapping):
         tables = [key for key, inner in value.items() if isinstance(inner, Mapping)]
         return ", ".join(tables) or str(value.get("kind", ""))

@@ -1,4 +1,4 @@
-"""Which epoch is the best, by the validation split and the recipe's `best`."""
+"""Chooses the best epoch on the validation split, by the recipe's `best` key."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ COARSE = 100
 
 @dataclass
 class Best:
-    """The best epoch so far, and that of each point by itself."""
+    """The best epoch so far, and the best epoch of each point on its own."""
 
     by: str
-    """`mean` of all classifiers, `ensemble`, or a point."""
+    """`mean` (of all classifiers), `ensemble`, or the name of a point."""
     epoch: int = 0
-    """0: none yet."""
+    """0 before the first epoch."""
     report: Report | None = None
     of_points: dict[str, tuple[int, ExitResult]] = field(default_factory=dict)
 
     def see(self, epoch: int, report: Report) -> bool:
-        """Compares another epoch; returns whether it is the best so far."""
+        """Adds the results of an epoch; returns whether it is the best so far."""
         for result in [*report.exits, *([report.ensemble] if report.ensemble else [])]:
             former = self.of_points.get(result.point)
             if former is None or _quality([result]) > _quality([former[1]]):
@@ -36,12 +36,15 @@ class Best:
 
     @property
     def epochs(self) -> dict[str, int]:
-        """The best epoch of each point by itself."""
+        """The best epoch of each point, and of the ensemble, on its own."""
         return {point: epoch for point, (epoch, _) in self.of_points.items()}
 
 
 def quality(report: Report, by: str) -> tuple[float, float]:
-    """What epochs are compared by: top-1, and where that is equal the lower NLL, each a mean over what `by` names."""
+    """The value to maximise: top-1, ties broken by the lower NLL, each averaged over the classifiers that `by` names.
+
+    Without an ensemble in the report, `ensemble` compares the last point.
+    """
     if by == MEAN:
         return _quality(report.exits)
     together = report.ensemble or report.exits[-1]

@@ -1,4 +1,4 @@
-"""What a run tells on its way: `fit` gives these one after the other."""
+"""The events that `fit` yields while a run trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdcli.evaluation.evaluate import Report
 
 @dataclass(frozen=True)
 class Step:
-    """Where training is: told every now and then."""
+    """Progress within an epoch, about four times a second."""
 
     epoch: int
     update: int
@@ -20,26 +20,26 @@ class Step:
     lr: float
     losses: dict[str, float]
     shares: dict[str, float] | None = None
-    """Each loss's share of the gradient's norm, where it has just been measured."""
+    """Each loss's share of the gradient norm; None unless it has just been measured."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch that is done."""
+    """A finished epoch."""
 
     epoch: int
     phase: str
     lr: float
     losses: dict[str, float]
-    """What each loss of the recipe added to the sum, on average over the images."""
+    """Each loss's weighted contribution to the total, averaged over the images."""
     num_images: int
     seconds: float
-    """Of training; in a resumed epoch, since it was resumed."""
+    """Training time without validation; in a resumed epoch, only since it was resumed."""
     images_per_s: float
     shares: dict[str, float]
     validation: Report | None = None
     skipped: int = 0
-    """Updates that were left out, since a loss was not finite."""
+    """Updates skipped because a loss or the gradient was not finite."""
 
     def to_log(self) -> dict[str, Any]:
         """A line of `log.jsonl`."""
@@ -60,18 +60,18 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run is done: which checkpoint to take, of which epoch, and how it scores."""
+    """The run is finished: the checkpoint to use, its epoch and its scores."""
 
     checkpoint: Path
     epoch: int
     report: Report
     best_epochs: dict[str, int] = field(default_factory=dict)
-    """The best epoch of each point by itself, in the last phase; empty without a validation split."""
+    """The best epoch of each point on its own, in the last phase; empty without a validation split."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run was told to stop, has saved its state and can be resumed."""
+    """The run has stopped on a signal; its state is saved and it can be resumed."""
 
     epoch: int
     update: int

@@ -1,16 +1,16 @@
 """The run folder: resolved recipe, log, checkpoints, report.
 
-recipe.toml        the resolved recipe: `--recipe RUN/recipe.toml` trains the same again
-run.json           the command's other choices: model, data set, seed
+recipe.toml        the resolved recipe: `--recipe RUN/recipe.toml` trains with it again
+run.json           the settings outside the recipe: model, data set, seed, …
 log.jsonl          one line per epoch
-summary.csv        the same for a spreadsheet, in timm's columns plus one per exit
-last.safetensors   after the last epoch
-best.safetensors   the best on the validation split, where there is one
-report.json        how that checkpoint scores
-state/last.pt      where the run stands, for `--resume` (`state.py`)
-state/previous.pt  the state saved before it
+summary.csv        the same as a table, with timm's columns plus one per exit
+last.safetensors   the weights after the latest epoch
+best.safetensors   the weights of the best epoch, if there is a validation split
+report.json        the scores of best.safetensors, or else of last.safetensors
+state/last.pt      the training state, for `--resume` (`state.py`)
+state/previous.pt  the training state saved before it
 state/lock         locked while a process trains the run (`lock.py`)
-curves.png         losses and accuracies by epoch, where there is matplotlib (`cli/plots.py`)
+curves.png         losses and accuracies by epoch, if matplotlib is installed (`cli/plots.py`)
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from sdcli.run.lock import Lock
 LOG, SUMMARY = "log.jsonl", "summary.csv"
 
 EARLY = {"recipe.toml", "run.json", "state"}
-"""What a run writes before its first state is complete."""
+"""The files that a run writes before its first state is complete."""
 
-WRITABLE = "a run folder that can be written to, on a disk with free space"
+WRITABLE = "a writable run folder, on a disk with free space"
 
 
 class Run:
-    """A run folder. Every process knows where it is; only the first one locks it, and writes."""
+    """A run folder. Every process has its path; only the first process locks it and writes to it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,16 +51,15 @@ class Run:
         self._columns: list[str] = []
 
     def begin(self) -> None:
-        """Makes the folder and locks it; raises UserError where it already holds anything, or another process writes
-        to it."""
+        """Creates the folder and locks it; raises UserError if it is not empty or another process writes to it."""
         _check_empty(self.folder)
         make_folder(self.folder)
         self.lock()
-        # Another process may have begun and ended a run here since.
+        # Another process may have started and finished a run here since the first check.
         _check_empty(self.folder)
 
     def lock(self) -> None:
-        """Keeps other processes out until `unlock`, or until this process ends; raises UserError where one is in."""
+        """Locks the folder until `unlock` or the end of this process; raises UserError if another process holds it."""
         if self._lock.take(self.folder):
             for folder in (self.folder, self.state.parent):
                 remove_temporary(folder)
@@ -69,7 +68,7 @@ class Run:
         self._lock.release()
 
     def go_on(self, epochs: int) -> None:
-        """Resumes after `epochs` complete ones: cuts the log to them. Raises UserError where it has fewer."""
+        """Truncates the log to the first `epochs` epochs; raises UserError if it has fewer."""
         log = read_log(self.folder)
         if len(log) < epochs:
             raise _damaged(self.folder / LOG, f"it has {len(log)} of {epochs} epochs")
@@ -83,17 +82,17 @@ class Run:
         return state_file(self.folder)
 
     def write_recipe(self, text: str) -> None:
-        """The resolved recipe, which `--recipe` takes again."""
+        """Writes the resolved recipe, which `--recipe` accepts."""
         with writing(self.folder / "recipe.toml") as path:
             write_text(path, text)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """What the command line chose beside the recipe."""
+        """Writes the settings that are not in the recipe."""
         with writing(self.folder / "run.json") as path:
             write_text(path, json.dumps(settings, indent=2) + "\n")
 
     def log_epoch(self, line: Mapping[str, Any]) -> None:
-        """Adds an epoch to `log.jsonl` and `summary.csv`; raises UserError where they cannot be written."""
+        """Adds an epoch to `log.jsonl` and `summary.csv`; raises UserError if they cannot be written."""
         with writing(self.folder / LOG) as path:
             append_text(path, _log_line(line))
         row = _summary_row(line)
@@ -110,23 +109,23 @@ class Run:
             write_text(path, _csv([dict(zip(self._columns, self._columns, strict=True)), *rows], self._columns))
 
     def save(self, name: str, tensors: Mapping[str, Tensor], description: Description) -> Path:
-        """Writes `last` or `best`."""
+        """Writes the checkpoint `name`: `last` or `best`."""
         with writing(self.folder / f"{name}.safetensors") as path:
             save_checkpoint(path, tensors, description)
         return path
 
     def write_report(self, report: Report, checkpoint: str, epoch: int, best_epochs: Mapping[str, int]) -> None:
-        """How `checkpoint` of this epoch scores, and which epoch was the best of each point."""
+        """Writes `report.json`: the scores of `checkpoint`, its epoch, and the best epoch of each point."""
         table = {"checkpoint": checkpoint, "epoch": epoch, "best_epochs": dict(best_epochs), **report.to_dict()}
         with writing(self.folder / "report.json") as path:
             write_text(path, json.dumps(table, indent=2) + "\n")
 
 
 def check_output(folder: Path, dataset: str) -> None:
-    """Raises UserError where a run cannot have this folder: another process trains a run in it, it holds anything
-    already, or it would mix with the images of a local `dataset`.
+    """Raises UserError if a new run cannot use this folder: another process trains in it, it is not empty, or it
+    overlaps with the folder of a local `dataset`.
 
-    Nothing is ever overwritten; what a run has left that died before its first state does not count.
+    Nothing is ever overwritten, except the leftovers of a run that died before it saved its first state.
     """
     data = Path(dataset)
     if data.is_absolute() and data.is_dir():
@@ -141,17 +140,17 @@ def check_output(folder: Path, dataset: str) -> None:
 def _check_apart(folder: Path, data: Path) -> None:
     output, runs = folder.resolve(), Path("runs")
     if output == data:
-        where = "is the folder of the data set"
+        where = "is the data set's folder"
     elif output.is_relative_to(data):
-        where = f"is inside the folder of the data set, '{data}'"
+        where = f"is inside the data set's folder, '{data}'"
     elif data.is_relative_to(output):
-        where = f"contains the folder of the data set, '{data}'"
+        where = f"contains the data set's folder, '{data}'"
     else:
         return
     if runs.resolve().is_relative_to(data):
         runs = data.parent / "runs"
     free = _free(runs / (output.name or "run"))
-    raise UserError(f"output '{folder}' {where}", "a folder apart from the data set", f"--output {free}")
+    raise UserError(f"output '{folder}' {where}", "a folder outside the data set", f"--output {free}")
 
 
 def _check_empty(folder: Path) -> None:
@@ -160,62 +159,62 @@ def _check_empty(folder: Path) -> None:
     another = f"--output {_free(folder)}"
     if state_file(folder).exists():
         raise UserError(
-            f"output '{folder}' holds a run already",
+            f"output '{folder}' already holds a run",
             "a new or empty folder",
             f"{another}, or resume the run: sdcli train --resume {folder}",
         )
-    what = "holds a run already" if (folder / "recipe.toml").exists() else "is not an empty folder"
+    what = "already holds a run" if (folder / "recipe.toml").exists() else "is not an empty folder"
     raise UserError(f"output '{folder}' {what}", "a new or empty folder", another)
 
 
 def _free(folder: Path) -> Path:
-    """The folder, or one with a number behind its name, that is not there yet."""
-    # "." and "/" have no name to number.
+    """`folder` if it does not exist, or else the first of `folder-2`, `folder-3`, … that does not exist."""
+    # "." and "/" have no name to append a number to.
     stem = folder if folder.name else folder / "run"
     names = chain([stem], (stem.with_name(f"{stem.name}-{number}") for number in count(2)))
     return next(path for path in names if not path.exists())
 
 
 def _never_began(folder: Path) -> bool:
-    """Whether a run died here before its first state was complete: it has left these files and nothing else."""
+    """Whether the folder holds only the leftovers of a run that died before its first state was complete."""
     left, state = _names(folder), _names(folder / "state")
     return (left <= {"state"} or "run.json" in left <= EARLY) and state <= {"lock"}
 
 
 def _names(folder: Path) -> set[str]:
-    """What a folder holds beside temporary files."""
+    """The names of a folder's entries, without temporary files."""
     return {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")} if folder.is_dir() else set()
 
 
 def state_file(folder: Path) -> Path:
-    """Where a run keeps its state."""
+    """The file that holds a run's training state."""
     return folder / "state" / "last.pt"
 
 
 def lock_file(folder: Path) -> Path:
-    """What is locked while a process trains the run."""
+    """The file that is locked while a process trains the run."""
     return folder / "state" / "lock"
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a run folder; raises UserError where it cannot be made."""
+    """Creates a run folder; raises UserError if that fails."""
     try:
         state_file(folder).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output '{folder}' cannot be made: {error.strerror}", "a folder to write to") from None
+        raise UserError(f"output '{folder}' cannot be created: {error.strerror}", "a writable folder") from None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the command line of a run chose; raises UserError where the folder holds no run that can go on."""
+    """The settings in a run's `run.json`; raises UserError if the folder holds no run that can be resumed."""
     settings = folder / "run.json"
     if not state_file(folder).exists() or not settings.exists():
         runs = sorted(path.parents[1] for path in folder.parent.glob("*/state/last.pt"))
-        # By name alone: in a long path any two folders are alike.
+        # Only the names are compared: any two long paths in the same parent folder look alike.
         near = [str(run) for run in runs if did_you_mean(folder.name, [run.name])]
         raise UserError(
             f"'{folder}' holds no run to resume",
             "a run folder of sdcli train, with state/last.pt",
-            did_you_mean(str(folder), near) or f"sdcli train MODEL --dataset DATA --output {folder} starts one",
+            did_you_mean(str(folder), near) or f"start one: sdcli train MODEL --dataset DATA --output {folder}",
         )
     try:
         table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
@@ -225,8 +224,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """One table per epoch; none where nothing is logged yet. The last line may be incomplete, if its writer was killed
-    or is writing it: it is left out."""
+    """One table per epoch; an empty list if nothing is logged yet.
+
+    An incomplete last line is ignored: its writer was killed, or is still writing it.
+    """
     path = folder / LOG
     log: list[dict[str, Any]] = []
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -240,7 +241,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"'{path}' is not what a run has written: {reason}", "the file as the run wrote it", "put it back")
+    return UserError(f"'{path}' is damaged: {reason}", "the file as the run wrote it", "restore it from a copy")
 
 
 def _log_line(line: Mapping[str, Any]) -> str:
@@ -255,7 +256,7 @@ def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Turns what goes wrong while a file of a run is written into a UserError."""
+    """Turns an error while writing a file of the run into a UserError."""
     try:
         yield path
     except (OSError, SafetensorError) as error:
@@ -267,13 +268,13 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file; where that fails it stays as it was."""
+    """Replaces the file; if that fails, it stays as it was."""
     with replacing(path) as beside:
         beside.write_bytes(text.encode())
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds to the file, which is then on the disk; where that fails its last line may be incomplete."""
+    """Appends to the file and syncs it to the disk; if that fails, its last line may be incomplete."""
     with path.open("ab") as file:
         file.write(text.encode())
         file.flush()
@@ -281,7 +282,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def _summary_row(line: Mapping[str, Any]) -> dict[str, Any]:
-    """An epoch in timm's columns: `epoch, train_*, eval_*, lr`, and one `eval_top1_POINT` per exit."""
+    """An epoch in timm's columns (`epoch, train_*, eval_*, lr`), plus one `eval_top1_POINT` per exit."""
     row: dict[str, Any] = {"epoch": line["epoch"], "train_loss": line["loss"]}
     row |= {f"train_loss_{name}": value for name, value in line["losses"].items()}
     validation = line.get("validation")

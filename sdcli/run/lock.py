@@ -1,4 +1,4 @@
-"""One process per run folder: a lock that ends with its process, however the process ends."""
+"""One process per run folder: a lock that is released when its process ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ except ImportError:  # pragma: no cover (Windows)
     fcntl = None  # type: ignore[assignment]
 
 HELD = (errno.EACCES, errno.EAGAIN)
-"""What an attempt to lock a locked file fails with; anything else is a file system without locks."""
+"""The errors for a file that another process has locked; any other error means that the file system has no locks."""
 
 
 class Lock:
-    """The lock of one file, held by this process from `take` to `release`.
+    """A lock on one file, held by this process from `take` to `release`.
 
-    It is a lock of the whole process (fcntl), not of an open file (flock): the processes that load images inherit open
-    files, and would hold on to such a lock for seconds after the run was killed. Closing any handle of the file in this
-    process releases it.
+    The lock belongs to the process (fcntl), not to the open file (flock): worker processes inherit open files and would
+    hold a flock for seconds after the run was killed. Closing any handle of the file in this process releases it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,18 +31,16 @@ class Lock:
         self.handle: int | None = None
 
     def take(self, run: Path) -> bool:
-        """Takes the lock of `run`, if it is not taken yet. False where the file system has no locks.
+        """Takes the lock of `run` unless this process already holds it. Returns False if there are no locks here.
 
-        Raises UserError where another process holds it, or the file cannot be written.
+        Raises UserError if another process holds it, or if the file cannot be written.
         """
         if self.handle is not None or fcntl is None:
             return self.handle is not None
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UserError(
-                f"'{self.path}' cannot be written: {error.strerror}", "a run folder that can be written to"
-            ) from None
+            raise UserError(f"'{self.path}' cannot be written: {error.strerror}", "a writable run folder") from None
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -53,7 +50,7 @@ class Lock:
                 raise _in_use(run, holder) from None
             return False
         self.handle = handle
-        # Who holds it is for the other's message; a full disk is reported where the state is saved.
+        # Only for the error message of other processes; a full disk is reported when the state is saved.
         with suppress(OSError):
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -69,5 +66,5 @@ def _in_use(run: Path, holder: str) -> UserError:
     return UserError(
         f"run '{run}' is in use by {holder or 'another process'}",
         "a run that no other process is training",
-        "wait until it ends, stop it with Ctrl-C or SIGTERM (its state is saved), or choose another --output",
+        "wait until it finishes, stop it with Ctrl-C or SIGTERM (its state is saved), or choose another --output",
     )

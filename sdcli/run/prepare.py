@@ -1,4 +1,4 @@
-"""From settings and a recipe to everything that a run needs, checked and built."""
+"""Checks settings and recipe, and builds everything that a run needs."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ BEFORE = "before the first batch"
 
 
 def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
-    """Checks everything and builds it; the run folder is made last. Raises UserError before any image is read for what
-    is wrong with recipe, model or folder, and before the first batch for the rest.
+    """Checks and builds everything; the run folder is created last.
+
+    Raises UserError before any image is read if recipe, model, device or folder are wrong, and before the first batch
+    for all other mistakes.
     """
     accelerator = check(settings, recipe, output)
     check_files(recipe)
@@ -67,20 +69,20 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
 
 
 def write_choices(training: Training) -> None:
-    """Writes down what the run is made of, so that it can go on."""
+    """Writes settings and recipe, which `--resume` reads."""
     training.run.write_settings(asdict(training.settings))
     training.run.write_recipe(to_toml(training.recipe))
 
 
 def start_tracker(training: Training) -> None:
-    """The one that the settings name, if any."""
+    """Starts the tracker of `--track`, if there is one."""
     if training.settings.track is not None:
         chosen = asdict(training.settings) | {"imports": ", ".join(training.settings.imports)}
         training.accelerator.init_trackers("sdcli", {k: v for k, v in chosen.items() if v is not None})
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """`recipe` as a run keeps it: with the defaults of its losses and signals, and whole paths of starting weights."""
+    """The recipe as a run stores it: defaults of losses and signals filled in, paths of starting weights absolute."""
     networks = {
         name: network
         if network.weights in ("random", "pretrained")
@@ -91,11 +93,11 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 def check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
-    """What shows without data: the recipe, models, device."""
+    """Checks what needs no data: recipe, models and device; returns the accelerator."""
     load_imports(settings.imports)
     check_names(recipe)
     _LOG.info("checking the recipe with %s", settings.model)
-    # On meta: exits, widths and what teaches them show before the data are looked for.
+    # On the meta device: exits, widths and their teachers are checked before the data set is opened.
     check_with_model(recipe, settings.model, image_size=_input_size(settings, recipe, _known_size(settings)))
     return accelerator_for(settings.device, settings.precision, settings.track, folder)
 
@@ -107,7 +109,7 @@ def _known_size(settings: Settings) -> Size | None:
 
 
 def _input_size(settings: Settings, recipe: Recipe, size: Size | None) -> int | None:
-    """The input size of a run on images of this size; None: the model's own."""
+    """The input size of a run on images of this size; None stands for the model's own."""
     if settings.image_size is not None or recipe.student.weights == "pretrained":
         return settings.image_size
     return natural_size(size)
@@ -115,7 +117,7 @@ def _input_size(settings: Settings, recipe: Recipe, size: Size | None) -> int | 
 
 @dataclass(frozen=True)
 class Splits:
-    """The data set of a run, shared out."""
+    """A run's data set and its training and validation split."""
 
     dataset: ImageData
     train: Split
@@ -123,12 +125,12 @@ class Splits:
 
     @property
     def scored(self) -> Split:
-        """What is scored: validation after every epoch or, where nothing is held out, test once at the end."""
+        """The split that is scored: validation after every epoch or, if nothing is held out, test once at the end."""
         return self.val or self.dataset.splits["test"]
 
     @property
     def by_name(self) -> dict[str, Split]:
-        """Those that there are: train, validation, test."""
+        """The splits that exist, out of train, validation and test."""
         test = self.dataset.splits.get("test")
         return {"train": self.train} | ({"validation": self.val} if self.val else {}) | ({"test": test} if test else {})
 
@@ -136,8 +138,11 @@ class Splits:
 def build(
     settings: Settings, recipe: Recipe, accelerator: Accelerator, run: Run, trained_on: Mapping[str, Any] | None = None
 ) -> Training:
-    """The run, before its first phase; `trained_on` tells the training images of one that goes on, which has all its
-    weights in its state. Raises UserError for what only shows with the data."""
+    """Builds the run up to its first phase. A resumed run passes `trained_on`, the identity of its training images; its
+    weights come from its state.
+
+    Raises UserError for mistakes that only show with the data.
+    """
     splits = _open_splits(settings, accelerator)
     about_data = _identity(splits.train)
     if trained_on is not None:
@@ -171,7 +176,7 @@ def build(
     if ema is not None:
         ema.to(accelerator.device)
     for epochs in recipe.phase_epochs:
-        # A schedule that a later phase cannot have is refused now.
+        # A schedule that does not fit a later phase is refused now.
         optimizer = create_optimizer([learner], recipe.optimizer)
         create_schedule(optimizer, recipe.schedule, epochs, order.updates)
     notes += idle_losses(objectives)
@@ -179,7 +184,7 @@ def build(
     coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
     notes += _shares(order, dict.fromkeys(coupled))
     if accelerator.num_processes > 1:
-        # From here on each draws its own dropout; until here all have drawn the same weights.
+        # All processes have drawn the same initial weights; from now on each draws its own dropout.
         set_seed(settings.seed + accelerator.process_index)
     return Training(
         settings=settings,
@@ -216,41 +221,41 @@ def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
 def _build_networks(
     settings: Settings, recipe: Recipe, splits: Splits, begins: bool
 ) -> tuple[dict[str, MultiExit], list[str]]:
-    """The recipe's networks, and what a user should know about them. Weights of those that learn are only loaded where
-    the run `begins`."""
+    """The recipe's networks, and notes for the user about them. Networks that learn load their weights only if the run
+    `begins`; a resumed run has them in its state."""
     _LOG.info("measuring the images")
     size, *colours = measure(splits.dataset)
     mean, std = colours
     classes = splits.dataset.classes
     image_size = _input_size(settings, recipe, size)
     if image_size != _input_size(settings, recipe, _known_size(settings)):
-        # `check` did not know the size, which decides stem and stages.
+        # `check` did not know the image size, on which stem and stages depend.
         check_with_model(recipe, settings.model, image_size=image_size)
     networks: dict[str, MultiExit] = {}
     notes: list[str] = []
     for name, table in {STUDENT: recipe.student, **recipe.others}.items():
         model = settings.model if name == STUDENT else str(table.model)
         blueprint = Blueprint.draft(table, model, classes, image_size=image_size, colours=(mean, std))
-        # The state of a run does not hold what never changes and can be loaded again.
+        # A run's state leaves out the weights of networks that do not learn: they are loaded again.
         networks[name], loaded = build_network(table, blueprint, begins=begins or not table.learns)
         if begins and name != STUDENT and not table.learns:
             _check_knows(name, recipe, loaded)
         more = [*blueprint.notes, *loaded.notes] if name == STUDENT else loaded.notes
         notes += more if name == STUDENT else [f"{name}: {note}" for note in more]
-        # All see the same images, the student's.
+        # All networks see images of the student's size.
         image_size = networks[STUDENT].plan.input_size[1]
     return networks, notes
 
 
 def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:
-    """Raises UserError where a loss reads a classifier with random weights of a network that does not learn."""
+    """Raises UserError if a loss reads a randomly initialised classifier of a network that does not learn."""
     read = {address.point for address in recipe.addresses() if address.network == name}
     for module in loaded.fresh:
         point = module.removeprefix("heads.") if module.startswith("heads.") else FINAL
         if point in read or "all" in read or (point != FINAL and "exits" in read):
             raise UserError(
-                f"networks.{name} does not learn, and its classifier at {point} has random weights: the file has none "
-                "for these classes",
+                f"networks.{name} does not learn, but its classifier at {point} has random weights: the file has no "
+                "weights for these classes",
                 "weights of a network with the data set's classes",
                 f"--set networks.{name}.weights=CHECKPOINT, or --set networks.{name}.learns=true",
                 key=f"networks.{name}.weights",
@@ -258,9 +263,9 @@ def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:
 
 
 def _describe(settings: Settings, recipe: Recipe, splits: Splits, blueprint: Blueprint) -> Description:
-    """What the run's checkpoints say about their tensors."""
+    """The description that the run's checkpoints carry."""
     dataset = splits.dataset
-    # A local folder's path stays on this machine: run.json has it.
+    # Checkpoints are shared: the path of a local folder is stored in run.json only.
     source = "" if Path(dataset.source).is_absolute() else dataset.source
     trained_on = TrainedOn(
         name=short_name(dataset),
@@ -274,7 +279,7 @@ def _describe(settings: Settings, recipe: Recipe, splits: Splits, blueprint: Blu
 
 
 def _without_paths(recipe: Recipe) -> Recipe:
-    """The recipe with the names of its files of weights in the place of their paths."""
+    """The recipe with the paths of weight files cut to their names."""
     networks = {
         name: table.model_copy(update={"weights": Path(table.weights).name}) for name, table in recipe.networks.items()
     }
@@ -284,15 +289,15 @@ def _without_paths(recipe: Recipe) -> Recipe:
 def _build_loaders(
     settings: Settings, recipe: Recipe, accelerator: Accelerator, splits: Splits, preprocess: Preprocess
 ) -> tuple[EpochBatches, Loader | ResidentLoader, Loader | ResidentLoader, list[str]]:
-    """The order of the training images, their batches and those that are scored, and what is to be said about them."""
+    """The order of the training images, the loaders for training and for scoring, and notes for the user."""
     notes: list[str] = []
     batch_size = min(recipe.batch.size, len(splits.train))
     if batch_size < recipe.batch.size:
-        notes.append(f"batch size {batch_size}: there are no more training images")
+        notes.append(f"batch size {batch_size}: the number of training images")
     augment = recipe.batch.augment
     if augment.hflip and not splits.dataset.hflip:
         augment = augment.model_copy(update={"hflip": 0.0})
-        notes.append(f"{splits.dataset.name}: images are not mirrored, since a mirrored one would mean something else")
+        notes.append(f"{splits.dataset.name}: horizontal flip disabled, because its classes are not mirror-invariant")
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     order = EpochBatches(
         splits.train,
@@ -304,7 +309,7 @@ def _build_loaders(
     )
     views = {name: table.of for name, table in recipe.batch.views.items()}
     seed, workers, device = settings.seed, settings.workers, accelerator.device
-    # The first process decodes small images, the others find them decoded.
+    # The first process decodes small images to a cache, which the others then read.
     with accelerator.main_process_first():
         loader, loader_notes = suitable_loader(
             splits.train, preprocess, augment, order, seed=seed, workers=workers, device=device, views=views
@@ -313,19 +318,20 @@ def _build_loaders(
         scored_loader, scored_notes = suitable_loader(
             splits.scored, preprocess, None, in_order, seed=seed, workers=workers, device=device
         )
-    # Both splits may have met the same trouble.
+    # Both splits may have the same note.
     return order, loader, scored_loader, notes + list(dict.fromkeys([*loader_notes, *scored_notes]))
 
 
 def _shares(order: EpochBatches, coupled: Iterable[str]) -> list[str]:
-    """What is to be said where an update's images are not seen together: `coupled` compare them with each other."""
+    """Notes if a batch is split among processes or micro-batches; `coupled` are the losses and signals that compare
+    the images of a batch with each other."""
     each, seen = order.batch_size // order.world, order.batch_size // (order.world * order.parts)
     notes = []
     if order.world > 1:
-        notes.append(f"{order.world} processes: each sees {each} of the {order.batch_size} images of an update")
+        notes.append(f"{order.world} processes: each sees {each} of the {order.batch_size} images of a batch")
     if seen < order.batch_size:
         notes += [
-            f"{name} compares images with each other: {seen} at a time, not all {order.batch_size} of an update"
+            f"{name} compares images with each other: {seen} at a time, not all {order.batch_size} of a batch"
             for name in coupled
         ]
     return notes
@@ -336,9 +342,9 @@ def _checkpoint_gradients(network: MultiExit, model: str) -> None:
         network.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError):
         raise UserError(
-            f"--grad-checkpointing: timm has none for {model}",
-            "a family that can work its activations out again",
-            "--grad-accum-steps 2 saves memory too",
+            f"--grad-checkpointing: timm does not support it for {model}",
+            "a model family with gradient checkpointing",
+            "--grad-accum-steps 2 also saves memory",
         ) from None
 
 
@@ -359,7 +365,7 @@ def _mixing(recipe: Recipe, num_classes: int, seed: int, device: torch.device) -
 
 
 def _identity(split: Split) -> dict[str, Any]:
-    """What tells one training split from another."""
+    """Counts and checksums that identify a training split."""
     labels = torch.from_numpy(split.labels)
     order = torch.arange(1, len(labels) + 1)
     return {
@@ -372,9 +378,9 @@ def _identity(split: Split) -> dict[str, Any]:
 def _check_data(found: Mapping[str, Any], trained_on: Mapping[str, Any]) -> None:
     if found != trained_on:
         raise UserError(
-            f"the training data are not those of the run: {found['num_images']:,} images, "
-            f"{trained_on['num_images']:,} when it was started"
+            f"the training data have changed since the run was started: {found['num_images']:,} images now, "
+            f"{trained_on['num_images']:,} then"
             + (", with other labels or in another order" if found["num_images"] == trained_on["num_images"] else ""),
-            "the very same data",
-            "put them back, or start a new run",
+            "the same data",
+            "restore the data, or start a new run",
         )

@@ -1,4 +1,4 @@
-"""A run that was stopped, brought back from its folder; whatever would make it another run is refused."""
+"""Resumes a run from its folder; refuses any change that would make it a different run."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from sdcli.run.verify import check_form
 
 
 def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
-    """The run in `folder` as it was when its state was saved; `resumed` tells what to pass on.
+    """The run in `folder` as it was when its state was saved; `settings` and `recipe` come from `resumed`.
 
-    On a CPU it ends with the bits of a run that was never stopped. Raises UserError for a state that is damaged or of
-    another version, edited files, fewer epochs than are done, starting weights that a later phase needs and that are
-    gone, and data that are not those that it was trained on.
+    On a CPU it ends with bitwise the same weights as a run that was never stopped. Raises UserError for a state that is
+    damaged or of another version, edited files, fewer epochs than are done, missing weights that are still needed, and
+    training data that have changed.
     """
     accelerator = check(settings, recipe, folder)
     run = Run(folder)
@@ -45,7 +45,7 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
         restore(training, state)
     if training.accelerator.device.type == "cpu" and (threads := torch.get_num_threads()) != state["threads"]:
         training.notes.append(
-            f"{state['threads']} CPU threads before, {threads} now: sums are rounded differently, in their last digits"
+            f"{state['threads']} CPU threads before, {threads} now: results differ in the last digits, by rounding"
         )
     training.notes += _changed_imports(state["imports"], training.imports)
     if training.is_first:
@@ -57,14 +57,14 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
 
 
 def read_state(folder: Path, settings: Settings, recipe: Recipe) -> dict[str, Any]:
-    """The state of the run in `folder`; raises UserError, as `resume` does, for all that shows before it is built."""
+    """The state of the run in `folder`; raises UserError for everything that can be checked before the run is built."""
     state = load_state(state_file(folder))
     check_form(state_file(folder), state)
     _check_same(folder, unchanging(settings, recipe), state["made"])
     done = state["position"]["epoch"] - (0 if state["position"]["update"] else 1)
     if (epochs := sum(recipe.phase_epochs)) < done:
         raise UserError(
-            f"epochs = {epochs}, and the run in '{folder}' has begun or done {done}",
+            f"epochs = {epochs}, but the run in '{folder}' has already started epoch {done}",
             f"{done} or more",
             "leave --epochs out, or start a new run",
         )
@@ -74,19 +74,20 @@ def read_state(folder: Path, settings: Settings, recipe: Recipe) -> dict[str, An
 def resumed(
     folder: Path, given: Mapping[str, Any], recipe: Recipe | None, overrides: Sequence[str | Override]
 ) -> tuple[Settings, Recipe]:
-    """Settings and recipe of a run that goes on, with what the command line gives anew.
+    """Settings and recipe of a resumed run, with the changes that the command line asks for.
 
-    `given` are settings by name; `recipe` is a whole one, where one is named, and `overrides` refine the run's own
-    where none is. Raises UserError for a change that would make it another run, and for files to import that are not
-    given: whoever made the folder may have named any file in it, so that only the user's own `--import` runs one.
+    `given` are settings by name. `recipe` replaces the run's own recipe; if it is None, `overrides` change single keys
+    of that. Raises UserError for a change that would make it a different run, and if the run was started with files to
+    import that are not in `given`: a run folder from elsewhere may name any file, so only the user's own `--import`
+    runs code.
     """
     former = _former_settings(folder)
     if former.imports and "imports" not in given:
         options = " ".join(f"--import {shlex.quote(file)}" for file in former.imports)
         raise UserError(
             f"the run in '{folder}' was started with {options}",
-            "--import for its files again: no file that a run folder names is run by itself",
-            f"if you trust them: sdcli train --resume {shlex.quote(str(folder))} {options}",
+            "the same --import again: for safety, files named in a run folder are not imported automatically",
+            f"if you trust these files: sdcli train --resume {shlex.quote(str(folder))} {options}",
         )
     settings = replace(former, **given)
     for name in given:
@@ -94,7 +95,7 @@ def resumed(
         if value != was and name not in MAY_CHANGE:
             raise UserError(
                 f"the run in '{folder}' was started with {name} = {was!r}, not {value!r}",
-                f"the same; what may change is --epochs, {', '.join(map(_flag, MAY_CHANGE))}",
+                f"the same value; only these may change: --epochs, {', '.join(map(_flag, MAY_CHANGE))}",
                 f"leave {_flag(name)} out, or start a new run",
             )
     load_imports(settings.imports)
@@ -103,7 +104,7 @@ def resumed(
     if own.phases and own.epochs != wanted.epochs:
         raise UserError(
             f"the recipe of the run in '{folder}' has phases, and epochs = {own.epochs}, not {wanted.epochs}",
-            "as many epochs as it was started with",
+            "the number of epochs that it was started with",
             "leave it out, or start a new run",
         )
     changed = _first_difference(own.model_dump(exclude=FREE), wanted.model_dump(exclude=FREE))
@@ -118,59 +119,59 @@ def resumed(
 
 
 def _former_settings(folder: Path) -> Settings:
-    """What the command line chose when the run was started."""
+    """The settings that the run was started with."""
     table = read_settings(folder)
     try:
         return Settings(**{f.name: table[f.name] for f in fields(Settings) if f.name in table})
     except TypeError:
-        reason = "it holds no table"
+        reason = "it does not hold a table"
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
     file = folder / "run.json"
-    raise UserError(f"'{file}' is not what a run has written: {reason}", "the file as the run wrote it", "put it back")
+    raise UserError(f"'{file}' is damaged: {reason}", "the file as the run wrote it", "restore it from a copy")
 
 
 def _changed_imports(former: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Remarks on files to import that are not what they were, by their paths and digests."""
+    """Notes on imported files whose content has changed; both arguments map paths to digests."""
     names = {Path(file).name for file in former}
     return [
-        f"{file} has changed since the run was last saved; the run resumes with what it is now"
+        f"{file} has changed since the run was last saved; the run resumes with the new version"
         for file, digest in now.items()
         if Path(file).name in names and digest not in former.values()
     ]
 
 
 def _flag(setting: str) -> str:
-    """A setting as the command line has it."""
+    """The command-line option of a setting."""
     return {"model": "MODEL", "imports": "--import"}.get(setting, f"--{setting.replace('_', '-')}")
 
 
 def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None:
-    """Raises UserError where somebody has edited the files of a run."""
+    """Raises UserError if the files of a run have been edited."""
     for name, file in (("settings", "run.json"), ("recipe", "recipe.toml")):
         if changed := _first_difference(made[name], now[name]):
             key, was, value = changed
             raise UserError(
-                f"'{folder / file}' has {key} = {value!r}, and the run was started with {was!r}",
+                f"'{folder / file}' has {key} = {value!r}, but the run was started with {was!r}",
                 "the file as the run wrote it",
-                "put it back, or start a new run",
+                f"set {key} back, or start a new run",
             )
 
 
 def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
-    """Raises UserError where a file of weights is gone that is still needed: by a network that does not learn, or by a
-    fresh phase that is still ahead."""
+    """Raises UserError if a weight file is missing that is still needed: by a network that does not learn, or by a
+    later phase with `fresh`, which starts the student from it again."""
     ahead = any(later.fresh for later in recipe.all_phases[phase + 1 :])
     needed = {name: f"networks.{name} is loaded from it" for name, table in recipe.others.items() if not table.learns}
-    needed |= {STUDENT: "a fresh phase is to begin from it"} if ahead else {}
+    needed |= {STUDENT: "a later phase starts from it"} if ahead else {}
     for name, why in needed.items():
         weights = (recipe.networks.get(name) or recipe.student).weights
         if weights not in ("random", "pretrained") and not Path(weights).is_file():
             raise UserError(
-                f"networks.{name}.weights = '{weights}': there is no such file, and {why}",
+                f"networks.{name}.weights = '{weights}': file not found, and {why}",
                 "the file that the run was started from",
-                "put it back",
+                "restore the file",
             )
 
 

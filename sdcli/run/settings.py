@@ -1,4 +1,4 @@
-"""What the command line chooses beside the recipe."""
+"""The settings of a run that are not in the recipe."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sdcli.devices import Precision
 from sdcli.recipe.schema import Recipe
 
 FREE = {"title", "paper", "epochs"}
-"""Keys of the recipe that a resumed run may be given anew."""
+"""Recipe keys that may change when a run is resumed."""
 
 MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "track", "imports")
-"""Settings that a resumed run may be given anew: they change how it is worked out, not what is. (Batch norms and losses
-that compare images see the images of one process and one part at a time.)"""
+"""Settings that may change when a run is resumed: they change how it is computed, not what is computed. (The exception:
+batch norms, and losses that compare images, see one micro-batch of one process at a time.)"""
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class Settings:
-    """What the command line chooses beside the recipe: what changes from run to run. Raises pydantic's ValidationError
-    for a value of another type."""
+    """The settings that vary from run to run, from the command line. Raises pydantic's ValidationError for a value of
+    the wrong type."""
 
     model: str
     dataset: str
@@ -37,27 +37,27 @@ class Settings:
     seed: int = 42
     device: str | None = None
     workers: int | None = None
-    """None: as many as suit."""
+    """None: chosen automatically."""
     precision: Precision = "fp32"
     compile: bool = False
     channels_last: bool = False
     grad_checkpointing: bool = False
     grad_accum_steps: int = 1
-    """In how many parts the images of an update are worked off, to save memory."""
+    """The number of micro-batches that each batch is split into, to save memory."""
     save_every: int | None = None
-    """Updates after which the state is saved within an epoch; it is always saved after one."""
+    """Save the state within an epoch every this many updates; it is always saved after an epoch."""
     track: str | None = None
     """One of accelerate's trackers."""
     imports: list[str] = field(default_factory=list)
-    """The user's own Python files, which register losses and heads; whole paths. A resumed run is given them anew."""
+    """Absolute paths of the user's own Python files, which register losses and heads. `--resume` needs them again."""
 
     def __post_init__(self) -> None:
-        # A run goes on from any folder.
+        # A run can be resumed from any working directory.
         if self.dataset not in NAMED and Path(self.dataset).expanduser().is_dir():
             object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
 
 
 def unchanging(settings: Settings, recipe: Recipe) -> dict[str, Any]:
-    """What the state keeps of both, to be compared with what the run's own files say when it goes on."""
+    """The part of both that must not change; the state stores it, and a resumed run compares its files with it."""
     chosen = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
     return {"settings": chosen, "recipe": recipe.model_dump(exclude=FREE, exclude_none=True)}

@@ -1,8 +1,8 @@
-"""Where a run stands, in one file: all that is needed to resume as if it had never stopped.
+"""The training state of a run in one file: everything that is needed to resume as if it had never stopped.
 
-The first line names the format and the digest of the rest, which holds tensors, numbers, strings, lists and
-dictionaries, nothing else: it is read with `weights_only=True`, which runs no code that it may hold. The state saved
-before the last one stays beside it.
+The first line gives the format and the digest of the rest, which holds only tensors, numbers, strings, lists and
+dictionaries: it is read with `weights_only=True`, which never runs code from the file. The previous state is kept
+beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sdcli.errors import UserError
 from sdcli.files import replacing
 
 VERSION = 3
-"""Of the file's layout; another one is refused."""
+"""The version of the file's layout; files of any other version are refused."""
 
 HEADER = "sdcli state {version} sha256 {digest}\n"
 HEADER_LENGTH = len(HEADER.format(version=VERSION, digest=64 * "0"))
@@ -37,38 +37,38 @@ HEADER_LENGTH = len(HEADER.format(version=VERSION, digest=64 * "0"))
 
 @dataclass(config=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False))
 class Position:
-    """How far a run is. Checked when it is made, which is when a state is read."""
+    """How far a run has come. Values are validated on construction, which catches a damaged state."""
 
     epoch: Annotated[int, Field(ge=1)] = 1
-    """The epoch that is being trained, counted from 1."""
+    """The current epoch, counted from 1."""
     update: Annotated[int, Field(ge=0)] = 0
-    """Updates done in it; all of them where only the scoring is left."""
+    """Updates finished in this epoch; all of them if only the scoring is left."""
     num_images: Annotated[int, Field(ge=0)] = 0
-    """Seen in it so far, by all processes."""
+    """Images seen in this epoch, by all processes."""
     lr: float = 0.0
-    """Of the last update."""
+    """The learning rate of the last update."""
     skipped: Annotated[int, Field(ge=0)] = 0
-    """Updates of it that were skipped, since a loss or the gradient was not finite (`optimizer.nonfinite`)."""
+    """Updates skipped in this epoch because a loss or the gradient was not finite (`optimizer.nonfinite`)."""
     skipped_images: Annotated[int, Field(ge=0)] = 0
-    """The images of those updates, of all processes."""
+    """The images of the skipped updates, in all processes."""
     in_a_row: Annotated[int, Field(ge=0)] = 0
-    """Updates skipped up to here without one between."""
+    """Updates skipped in a row, up to the last one."""
     sums: Tensor | None = None
-    """What each loss added, times the images that this process saw and that counted [losses]."""
+    """Each loss's contribution to the total, summed over this process's images, skipped updates excluded [losses]."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Each loss's share of the gradient's norm, when it was last measured in this epoch."""
+    """Each loss's share of the gradient norm, as last measured in this epoch."""
 
 
 def previous(path: Path) -> Path:
-    """Where the state saved before the last one is kept."""
+    """The file of the previous state."""
     return path.with_name("previous.pt")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside the place and renames: the former state stays until the new one is whole and on the disk, and is
-    kept as `previous`.
+    """Writes a temporary file and renames it: the former state stays in place until the new one is complete and on the
+    disk, and is then kept as `previous`.
 
-    Raises UserError where it cannot be written; the former state is then still there.
+    Raises UserError if it cannot be written; the former state is then still in place.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +81,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "no space left on the disk" if full else " ".join(str(error).split())
-        kept = "the state before it is whole" if path.exists() else "there is no earlier one"
+        kept = "the previous state is intact" if path.exists() else "there is no previous state"
         raise UserError(
-            f"the state of the run cannot be written to '{path}': {reason}; {kept}",
-            "room for it in the run folder",
+            f"the run's state cannot be written to '{path}': {reason}; {kept}",
+            "free space for the run folder",
             f"free some space and resume: sdcli train --resume {path.parent.parent}",
         ) from None
 
@@ -102,7 +102,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _keep(path: Path) -> None:
-    """Makes the last state the previous one, without a moment at which there is no last one."""
+    """Makes the last state the previous one; `path` exists at every moment."""
     with replacing(previous(path)) as beside:
         try:
             os.link(path, beside)
@@ -112,17 +112,17 @@ def _keep(path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, on the CPU; raises UserError for a file that is damaged or of another format."""
+    """The state that `save_state` wrote, on the CPU; raises UserError for a damaged file or another format."""
     try:
         with path.open("rb") as file:
             _check_header(path, file)
             if damage := _damage(file):
                 raise unusable(path, damage)
-            # From where the file stands on.
+            # Reads from the current position, behind the header.
             state = torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch.load raises whatever comes
+    except Exception as error:  # torch.load raises all kinds of errors
         raise unusable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     if not isinstance(state, dict):
         raise unusable(path, f"it holds {type(state).__name__}, not a table")
@@ -144,32 +144,32 @@ def _check_header(path: Path, file: BufferedReader) -> None:
 
 
 def _damage(file: BufferedReader) -> str:
-    """How a state differs from what was written, or ""; leaves the file where its content begins."""
+    """What is wrong with a state file, or ""; leaves the file positioned behind the header."""
     file.seek(0)
     found = re.fullmatch(HEADER.format(version=VERSION, digest="([0-9a-f]{64})").encode(), file.read(HEADER_LENGTH))
     if found is None:
-        return "it is damaged: it does not begin as a state does"
+        return "it is damaged: its first line is not that of a state"
     if hashlib.file_digest(file, "sha256").hexdigest() != found[1].decode():
-        return "it is damaged: its content does not match its digest"
+        return "it is damaged: its content does not match its checksum"
     file.seek(HEADER_LENGTH)
     return ""
 
 
 def unusable(path: Path, reason: str) -> UserError:
-    """The error for a state that is not as it was saved; offers the one before it where that is whole."""
+    """The error for a damaged state; offers the previous one if that is intact."""
     fix = "start a new run"
     try:
         with previous(path).open("rb") as file:
             if not _damage(file):
-                fix = f"resume from the state saved before it: mv {previous(path)} {path}"
+                fix = f"go back to the previous state, then resume: mv {previous(path)} {path}"
     except OSError:
-        # There is no earlier state to offer.
+        # There is no previous state to offer.
         pass
     return UserError(f"state cannot be used: '{path}': {reason}", "the state as sdcli train saved it", fix)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of names, types, shapes and values."""
+    """The sha256 of the tensors' names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -178,7 +178,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """Of every generator that this process may draw from."""
+    """The states of all random generators of this process."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
@@ -191,7 +191,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts all generators back to where `random_states` found them."""
+    """Restores all random generators to what `random_states` returned."""
     random.setstate(_python_state(states))
     np.random.set_state(_numpy_state(states))
     torch.set_rng_state(states["torch"])
@@ -200,7 +200,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 
 def try_random_states(states: dict[str, Any]) -> None:
-    """Puts generators of its own to these states; raises whatever they raise where one is not a state."""
+    """Tries these states on fresh generators; raises whatever they raise for an invalid state."""
     random.Random().setstate(_python_state(states))
     np.random.RandomState().set_state(_numpy_state(states))
     torch.Generator().set_state(states["torch"])

@@ -1,4 +1,4 @@
-"""What a run logs to a tracker, where one is asked for (`--track`)."""
+"""Logs a run to the tracker of `--track`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sdcli.run.training import Training
 
 
 def track_epoch(training: Training, epoch: Epoch) -> None:
-    """Logs an epoch's losses, gradient shares and validation results."""
+    """Logs the losses, gradient shares and validation results of an epoch."""
     if training.settings.track is None:
         return
     values = {f"train/{name}": value for name, value in epoch.losses.items()}

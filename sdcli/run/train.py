@@ -1,4 +1,4 @@
-"""A run: through epochs and updates, the same for every recipe, to a trained network in its run folder."""
+"""The training loop, the same for every recipe: epochs, updates, scoring, checkpoints."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from sdcli.run.watch import (
 )
 
 LOG_EVERY_S = 0.25
-"""How often the device is asked for the losses: asking waits for it."""
+"""Seconds between reads of the losses: each read waits for the device."""
 
 AGREE_EVERY = 10
-"""Updates after which several processes ask each other whether one was told to stop: asking waits for all."""
+"""Updates between the checks whether any process has received a signal: each check waits for all processes."""
 
 
 class _Stop(Exception):
-    """Told to stop in the middle of scoring."""
+    """A signal has arrived during scoring."""
 
 
 def fit(
     training: Training, told_to_stop: Callable[[], int | None] = lambda: None
 ) -> Iterator[Step | Epoch | Finished | Stopped]:
-    """Trains to the end, writing the run folder on the way; tells where it is now and then.
+    """Trains to the end and writes the run folder; yields an event now and then.
 
-    `best` is the epoch that is best on the validation split by the recipe's `best`; BYOT's authors choose by the
-    ensemble and on the test split. Without a validation split nothing is chosen: the last epoch is scored on the test
-    split, once.
+    The best epoch is chosen on the validation split by the recipe's `best` key; BYOT's authors choose by the ensemble,
+    and on the test split. Without a validation split there is no choice: the last epoch is scored once, on the test
+    split.
 
-    The state is saved after every epoch, every `save_every` updates, when `told_to_stop` gives a signal's number, and
+    The state is saved after every epoch, every `save_every` updates, when `told_to_stop` returns a signal's number, and
     when images cannot be loaded.
     """
     if training.is_first:
@@ -63,9 +63,9 @@ def fit(
     except UserError:
         raise
     except Exception as error:
-        if (told := explained(error, training)) is None:
+        if (explanation := explained(error, training)) is None:
             raise
-        raise told from error
+        raise explanation from error
     finally:
         for loader in (training.loader, training.scored_loader):
             if isinstance(loader, Loader):
@@ -91,7 +91,7 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
         assert epoch is not None
         if training.num_val:
             if training.accelerator.num_processes > 1:
-                # Told to stop, they cannot leave in the middle of it, and a launcher may not wait for its end.
+                # On a signal they cannot stop in the middle of scoring, and a launcher may not wait until it ends.
                 save(training)
             try:
                 report = score(training, told_to_stop)
@@ -128,13 +128,13 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
 
 
 def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: None) -> Report:
-    """All points of the network as it is now, on the split that is scored."""
+    """Scores all classifiers of the current network on the split that is scored."""
     about = training.description
     share_buffers(training)
 
     def progress(images: int) -> None:
         signal = told_to_stop()
-        # Several processes would wait for each other for ever if only one left.
+        # With several processes, the others would wait forever for the one that stopped.
         if signal is not None and training.accelerator.num_processes == 1:
             raise _Stop(signal)
 
@@ -156,8 +156,8 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
 def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     """One update: the networks see the batches, every loss compares their outputs, and the weights take a step.
 
-    The batches are the parts of one update that this process sees. Returns what each loss added to the sum, on average
-    over them [losses], and the gradient's norm before it is clipped [].
+    `batches` are this process's micro-batches. Returns each loss's contribution to the total, averaged over them
+    [losses], and the gradient norm before clipping [].
     """
     skips = training.recipe.optimizer.nonfinite == "skip"
     buffers = [buffer.clone() for buffer in training.learner.buffers()] if skips else []
@@ -172,11 +172,11 @@ def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor
 
 
 def backward(training: Training, batches: list[Batch]) -> Tensor:
-    """Accumulates the gradient of the batches; returns each loss's part of the sum, on average over them [losses]."""
+    """Accumulates the gradient of the micro-batches; returns each loss's contribution, averaged over them [losses]."""
     accelerator, module = training.accelerator, training.module
     parts = []
     for number, batch in enumerate(batches, start=1):
-        # Processes exchange gradients once, after the last part.
+        # Processes exchange gradients once, after the last micro-batch.
         with nullcontext() if number == len(batches) else accelerator.no_sync(module):
             total, named = module(batch)
             accelerator.backward(total / len(batches))
@@ -185,7 +185,7 @@ def backward(training: Training, batches: list[Batch]) -> Tensor:
 
 
 def clip_gradient(training: Training) -> Tensor:
-    """Limits the norm of the whole gradient to `optimizer.clip_grad`; returns what it was before []."""
+    """Clips the norm of the whole gradient to `optimizer.clip_grad`; returns the norm before clipping []."""
     training.accelerator.unscale_gradients()
     trained = [parameter for parameter in training.learner.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
@@ -195,13 +195,13 @@ def clip_gradient(training: Training) -> Tensor:
 
 
 def all_finite(training: Training, losses: Tensor, norm: Tensor) -> bool:
-    """Whether an update may change the weights, the same in all processes. Waits for the device."""
-    # The gradient is the same everywhere, a loss is not.
+    """Whether losses and gradient are finite in all processes. Waits for the device."""
+    # The gradient is the same in all processes, the losses are not.
     return bool(training.accelerator.reduce(losses.clone()).isfinite().all() & norm.isfinite())
 
 
 def take_step(training: Training) -> None:
-    """Changes the weights, and their average."""
+    """Updates the weights and their moving average."""
     training.optimizer.step()
     if training.ema is not None:
         training.ema.update(training.learner.student, step=training.updates_averaged + 1)
@@ -209,7 +209,7 @@ def take_step(training: Training) -> None:
 
 
 def skip_update(training: Training, batches: list[Batch], buffers: list[Tensor]) -> None:
-    """Counts the update as skipped; `buffers` are what the forward passes have changed, from before."""
+    """Counts the update as skipped and restores `buffers`, copied before the forward passes changed them."""
     if training.accelerator.scaler:
         # Lowers the scale where fp16 could not hold the gradient.
         training.accelerator.scaler.update()
@@ -223,15 +223,15 @@ def skip_update(training: Training, batches: list[Batch], buffers: list[Tensor])
 def train_epoch(
     training: Training, told_to_stop: Callable[[], int | None] = lambda: None
 ) -> Iterator[Step | Epoch | Stopped]:
-    """The rest of the epoch at which the run stands: a `Step` now and then, and the `Epoch` at its end.
+    """Trains the rest of the current epoch; yields a `Step` now and then, and the `Epoch` at its end.
 
-    Raises UserError where a loss is not finite, naming it.
+    Raises UserError with the name of the loss if one is not finite.
     """
     position, settings = training.position, training.settings
     training.module.train()
     training.loader.set_epoch(position.epoch, position.update)
     watch = Watch(training)
-    start = told = time.monotonic()
+    start = logged = time.monotonic()
     before = position.num_images
     loaded = iter(training.loader)
     losses: Tensor | None = None
@@ -244,7 +244,7 @@ def train_epoch(
                 check_weights(training)
             error = _saved(training, error)
             if training.accelerator.num_processes == 1 and (signal := told_to_stop()) is not None:
-                # It may be what ended the workers. The state is saved: a lasting error comes again.
+                # The signal may have ended the workers too. A real error will come again after resuming.
                 yield Stopped(position.epoch, position.update, signal)
                 return
             raise error from None
@@ -254,28 +254,28 @@ def train_epoch(
         position.shares = shares or position.shares
         position.lr = training.optimizer.param_groups[0]["lr"]
         losses, norm = train_step(training, batches)
-        # What was left out counts for nothing.
+        # Skipped updates do not count.
         own = 0 if position.in_a_row else sum(len(batch.labels) for batch in batches)
         counted = losses * own if own else torch.zeros_like(losses)
         position.sums = counted if position.sums is None else position.sums + counted
         position.num_images += batches[0].whole
         position.update += 1
         if training.accelerator.num_processes > 1:
-            # All see the same, so that all name the same loss and update where one is not finite.
+            # With the same losses everywhere, all processes report the same loss and update as not finite.
             losses = training.accelerator.reduce(losses, "mean")
         watch.see(losses, norm, position)
         if has_to_give_up(training):
             raise gave_up(training, batches[0])
         training.schedule.step(training.updates_done)
         now = time.monotonic()
-        if now - told >= LOG_EVERY_S or position.update == 1 or shares:
-            told = now
+        if now - logged >= LOG_EVERY_S or position.update == 1 or shares:
+            logged = now
             speed = (position.num_images - before) / (now - start)
             named = watch.check(losses)
             track_step(training, named)
             yield Step(position.epoch, position.update, training.updates_per_epoch, speed, position.lr, named, shares)
         signal = _agreed(training, told_to_stop())
-        # The last update is followed by a state anyway, that of the epoch.
+        # After the last update the state is saved anyway, at the end of the epoch.
         is_due = settings.save_every and position.update % settings.save_every == 0
         if signal is not None or (is_due and position.update < training.updates_per_epoch):
             watch.check(losses)
@@ -296,12 +296,12 @@ def train_epoch(
 
 
 def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
-    """The batches of one update that this process sees, on its device."""
+    """This process's micro-batches of the next update, on its device."""
     batches = [batch.to(training.accelerator.device) for batch in islice(loaded, training.settings.grad_accum_steps)]
     own = sum(len(batch.labels) for batch in batches)
     for batch in batches:
         if training.mixing is not None:
-            # Views of the same images are mixed as these are: the labels are theirs too.
+            # All views are mixed in the same way, because they share the labels.
             shown = [batch.images, *batch.views.values()]
             shown, batch.labels = training.mixing(shown, batch.labels, batch.index, training.position.epoch)
             batch.images, batch.views = shown[0], dict(zip(batch.views, shown[1:], strict=True))
@@ -313,17 +313,17 @@ def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
 
 
 def _saved(training: Training, error: UserError) -> UserError:
-    """Saves the state because of an error of the images, and returns it with the way to resume."""
+    """Saves the state when images cannot be loaded; returns the error with the command that resumes."""
     if training.accelerator.num_processes > 1:
-        # All have to save together, and the others go on to their next update.
+        # Saving needs all processes, and the others are already at their next update.
         return error
     save(training)
     resume = f"sdcli train --resume {training.run.folder}"
-    return error.but(fix=f"{error.fix}; the state is saved, resume with: {resume}")
+    return error.but(fix=f"{error.fix}; the state is saved; resume with: {resume}")
 
 
 def _agreed(training: Training, signal: int | None) -> int | None:
-    """The signal that one of the processes got, at an update at which all of them ask."""
+    """The signal that any process has received; with several processes, None between the updates that check."""
     if training.accelerator.num_processes == 1:
         return signal
     if training.position.update % AGREE_EVERY and training.position.update < training.updates_per_epoch:
@@ -333,7 +333,7 @@ def _agreed(training: Training, signal: int | None) -> int | None:
 
 
 def _best_so_far(training: Training) -> Best:
-    """The best epoch of this phase, from the log of a run that resumes."""
+    """The best epoch of the current phase, from the log of a resumed run."""
     best = Best(training.recipe.best)
     before = sum(training.recipe.phase_epochs[: training.phase])
     for line in read_log(training.run.folder)[before : training.position.epoch - 1]:

@@ -1,4 +1,4 @@
-"""A run in memory: its settings, how far it is and all that it trains; entering its phases, saving and restoring it."""
+"""A run in memory: its settings, networks and position; entering phases, saving and restoring the state."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ from sdcli.run.verify import check_optimizer, check_scaler, check_tensors
 
 @dataclass
 class Training:
-    """Everything that a run needs; ready to go once it has entered a phase."""
+    """Everything that a run needs; it can train once `enter_phase` has been called."""
 
     settings: Settings
     recipe: Recipe
     accelerator: Accelerator
     learner: Learner
-    """The networks and their objective themselves: what is measured and saved."""
+    """The networks and their objective, without accelerate's wrapper: this is what is measured and saved."""
     ema: Any
-    """timm's average of the student's weights, or None."""
+    """timm's moving average of the student's weights (ModelEmaV3), or None."""
     loader: Loader | ResidentLoader
     """This process's training batches; `set_epoch` gives the next epoch its own order and augmentation."""
     scored_loader: Loader | ResidentLoader
-    """Batches of the split that is scored: validation, or test where nothing is held out."""
+    """Batches of the split that is scored: validation, or test if nothing is held out."""
     scored_split: str
     description: Description
     run: Run
     updates_per_epoch: int
     splits: dict[str, Split]
-    """The data set's images as the run uses them: "train", and "validation" and "test" where there are any."""
+    """The splits as the run uses them: "train", and "validation" and "test" if they exist."""
     num_train: int
     num_val: int
     mixing: Mixing | None
     data: dict[str, Any]
-    """What tells the training split from another."""
+    """Counts and checksums that identify the training split."""
     imports: dict[str, str]
     """The user's own Python files and their sha256."""
     loaded: dict[str, str]
-    """The networks that do not learn, and the digest of their tensors: a resumed run loads them again."""
+    """The networks that do not learn, with the digest of their tensors: a resumed run loads them again."""
     objectives: list[Objective]
-    """One for each phase."""
+    """One per phase."""
     phase: int = -1
-    """The phase that the run is in; none yet. Each has a module, an optimizer and a schedule of its own."""
+    """The current phase, counted from 0; -1 before the first. Each has its own module, optimizer and schedule."""
     module: nn.Module = field(default_factory=nn.Module)
     """The learner as accelerate wraps it for training."""
     optimizer: Any = None
@@ -76,35 +76,35 @@ class Training:
 
     @property
     def network(self) -> MultiExit:
-        """What is scored and saved: the student, or the average of its weights."""
+        """The network that is scored and saved: the student, or the moving average of its weights."""
         network = self.learner.student if self.ema is None else self.ema.module
         assert isinstance(network, MultiExit)
         return network
 
     @property
     def epochs(self) -> int:
-        """Of the whole run."""
+        """Epochs of the whole run."""
         return sum(self.recipe.phase_epochs)
 
     @property
     def phase_of(self) -> int:
-        """The phase that the epoch at which the run stands belongs to."""
+        """The phase to which the current epoch belongs."""
         ends = accumulate(self.recipe.phase_epochs)
         return next(number for number, end in enumerate(ends) if self.position.epoch <= end)
 
     @property
     def epoch_in_phase(self) -> int:
-        """The epoch at which the run stands, counted from 1 within its phase."""
+        """The current epoch, counted from 1 within its phase."""
         return self.position.epoch - sum(self.recipe.phase_epochs[: self.phase])
 
     @property
     def updates_done(self) -> int:
-        """Within the phase."""
+        """Updates done in the current phase."""
         return (self.epoch_in_phase - 1) * self.updates_per_epoch + self.position.update
 
     @property
     def updates_averaged(self) -> int:
-        """Since the student last began: what the average of its weights is made of."""
+        """Updates since the student was last initialised: those that the average of its weights covers."""
         phases = self.recipe.all_phases
         began = max((number for number in range(self.phase + 1) if phases[number].fresh), default=0)
         before = sum(self.recipe.phase_epochs[began : self.phase])
@@ -112,12 +112,16 @@ class Training:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that writes."""
+        """Whether this is the process that writes files."""
         return bool(self.accelerator.is_main_process)
 
 
 def enter_phase(training: Training, number: int, begins: bool = True) -> None:
-    """Sets the run up for a phase: its losses, a new optimizer and schedule, and, where it `begins`, its networks."""
+    """Prepares the run for a phase: its losses, a new optimizer and schedule.
+
+    `begins` is False for a phase that is resumed; otherwise the phase's `teacher` and `fresh` are applied to the
+    networks.
+    """
     phase = training.recipe.all_phases[number]
     learner, accelerator = training.learner, training.accelerator
     if begins and phase.teacher:
@@ -139,15 +143,17 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
     training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)
     accelerator.free_memory()
     with warnings.catch_warnings():
-        # accelerate knows no other word for it yet, and says it in every process.
+        # accelerate has no other argument for it yet, and every process would print the warning.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         training.module, training.optimizer = accelerator.prepare(learner, optimizer)
     training.phase = number
 
 
 def save(training: Training) -> None:
-    """Saves where the run stands. All processes call it, the first one writes: its buffers are then everyone's, as they
-    will be when the run goes on."""
+    """Saves the training state. All processes must call it, and the first one writes.
+
+    It gives all processes the first one's buffers, because a resumed run starts with those in every process.
+    """
     share_buffers(training)
     everyones = interleaved(training.accelerator, [random_states()])
     sums = training.position.sums
@@ -176,15 +182,15 @@ def save(training: Training) -> None:
 
 
 def saved_tensors(training: Training) -> dict[str, Tensor]:
-    """The learner's tensors, without those that a resumed run has from elsewhere: networks that are loaded again, and
-    the average, which is saved by itself."""
+    """The learner's tensors, without those that a resumed run gets from elsewhere: networks that are loaded again, and
+    the average, which is saved separately."""
     elsewhere = [*training.loaded, *([AVERAGE] if training.ema else [])]
     start = tuple(f"networks.{name}." for name in elsewhere)
     return {name: tensor for name, tensor in training.learner.state_dict().items() if not name.startswith(start)}
 
 
 def share_buffers(training: Training) -> None:
-    """Gives all processes the first one's buffers: their batch norms see other images."""
+    """Gives all processes the first one's buffers, which differ because their batch norms see different images."""
     if training.accelerator.num_processes > 1:
         parts = [*training.learner.networks.children(), *([training.ema.module] if training.ema else [])]
         for part in parts:
@@ -193,8 +199,8 @@ def share_buffers(training: Training) -> None:
 
 
 def restore(training: Training, state: Mapping[str, Any]) -> None:
-    """Puts everything back to where the state found it; raises UserError, with nothing changed yet, for a state of
-    another run."""
+    """Restores everything from a saved state; raises UserError for the state of another run, before any tensor is
+    changed."""
     _check_place(training, Position(**state["position"]), state["phase"])
     enter_phase(training, state["phase"], begins=False)
     path = training.run.state
@@ -216,7 +222,7 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
     training.position = Position(**state["position"])
     sums = training.position.sums
     if sums is not None:
-        # Those of all processes: one of them goes on from them.
+        # The saved sums are those of all processes together, so that only the first one starts from them.
         sums = sums.to(training.accelerator.device)
         training.position.sums = sums if training.is_first else torch.zeros_like(sums)
     training.schedule.step(training.updates_done)
@@ -226,12 +232,12 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
     else:
         training.notes.append(
             f"{len(everyones)} processes before, {training.accelerator.num_processes} now: "
-            "the run goes on with other random numbers"
+            "the run continues with different random numbers"
         )
 
 
 def _check_loaded(training: Training, digests: Mapping[str, str]) -> None:
-    """Raises UserError for a network that does not learn and has other weights than when the run was started."""
+    """Raises UserError if a network that does not learn has other weights than when the run was started."""
     if digests.keys() != training.loaded.keys():
         raise unusable(training.run.state, f"loaded: {', '.join(digests)}, not {', '.join(training.loaded)}")
     for name, digest in digests.items():
@@ -240,17 +246,17 @@ def _check_loaded(training: Training, digests: Mapping[str, str]) -> None:
             raise UserError(
                 f"networks.{name}, which does not learn, has other weights than when the run was started",
                 f"the same weights from {source}" if source != "pretrained" else "the same pretrained weights of timm",
-                "put the file back" if source != "pretrained" else "resume with the version of timm that it began with",
+                "restore the file" if source != "pretrained" else "resume with the timm version of its start",
             )
 
 
 def _check_place(training: Training, position: Position, phase: int) -> None:
-    """Raises UserError for a place that the run cannot be at."""
+    """Raises UserError for a position that this run cannot have."""
     epochs = training.recipe.phase_epochs
     if phase >= len(epochs):
         raise unusable(training.run.state, f"phase {phase + 1} of {len(epochs)}")
     first, last = sum(epochs[:phase]) + 1, sum(epochs[: phase + 1])
-    # After its last epoch a phase has not been left yet.
+    # After the last epoch of a phase, the position is the next epoch but the phase is still the old one.
     begun = position.update > 0
     if not first <= position.epoch <= last + (0 if begun else 1):
         raise unusable(training.run.state, f"epoch {position.epoch} in a phase of epochs {first} to {last}")

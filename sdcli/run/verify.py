@@ -1,4 +1,4 @@
-"""Whether a saved state is one, and fits the run that resumes from it: compared before anything is changed."""
+"""Checks that a saved state is complete and fits the run that resumes from it, before anything is changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Made(_Table):
 
 
 class _State(_Table):
-    """What a state holds; `Position` checks its own table."""
+    """The entries of a state; `Position` checks its own table."""
 
     position: dict[str, Any]
     learner: dict[str, Tensor]
@@ -55,7 +55,7 @@ class _State(_Table):
 
 
 def check_form(path: Path, state: Mapping[str, Any]) -> None:
-    """Raises UserError for a state that lacks an entry, has a stray one, or one of another type."""
+    """Raises UserError for a state with a missing entry, an unknown one, or one of the wrong type."""
     at: tuple[str, ...] = ()
     try:
         _State.model_validate(state)
@@ -66,18 +66,18 @@ def check_form(path: Path, state: Mapping[str, Any]) -> None:
         place = ".".join(map(str, (*at, *problem["loc"])))
         raise unusable(path, f"{place}: {problem['msg'].lower()}") from None
     for field in fields(Position):
-        # All have defaults, which are those of a run that begins.
+        # All fields have defaults, meant for a new run: a state must have every one.
         if field.name not in state["position"]:
             raise unusable(path, f"position.{field.name}: field required")
     for states in state["random"]:
         try:
             try_random_states(states)
-        except Exception as error:  # generators raise whatever comes
+        except Exception as error:  # generators raise all kinds of errors
             raise unusable(path, f"random: {' '.join(str(error).split())}") from None
 
 
 def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises UserError where names, shapes or types of the tensors of `name` differ from those of the run."""
+    """Raises UserError if names, shapes or types of the tensors of `name` differ from those of the run."""
     missing, stray = [key for key in expected if key not in found], [key for key in found if key not in expected]
     for keys, what in ((missing, "is missing"), (stray, "is not part of this run")):
         if keys:
@@ -87,16 +87,16 @@ def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], expected: 
 
 
 def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Raises UserError where the optimizer's saved state is not one of these parameters."""
+    """Raises UserError if the optimizer's saved state does not fit its parameters."""
     groups = optimizer.state_dict()["param_groups"]
-    # The kernels of torch's fused optimizers read what they are given without looking.
+    # The kernels of torch's fused optimizers do not check what they read.
     fused = type(optimizer) in FUSED
     if len(saved["param_groups"]) != len(groups):
         raise _misfit(path, f"optimizer has {len(saved['param_groups'])} groups of parameters, not {len(groups)}")
     parameters: dict[int, tuple[Tensor, dict[str, Any]]] = {}
     for number, (found, own) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         where = f"optimizer.param_groups.{number}"
-        # Other optimizers keep numbers of their own in a group, once they have taken a step.
+        # Other optimizers add values of their own to a group at their first step.
         if not own.keys() <= found.keys() or (fused and own.keys() != found.keys()):
             raise _misfit(path, f"{where} has the keys {', '.join(found)}, not {', '.join(own)}")
         if found["params"] != own["params"]:
@@ -114,14 +114,14 @@ def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim
 
 
 def check_scaler(path: Path, saved: Mapping[str, float] | None, scaler: Any) -> None:
-    """Raises UserError where the gradient scaler's saved state is not one. A run that changes its device may gain or
+    """Raises UserError if the gradient scaler's saved state has other keys. A run that changes its device may gain or
     lose the scaler."""
     if saved is not None and scaler is not None and saved.keys() != scaler.state_dict().keys():
         raise _misfit(path, f"scaler has {', '.join(saved)}, not {', '.join(scaler.state_dict())}")
 
 
 def _check_entry(path: Path, where: str, entry: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any]) -> None:
-    """One parameter's state of SGD, Adam or AdamW."""
+    """Checks one parameter's state in SGD, Adam or AdamW."""
     if "momentum" in group:
         expected = {"momentum_buffer": parameter} if group["momentum"] else {}
     else:
@@ -149,14 +149,14 @@ def _form(tensor: Tensor) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, for comparison and for messages; one kind for all numbers."""
+    """The kind of a value, for comparison and for messages; all numbers are one kind."""
     if value is None or isinstance(value, bool):
         return "nothing" if value is None else "true or false"
     return "a number" if isinstance(value, (int, float)) else type(value).__name__
 
 
 def _misfit(path: Path, reason: str) -> UserError:
-    """The error for a state of another network, optimizer or version."""
+    """The error for a state of a different network, optimizer or version."""
     return UserError(
         f"state cannot be used: '{path}': {reason}",
         "the state of this run, saved with the same versions of sdcli, timm and torch",

@@ -1,4 +1,4 @@
-"""What looks after a run: numbers that must be finite, each loss's share of the gradient, errors explained."""
+"""Monitoring of a run: checks for non-finite numbers, each loss's share of the gradient, explanations of errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sdcli.run.state import Position
 from sdcli.run.training import Training
 
 MOST_SKIPS = 100
-"""Updates in a row that may be left out before a run gives up."""
+"""The run gives up after this many skipped updates in a row."""
 
 
 class Watch:
-    """Notices losses and gradients that are not finite, without waiting for the device at every update."""
+    """Detects losses and gradients that are not finite, without waiting for the device at every update."""
 
     def __init__(self, training: Training) -> None:
         self.names = training.learner.objective.names
@@ -31,8 +31,8 @@ class Watch:
         self.scales = training.accelerator.scaler is not None
 
     def see(self, losses: Tensor, norm: Tensor, position: Position) -> None:
-        """Notes the first update at which each loss [losses] and the gradient's norm [] were not finite."""
-        # fp16 overflows now and then: the scaler skips those updates and lowers its scale.
+        """Records the first update at which each loss [losses] and the gradient norm [] were not finite."""
+        # fp16 gradients overflow now and then: the scaler skips those updates and lowers its scale.
         values = losses if self.scales else torch.cat([losses, norm.to(losses.dtype)[None]])
         if self.first_bad is None:
             self.first_bad = torch.zeros_like(values)
@@ -41,8 +41,7 @@ class Watch:
         self.first_bad = torch.where(bad, float(position.update), self.first_bad)
 
     def check(self, losses: Tensor) -> dict[str, float]:
-        """The losses by name, which waits for the device; raises UserError where one, or the gradient, has not been
-        finite."""
+        """The losses by name. Waits for the device. Raises UserError if a loss or the gradient has not been finite."""
         values = losses.tolist()
         if self.first_bad is not None and not self.skips:
             found = [update for update in self.first_bad.tolist() if update]
@@ -53,15 +52,15 @@ class Watch:
 
     def _not_finite(self, first_bad: list[float], update: int) -> UserError:
         """The error for the first bad update."""
-        # The gradient comes after the losses: it is named where all of them were finite.
+        # The gradient is listed after the losses, so that it is only blamed if all of them were finite.
         number = first_bad.index(update)
         where = f"in epoch {self.epoch}, update {update}, at learning rate {dict(self.rates)[update]:g}"
         skip = 'optimizer.nonfinite = "skip" skips such updates'
         if number == len(self.names):
             return UserError(
-                f"the gradient of {_listed(self.names)} was not finite {where}; the losses were",
+                f"the gradient of {_listed(self.names)} was not finite {where}, but all losses were",
                 "a finite gradient",
-                f"a lower --lr, or losses whose gradient is finite wherever their value is; {skip}",
+                f"a lower --lr, or losses whose gradient is always finite; {skip}",
             )
         name = self.names[number]
         return UserError(
@@ -72,23 +71,23 @@ class Watch:
 
 
 def has_to_give_up(training: Training) -> bool:
-    """Whether a run skips too many updates to be worth going on with."""
+    """Whether a run has skipped too many updates to continue: `MOST_SKIPS` in a row, or a whole epoch."""
     position = training.position
-    # A gradient scaler's first scale may be too high for all updates of a short epoch.
+    # With a gradient scaler, the initial scale may be too high for all updates of a short epoch.
     whole_epoch = position.skipped == training.updates_per_epoch and training.accelerator.scaler is None
     return position.in_a_row >= MOST_SKIPS or whole_epoch
 
 
 def gave_up(training: Training, batch: Batch) -> UserError:
-    """The error for a run that skips update after update; names the losses to blame, measured on `batch`."""
+    """The error for a run that skips too many updates; names the losses to blame, measured on `batch`."""
     updates = training.position.in_a_row
     norms = gradient_norms(training, batch)
     to_blame = [name for name, norm in norms.items() if not math.isfinite(norm)]
     skipped = f"{updates} updates in a row were skipped" if updates > 1 else "the only update of an epoch was skipped"
     return UserError(
         f"{skipped}: {_listed(to_blame or list(norms))} or its gradient was not finite",
-        f"finite losses and gradients; a run ends after {MOST_SKIPS} skipped updates in a row, or an epoch of them",
-        "a lower --lr, or a smaller weight of that loss, in a new run",
+        f"finite losses and gradients; a run ends after {MOST_SKIPS} skipped updates in a row or a whole skipped epoch",
+        "a lower --lr or a smaller weight for that loss, in a new run",
     )
 
 
@@ -97,7 +96,7 @@ def _listed(losses: list[str]) -> str:
 
 
 def check_weights(training: Training) -> None:
-    """Raises UserError where the last update has left weights that are not finite: the state before them is kept."""
+    """Raises UserError if the weights are no longer finite, so that they do not replace the last good state."""
     weights = [parameter.detach().isfinite().all() for parameter in training.learner.parameters()]
     if not bool(torch.stack(weights).all()):
         position = training.position
@@ -105,12 +104,12 @@ def check_weights(training: Training) -> None:
             f"weights were not finite after epoch {position.epoch}, update {position.update}, at learning rate "
             f"{position.lr:g}",
             "finite numbers",
-            "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; what was saved before is as it was",
+            "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; the checkpoints saved before are intact",
         )
 
 
 def finite(report: Report, training: Training) -> Report:
-    """The report; raises UserError where what is scored says nothing that is finite."""
+    """The report itself; raises UserError if a classifier's NLL is not finite."""
     for result in report.exits:
         if not math.isfinite(result.nll):
             position = training.position
@@ -118,21 +117,23 @@ def finite(report: Report, training: Training) -> Report:
                 f"{result.point} has an NLL of {result.nll} on the {report.split} split after epoch {position.epoch}, "
                 f"at learning rate {position.lr:g}",
                 "a finite number",
-                "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; what was saved before is as it was",
+                "a lower --lr, or --set optimizer.clip_grad=1.0, in a new run; the checkpoints saved before are intact",
             )
     return report
 
 
 def is_measured(training: Training) -> bool:
-    """Whether the gradient's shares are measured at the next update: the first, tenth and hundredth, and the first of
-    epochs 2, 4, 8, …, of each phase."""
+    """Whether the gradient shares are measured at the next update: in each phase, the first, tenth and hundredth update
+    of the first epoch, and the first update of epochs 2, 4, 8, …"""
     epoch, update = training.epoch_in_phase, training.position.update
     return update + 1 in (1, 10, 100) if epoch == 1 else update == 0 and epoch & (epoch - 1) == 0
 
 
 def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
-    """Each loss's share of the gradient: the norm of its own gradient over the sum of all these norms; nothing where
-    one of them is not finite. Costs what `gradient_norms` costs."""
+    """Each loss's share of the gradient: the norm of its own gradient over the sum of all these norms.
+
+    Empty if one of them is not finite. Costs as much as `gradient_norms`.
+    """
     norms = gradient_norms(training, batch)
     total = sum(norms.values())
     if not math.isfinite(total):
@@ -141,10 +142,10 @@ def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
 
 
 def gradient_norms(training: Training, batch: Batch) -> dict[str, float]:
-    """The norm of each loss's own gradient on the student's weights.
+    """The norm of each loss's own gradient with respect to the student's weights.
 
-    Costs a forward pass and a backward pass for each loss. Leaves weights, gradients, statistics and random numbers as
-    they were.
+    Costs one forward pass, and one backward pass per loss. Leaves weights, gradients, buffers and random generators
+    unchanged.
     """
     learner = training.learner
     weights = [p for p in learner.student.parameters() if p.requires_grad]
@@ -164,13 +165,13 @@ def gradient_norms(training: Training, batch: Batch) -> dict[str, float]:
 
 
 def explained(error: Exception, training: Training) -> UserError | None:
-    """What a user can do about an error in the middle of a run; None where it is none of theirs."""
+    """The UserError for an error in the middle of a run that the user can fix; None for any other error."""
     text = str(error)
     if (wanted := memory_wanted(error)) is not None:
         settings, shared = training.settings, training.accelerator.num_processes
         batch, parts = min(training.recipe.batch.size, training.num_train) // shared, settings.grad_accum_steps
         more = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
-        fix = f"--grad-accum-steps {more} (smaller parts of the same updates); " if more else ""
+        fix = f"--grad-accum-steps {more} (same batch, smaller micro-batches); " if more else ""
         fix += "in a new run " + ("--precision bf16, " if settings.precision == "fp32" else "")
         fix += "--grad-checkpointing or a smaller --batch-size"
         return UserError(
@@ -180,14 +181,14 @@ def explained(error: Exception, training: Training) -> UserError | None:
         )
     if "Expected more than 1 value per channel" in text:
         return UserError(
-            "a batch norm was given a single image",
-            "two images or more at a time, in each process and part",
+            "a batch norm received a single image",
+            "two or more images per micro-batch in each process",
             f"--batch-size {2 * training.settings.grad_accum_steps * training.accelerator.num_processes}",
         )
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
         return UserError(
-            f"no space is left on the disk of '{training.run.folder}'; the state before is whole",
-            "room for the run's files",
-            f"free some and go on: sdcli train --resume {training.run.folder}",
+            f"no space left on the disk of '{training.run.folder}'; the last saved state is intact",
+            "free space for the run's files",
+            f"free some space and resume: sdcli train --resume {training.run.folder}",
         )
     return None
