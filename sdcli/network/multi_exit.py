@@ -128,6 +128,17 @@ class MultiExit(nn.Module):
         embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
         return Signal(features, embedding, logits)
 
+    def tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """What each point's stage returns, in the model's own layout; no head is run."""
+        with visiting(self._store, lambda _, tensor: tensor):
+            self.backbone(images)
+            return dict(self._store.tensors)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """The logits [B, K] of the network without its exits; their heads are not run."""
+        output = averaged(self.backbone(images))
+        return self.heads[FINAL](output)[1] if FINAL in self.heads else output
+
     @torch.no_grad()
     def route(self, images: Tensor, policy: Policy) -> Decided:
         """Early exit: each image [B, 3, H, W] leaves at the first exit that is sure, and only the others go on.
@@ -138,8 +149,7 @@ class MultiExit(nn.Module):
         self.check(policy)
         router = Router(policy, self._logits_at, len(images))
         with self._evaluating(), suppress(Reached), visiting(self._store, router.visit):
-            output = averaged(self.backbone(images))
-            router.finish(self.heads[FINAL](output)[1] if FINAL in self.heads else output)
+            router.finish(self.plain(images))
         return router.decided()
 
     def check(self, policy: Policy) -> None:
