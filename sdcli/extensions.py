@@ -63,13 +63,13 @@ def _load(path: Path) -> None:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(
-            f"--import {path}{_line_in(path, error)}: {type(error).__name__}: {error}",
+            f"--import {path}{line_in(path, error)}: {type(error).__name__}: {error}",
             "a file that Python can import",
             f"python {path} shows the full traceback",
         ) from error
 
 
-def _line_in(path: Path, error: BaseException) -> str:
+def line_in(path: Path, error: BaseException) -> str:
     """The line of the file that failed, as ", line 3"; "" if none did."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}" if error.lineno else ""

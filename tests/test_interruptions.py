@@ -529,6 +529,13 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(
     assert result.code == 0 and "curves.png' cannot be written" in result.err.replace("\n", " ")
 
 
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="it is not a regular file"), replacing(tmp_path / "pipe") as beside:
+        beside.write_text("new")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_log_grows_by_a_line_and_the_table_is_made_anew_for_a_new_column(tmp_path: Path) -> None:
     run = Run(tmp_path)
     line: dict[str, Any] = {"epoch": 1, "loss": 1.0, "losses": {"task": 1.0}, "lr": 0.1, "validation": None}

@@ -44,7 +44,8 @@ def save_curves(run: Path, file: Path) -> None:
         with replacing(file) as beside:
             figure.savefig(beside, format=file.suffix.lstrip(".") or "png")
     except (OSError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be written: {error}", "a file such as curves.png or curves.svg") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"'{file}' cannot be written: {reason}", "a file such as curves.png or curves.svg") from None
 
 
 def _losses(axes: Any, log: list[dict[str, Any]]) -> None:
