@@ -16,7 +16,8 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import Command, Terminal, refused
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdcli import devices
 from sdcli.cli import main
@@ -489,6 +490,19 @@ def test_pretrained_weights_that_cannot_be_loaded_are_explained_for_the_command_
 )  # fmt: skip
 def test_a_mistake_in_eval_is_explained(options, message, trained, sdcli):
     refused(sdcli("eval", trained / "best.safetensors", "-j", 0, *options), message)
+
+
+def test_scores_that_are_not_finite_are_refused(trained: Path, tmp_path: Path, sdcli: Command) -> None:
+    with safe_open(trained / "last.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["backbone.conv1.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "last.safetensors", metadata)
+    refused(
+        sdcli("eval", tmp_path, "--json"),
+        f"'{tmp_path}/last.safetensors': exit1 has an NLL of nan on 359 images\n"
+        "  expected: a network whose outputs are finite\n"
+        "  fix:      train it again with a lower learning rate",
+    )
 
 
 TOO_LONG = "x" * 300

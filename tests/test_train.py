@@ -420,6 +420,8 @@ def test_a_run_goes_on_from_another_folder_and_without_the_weights_it_began_with
     weights.unlink()
     monkeypatch.chdir(tmp_path / "elsewhere")
     finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+    shipped = (tmp_path / "run" / "last.safetensors").read_bytes()
+    assert str(tmp_path).encode() not in shipped, "paths stay on their machine"
     monkeypatch.chdir(tmp_path)
     assert resumed(tmp_path / "run", {"dataset": "data"}, None, [])[0].dataset == str(tmp_path / "data")
 
