@@ -85,7 +85,8 @@ def _drawing(file: Path, panels: int) -> Iterator[tuple[Any, list[Any]]]:
         with replacing(file) as beside:
             figure.savefig(beside, format=file.suffix.lstrip("."))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be written: {error}", "a file such as curves.png or curves.svg") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"'{file}' cannot be written: {reason}", "a file such as curves.png or curves.svg") from None
 
 
 def _losses(axes: Any, log: list[dict[str, Any]]) -> None:

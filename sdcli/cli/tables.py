@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sdcli.cli.talk import counted
+from sdcli.errors import counted
 from sdcli.recipe.about import needs
 from sdcli.toml import write_value
 

@@ -159,8 +159,8 @@ def _expected(param: Any) -> str:
         words = words[:1].lower() + words[1:]
         return words if param.param_type_name == "argument" else f"{param.metavar}: {words}"
     if param.min is not None and param.max is not None:
-        return f"{what} from {param.min:g} to {param.max:g}"
-    return f"{what} of {param.min:g} or more" if param.min is not None else what
+        return f"{what} from {param.min} to {param.max}"
+    return f"{what} of {param.min} or more" if param.min is not None else what
 
 
 def _choices(param: Any) -> list[str]:
