@@ -256,7 +256,7 @@ def _certify(goal: Goal, path: Sequence[Found], outputs: Outputs) -> tuple[Found
             f"{path[passed + 1].cost:.2f}"
         )
     tighter = images_for(steps[passed - 1], limit / 2, delta)
-    if tighter:
+    if tighter and tighter > num:
         notes.append(f"about {2 * tighter:,} held-out images would certify this setting at {points(goal.max_drop / 2)}")
     measured = 100 * float(steps[passed - 1].mean())
     return chosen, Promise(goal.loss, goal.max_drop, measured, goal.confidence, goal.test, num), notes
