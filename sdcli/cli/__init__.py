@@ -13,6 +13,7 @@ from sdcli import __version__
 from sdcli.cli import eval as eval_command
 from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
+from sdcli.cli import predict as predict_command
 from sdcli.cli import recipes as recipes_command
 from sdcli.cli import train as train_command
 from sdcli.cli.streams import secure
@@ -63,6 +64,7 @@ def main_options(
 inspect_command.register(app)
 train_command.register(app)
 eval_command.register(app)
+predict_command.register(app)
 plot_command.register(app)
 recipes_command.register(app)
 

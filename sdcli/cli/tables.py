@@ -54,7 +54,7 @@ def inspect_table(plan: Mapping[str, Any], console: Console) -> Table:
 
 def _inspect_table(plan: Mapping[str, Any], dropped: Sequence[str]) -> Table:
     size = "x".join(str(number) for number in plan["input_size"])
-    table = _table(
+    table = plain_table(
         f"{plan['model']}  ·  {size}  ·  {amount(plan['params'])} parameters  ·  {amount(plan['macs'])} MACs"
     )
     table.add_column("exit", style="bold", no_wrap=True)
@@ -96,7 +96,7 @@ def models_table(rows: Sequence[Mapping[str, Any]], console: Console) -> Table:
 
 
 def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> Table:
-    table = _table(counted(len(rows), "model"))
+    table = plain_table(counted(len(rows), "model"))
     for title in ("model", "family", "input", "params", "MACs", "stages", "channels"):
         if title not in dropped:
             right = title in ("input", "params", "MACs")
@@ -133,7 +133,7 @@ def recipes_table(recipes: Sequence[Overview], console: Console) -> Table:
     by_name = {recipe.name: recipe for recipe in recipes}
     asked = {recipe.name: needs(recipe.recipe) for recipe in recipes}
     has_needs, has_papers = any(asked.values()), console.width >= 100
-    table = _table(counted(len(recipes), "recipe"))
+    table = plain_table(counted(len(recipes), "recipe"))
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it is")
     if has_needs:
@@ -172,7 +172,7 @@ def shortened(measured: str) -> str:
 
 def difference_table(one: str, other: str, found: Difference) -> Table:
     """What `recipes diff` shows: a row per value, table by table."""
-    table = _table(f"{one} → {other}")
+    table = plain_table(f"{one} → {other}")
     table.add_column("key", no_wrap=True)
     for title in (one, other):
         table.add_column(title)
@@ -188,7 +188,7 @@ def difference_table(one: str, other: str, found: Difference) -> Table:
 
 def catalogue_table(title: str, one: str, items: Sequence[Item]) -> Table:
     """What `recipes losses` and its like show: a row per name, its keys below what it is."""
-    table = _table(f"{len(items)} {title}")
+    table = plain_table(f"{len(items)} {title}")
     compare = any(item.against for item in items)
     table.add_column(one, style="bold", no_wrap=True)
     if compare:
@@ -239,7 +239,7 @@ def without_papers(summary: str) -> str:
     return re.sub(r" \([^()]*(?:arXiv|\b(?:19|20)\d\d)[^()]*\)|,? (?:per image )?\[B\]$", "", summary)
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     return Table(
         title=title,
         title_justify="left",
@@ -296,7 +296,7 @@ def report_columns(num_classes: int) -> list[Column]:
 def report_table(report: Report, num_classes: int) -> Table:
     """What `eval` shows: the best of each column in bold, the ensemble last under a line."""
     rows, columns = report_rows(report), report_columns(num_classes)
-    table = _table(f"{report.model}  ·  {report.dataset} ({report.split}, {counted(report.num_images, 'image')})")
+    table = plain_table(f"{report.model}  ·  {report.dataset} ({report.split}, {counted(report.num_images, 'image')})")
     table.add_column("exit", no_wrap=True)
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)

@@ -29,24 +29,6 @@ class Scored(NamedTuple):
     """The number of epochs after which the checkpoint was saved."""
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself; for a run folder, that of the best epoch or else of the last one.
-
-    Raises UserError for a folder without a checkpoint.
-    """
-    if not path.is_dir():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    run = (path / "run.json").is_file()
-    raise UserError(
-        f"'{path}' has no checkpoint" + (" yet: no epoch has finished" if run else ""),
-        "a run folder with best.safetensors or last.safetensors, or a checkpoint file",
-        f"sdcli train --resume {path}" if run else "",
-    )
-
-
 def score_checkpoint(
     path: Path,
     *,
