@@ -62,9 +62,9 @@ def predict(
             min=0.0, max=1.0, metavar="T", help="Early exit: an image leaves at the first exit that is as sure as this."
         ),
     ] = None,
-    early_exit: Annotated[
+    no_early_exit: Annotated[
         bool, typer.Option("--no-early-exit", metavar="", help="The final exit answers, also of a calibrated network.")
-    ] = True,
+    ] = False,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="How many of the likeliest classes are listed.")] = 5,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", min=1, metavar="IMAGES", help="Images in a batch.")
@@ -101,7 +101,7 @@ def predict(
             "--ensemble": ensemble,
             "--budget": budget is not None,
             "--threshold": threshold is not None,
-            "--no-early-exit": not early_exit,
+            "--no-early-exit": no_early_exit,
         }
     )
 
@@ -126,7 +126,7 @@ def predict(
             raise found.problems[0]
         network = load(path)
         strategy = network.strategy(
-            exit=exit_, ensemble=ensemble, budget=budget, threshold=threshold, early_exit=early_exit
+            exit=exit_, ensemble=ensemble, budget=budget, threshold=threshold, early_exit=not no_early_exit
         )
         place = accelerator_for(device).device
         network = network.to(place)

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
 from sdcli.cli.tables import plain_table
 from sdcli.cli.talk import line, output
@@ -66,8 +65,8 @@ def _predictions_table(rows: Sequence[Row], *, with_others: bool) -> Table:
         table.add_column("next", style="dim", no_wrap=True)
     for file, found in rows:
         others = ", ".join(f"{label} {share:.1%}" for label, share in found.top[1:])
-        cells: list[Text | str] = [Text(printable(file)), Text(found.label), f"{found.confidence:.1%}", found.exit]
-        table.add_row(*cells, *([Text(others)] if with_others else []))
+        cells = [printable(file), found.label, f"{found.confidence:.1%}", found.exit]
+        table.add_row(*cells, *([others] if with_others else []))
     return table
 
 

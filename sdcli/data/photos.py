@@ -116,7 +116,7 @@ def _add(found: Found, path: str) -> None:
 def _missing(path: str) -> UserError:
     folder, name = os.path.split(path.rstrip(os.sep))
     try:
-        near = get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.75)
+        near = get_close_matches(name, os.listdir(folder or "."), n=1)
     except (OSError, ValueError):
         near = []
     return UserError(
