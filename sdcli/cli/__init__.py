@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sdcli import __version__
+from sdcli.cli import bench as bench_command
 from sdcli.cli import eval as eval_command
 from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
@@ -65,6 +66,7 @@ inspect_command.register(app)
 train_command.register(app)
 eval_command.register(app)
 predict_command.register(app)
+bench_command.register(app)
 plot_command.register(app)
 recipes_command.register(app)
 

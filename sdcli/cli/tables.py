@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import indent, shorten
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from sdcli.evaluation.bench import Bench
     from sdcli.evaluation.evaluate import ExitResult, Report
     from sdcli.method.catalogue import Item
     from sdcli.recipe.about import Difference, Overview
@@ -347,3 +348,23 @@ def report_csv(report: Report) -> str:
         about = [report.model, report.dataset, report.split, report.num_images, result.point]
         writer.writerow([*about, *(getattr(result, column.field) for column in COLUMNS)])
     return text.getvalue().rstrip("\n")
+
+
+def bench_tables(bench: Bench) -> Iterator[Table]:
+    """What `bench` shows: a table for each batch size and mode."""
+    for batch_size, mode in dict.fromkeys((timing.batch_size, timing.mode) for timing in bench.timings):
+        table = plain_table(f"{bench.model}  ·  {mode}, batch size {batch_size}")
+        table.add_column("network", no_wrap=True)
+        for title in ("median ms", "p95 ms", "images/s", "time\nvs plain", "MACs\nvs plain"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for own in bench.timings:
+            if (own.batch_size, own.mode) == (batch_size, mode):
+                table.add_row(
+                    own.subject,
+                    f"{own.median_ms:.2f}",
+                    f"{own.p95_ms:.2f}",
+                    f"{own.images_per_s:,.0f}",
+                    f"{own.ratio:.2f}x",
+                    f"{own.macs_ratio:.2f}x",
+                )
+        yield table
