@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import torch
@@ -136,6 +136,10 @@ class PhotoBatch:
     """[B, C, H, W]; None if none of them could be."""
     errors: list[UserError]
     """One for each of the others."""
+
+    def pin_memory(self) -> PhotoBatch:
+        """What DataLoader calls for a GPU."""
+        return replace(self, images=None if self.images is None else self.images.pin_memory())
 
 
 def read_photos(
