@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdcli.errors import UserError
     from sdcli.method.losses import LOSSES
     from sdcli.network.cuts import find_stages
     from sdcli.network.heads import HEADS
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "UserError": "errors",
     "find_stages": "network.cuts",
     "HEADS": "network.heads",
     "load": "network.weights",
     "LOSSES": "method.losses",
 }
-__all__ = ["HEADS", "LOSSES", "__version__", "find_stages", "load"]
+__all__ = ["HEADS", "LOSSES", "UserError", "__version__", "find_stages", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -295,7 +295,8 @@ def test_another_file_is_written_and_the_first_one_stays(sdcli, run, tmp_path):
     assert found["calibration"] == json.loads(json.dumps(load_checkpoint(other)[1].early_exit.to_dict()))
     chosen = next(row for row in found["trade_offs"] if row["chosen"])
     assert sum(chosen["shares"].values()) == pytest.approx(1)
-    assert Image.open(tmp_path / "a.png").size[0] > 500
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 500
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "half.safetensors", "run"]
 
 
@@ -331,9 +332,7 @@ def test_a_budget_of_eval_chooses_among_the_settings(sdcli, run):
     assert scored["early_exit"]["result"]["speedup"] == pytest.approx(1.0)
     refused(
         sdcli("eval", run, "--dynamic", "--budget", "0.001"),
-        f"--budget 0.001 cannot be met: the cheapest setting costs {curve[0].cost:.3f} of the plain network's MACs\n"
-        f"  expected: at least {curve[0].cost:.3f}\n"
-        f"  fix:      --budget {math.ceil(1000 * curve[0].cost) / 1000:g}",
+        f"a budget of 0.001 cannot be met\n  expected: {math.ceil(1000 * curve[0].cost) / 1000:g} or more",
     )
 
 

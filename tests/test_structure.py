@@ -95,7 +95,14 @@ def loaded_by(*arguments: str) -> set[str]:
 
 def test_help_and_recipes_load_neither_torch_nor_timm():
     heavy = {"torch", "timm", "datasets", "accelerate", "torchvision", "numpy"}
-    for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["inspect", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["inspect", "--help"],
+        ["predict", "--help"],
+        ["bench", "--help"],
+    ):
         assert not loaded_by(*arguments) & heavy, arguments
     for arguments in (["list"], ["copy", "--help"], ["losses", "--help"]):
         assert not loaded_by("recipes", *arguments) & heavy, arguments

@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from sdcli import __version__
+from sdcli.cli import bench as bench_command
 from sdcli.cli import calibrate as calibrate_command
 from sdcli.cli import eval as eval_command
 from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
+from sdcli.cli import predict as predict_command
 from sdcli.cli import recipes as recipes_command
 from sdcli.cli import train as train_command
 from sdcli.cli.streams import secure
@@ -66,6 +68,8 @@ inspect_command.register(app)
 train_command.register(app)
 eval_command.register(app)
 calibrate_command.register(app)
+predict_command.register(app)
+bench_command.register(app)
 plot_command.register(app)
 recipes_command.register(app)
 

@@ -146,7 +146,7 @@ def calibrate(
         from sdcli.cli.progress import scoring
         from sdcli.evaluation.calibrate import Goal
         from sdcli.evaluation.held_out import calibrate_checkpoint
-        from sdcli.evaluation.scoring import find_checkpoint
+        from sdcli.network.checkpoint import find_checkpoint
         from sdcli.network.policies import POLICIES
 
         if policy is not None:

@@ -101,7 +101,8 @@ def evaluate(
     with stages(), only_results():
         from sdcli.cli import tables
         from sdcli.cli.progress import scoring
-        from sdcli.evaluation.scoring import find_checkpoint, score_checkpoint
+        from sdcli.evaluation.scoring import score_checkpoint
+        from sdcli.network.checkpoint import find_checkpoint
 
         path = find_checkpoint(checkpoint)
         load_imports(import_ or [])

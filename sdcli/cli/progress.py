@@ -258,13 +258,13 @@ def _time(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def scoring() -> Iterator[Callable[[int, int], None]]:
-    """A bar while images are scored, on a terminal; nothing elsewhere."""
-    if not is_watched():
+def scoring(what: str = "scoring", *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar while images are scored, on a terminal; nothing elsewhere, and nothing where `quiet`."""
+    if quiet or not is_watched():
         yield lambda done, total: None
         return
     bar = Progress(
-        _text("scoring"),
+        _text(what),
         BarColumn(),
         _text("{task.completed:,}/{task.total:,} images"),
         _TimeColumn(Column(no_wrap=True)),

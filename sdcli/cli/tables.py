@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import indent, shorten
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from sdcli.evaluation.bench import Bench
     from sdcli.evaluation.calibrate import Calibrated
     from sdcli.evaluation.dynamic import Dynamic
     from sdcli.evaluation.evaluate import ExitResult, Report
@@ -56,7 +57,7 @@ def inspect_table(plan: Mapping[str, Any], console: Console) -> Table:
 
 def _inspect_table(plan: Mapping[str, Any], dropped: Sequence[str]) -> Table:
     size = "x".join(str(number) for number in plan["input_size"])
-    table = _table(
+    table = plain_table(
         f"{plan['model']}  ·  {size}  ·  {amount(plan['params'])} parameters  ·  {amount(plan['macs'])} MACs"
     )
     table.add_column("exit", style="bold", no_wrap=True)
@@ -98,7 +99,7 @@ def models_table(rows: Sequence[Mapping[str, Any]], console: Console) -> Table:
 
 
 def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> Table:
-    table = _table(counted(len(rows), "model"))
+    table = plain_table(counted(len(rows), "model"))
     for title in ("model", "family", "input", "params", "MACs", "stages", "channels"):
         if title not in dropped:
             right = title in ("input", "params", "MACs")
@@ -135,7 +136,7 @@ def recipes_table(recipes: Sequence[Overview], console: Console) -> Table:
     by_name = {recipe.name: recipe for recipe in recipes}
     asked = {recipe.name: needs(recipe.recipe) for recipe in recipes}
     has_needs, has_papers = any(asked.values()), console.width >= 100
-    table = _table(counted(len(recipes), "recipe"))
+    table = plain_table(counted(len(recipes), "recipe"))
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it is")
     if has_needs:
@@ -174,7 +175,7 @@ def shortened(measured: str) -> str:
 
 def difference_table(one: str, other: str, found: Difference) -> Table:
     """What `recipes diff` shows: a row per value, table by table."""
-    table = _table(f"{one} → {other}")
+    table = plain_table(f"{one} → {other}")
     table.add_column("key", no_wrap=True)
     for title in (one, other):
         table.add_column(title)
@@ -190,7 +191,7 @@ def difference_table(one: str, other: str, found: Difference) -> Table:
 
 def catalogue_table(title: str, one: str, items: Sequence[Item]) -> Table:
     """What `recipes losses` and its like show: a row per name, its keys below what it is."""
-    table = _table(f"{len(items)} {title}")
+    table = plain_table(f"{len(items)} {title}")
     compare = any(item.against for item in items)
     table.add_column(one, style="bold", no_wrap=True)
     if compare:
@@ -241,7 +242,7 @@ def without_papers(summary: str) -> str:
     return re.sub(r" \([^()]*(?:arXiv|\b(?:19|20)\d\d)[^()]*\)|,? (?:per image )?\[B\]$", "", summary)
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     return Table(
         title=title,
         title_justify="left",
@@ -298,7 +299,7 @@ def report_columns(num_classes: int) -> list[Column]:
 def report_table(report: Report, num_classes: int, leaving: Dynamic | None = None) -> Table:
     """What `eval` shows: the best of each column in bold, the ensemble last under a line."""
     rows, columns = report_rows(report, leaving), report_columns(num_classes)
-    table = _table(f"{report.model}  ·  {report.dataset} ({report.split}, {counted(report.num_images, 'image')})")
+    table = plain_table(f"{report.model}  ·  {report.dataset} ({report.split}, {counted(report.num_images, 'image')})")
     table.add_column("exit", no_wrap=True)
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)
@@ -310,7 +311,7 @@ def report_table(report: Report, num_classes: int, leaving: Dynamic | None = Non
 
 def leaving_table(leaving: Dynamic) -> Table:
     """What `eval --dynamic` adds: who leaves where, and the time that it takes."""
-    table = _table("early exit")
+    table = plain_table("early exit")
     table.add_column("leave at", no_wrap=True)
     for title in ("images", "top-1 %", "top-1 % of\nthe plain model"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -329,7 +330,7 @@ def leaving_time(leaving: Dynamic) -> str:
 
 def exits_table(found: Calibrated, num_images: int) -> Table:
     """What `calibrate` shows of every exit alone."""
-    table = _table(f"exits on {counted(num_images, 'held-out image')}")
+    table = plain_table(f"exits on {counted(num_images, 'held-out image')}")
     table.add_column("exit", no_wrap=True)
     for title in ("top-1 %", "AUROC", "temperature", "ECE", "ECE at this\ntemperature"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -342,7 +343,7 @@ def exits_table(found: Calibrated, num_images: int) -> Table:
 
 def trade_off_table(found: Calibrated, confidence: float, *, change: bool) -> Table:
     """What `calibrate` shows of its settings, the chosen one in bold, and below it what the columns mean."""
-    table = _table("early exit: settings of " + found.calibration.policy.kind)
+    table = plain_table("early exit: settings of " + found.calibration.policy.kind)
     points = list(found.trade_offs[-1].shares)
     for row in found.trade_offs:
         points += [point for point in row.shares if point not in points]
@@ -409,3 +410,23 @@ def report_csv(report: Report, leaving: Dynamic | None = None) -> str:
         about = [report.model, report.dataset, report.split, report.num_images, result.point]
         writer.writerow([*about, *(getattr(result, column.field) for column in COLUMNS)])
     return text.getvalue().rstrip("\n")
+
+
+def bench_tables(bench: Bench) -> Iterator[Table]:
+    """What `bench` shows: a table for each batch size and mode."""
+    for batch_size, mode in dict.fromkeys((timing.batch_size, timing.mode) for timing in bench.timings):
+        table = plain_table(f"{bench.model}  ·  {mode}, batch size {batch_size}")
+        table.add_column("network", no_wrap=True)
+        for title in ("median ms", "p95 ms", "images/s", "time\nvs plain", "MACs\nvs plain"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for own in bench.timings:
+            if (own.batch_size, own.mode) == (batch_size, mode):
+                table.add_row(
+                    own.subject,
+                    f"{own.median_ms:.2f}",
+                    f"{own.p95_ms:.2f}",
+                    f"{own.images_per_s:,.0f}",
+                    f"{own.ratio:.2f}x",
+                    f"{own.macs_ratio:.2f}x",
+                )
+        yield table

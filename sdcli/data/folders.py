@@ -115,7 +115,7 @@ def unlabelled_images(path: Path) -> ImageData | None:
     if _has_classes(folder):
         return None
     found = _Found()
-    for below, files in sorted(_walk(folder)):
+    for below, files in sorted(walk(folder)):
         for name in sorted(filter(_is_image, files)):
             _add(found, "", os.path.join(below, name), folder)
     _refuse_unreadable(str(path), found.unreadable)
@@ -160,14 +160,14 @@ def _has_classes(path: Path) -> bool:
 
 
 def _has_images(path: Path) -> bool:
-    return any(map(_is_image, (file for _, files in _walk(path) for file in files)))
+    return any(map(_is_image, (file for _, files in walk(path) for file in files)))
 
 
 def _is_image(file: str) -> bool:
     return file.lower().endswith(EXTENSIONS)
 
 
-def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+def walk(path: Path | str) -> Iterator[tuple[str, list[str]]]:
     """Every folder from `path` down and the files in it, without hidden ones. Raises OSError."""
 
     def fail(error: OSError) -> None:
@@ -195,7 +195,7 @@ def _read_split(path: Path, root: Path) -> _Found:
         return found
     for folder in _folders(path):
         before = len(found.images) + len(found.unreadable)
-        for below, files in sorted(_walk(folder)):
+        for below, files in sorted(walk(folder)):
             for file in sorted(files):
                 full = os.path.join(below, file)
                 if _is_image(file):
@@ -246,7 +246,7 @@ def _read_annotated(path: Path, root: Path, found: _Found) -> None:
     for label, image in sorted((label, image) for image, label in labels.items()):
         _add(found, label, str(folder / image), root)
     known = {str(folder / image) for image in labels}
-    for below, files in sorted(_walk(folder)):
+    for below, files in sorted(walk(folder)):
         for full in (os.path.join(below, name) for name in sorted(files) if _is_image(name)):
             if full not in known:
                 found.unlisted.append(os.path.relpath(full, root))

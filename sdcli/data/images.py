@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -26,10 +27,11 @@ def read_image(source: bytes | str | Path, where: str) -> Image.Image:
     # Pillow would try six other formats first, which takes as long as decoding 32x32 pixels.
     formats = ("WEBP",) if isinstance(source, bytes) and source[8:12] == b"WEBP" else None
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
-            # exif_transpose alone would read the metadata of every image, with or without EXIF.
-            upright = ImageOps.exif_transpose(opened) if "exif" in opened.info else opened
-            return _to_rgb(upright)
+        with warnings.catch_warnings():
+            # Of large images, damaged EXIF and the like: an image is read, or refused below.
+            warnings.simplefilter("ignore")
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
+                return as_rgb(opened)
     except Exception as error:  # Pillow's decoders raise anything on broken bytes
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
         raise UserError(
@@ -69,6 +71,15 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB and upright; of an animation the frame that it shows: the first, where nothing has moved on.
+
+    Raises ValueError for 32-bit values without a known range.
+    """
+    # exif_transpose alone would read the metadata of every image, with or without EXIF.
+    return _to_rgb(ImageOps.exif_transpose(image) if "exif" in image.info else image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -58,9 +58,9 @@ def make_loader(
     return Loader(
         _Served(split, transform, seed, beside),
         batch_sampler=batches,
-        collate_fn=_as_it_is,
+        collate_fn=batches_as_they_are,
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
         persistent_workers=workers > 0,
         pin_memory=pin,
         # Without its own generator, it draws from torch's global one at the start of each epoch.
@@ -133,7 +133,7 @@ CAUSES = {
 """Why a worker is usually killed, by signal."""
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker: int) -> None:
     """Has a worker ignore what ends a run: a terminal, timeout(1), systemd and Slurm send it to all processes at once,
     and the run needs its workers until it has saved its state. They end with their parent anyway."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -324,7 +324,7 @@ class _Served(Dataset[Batch]):
         return torch.stack(images)
 
 
-def _as_it_is(batch: Any) -> Any:
+def batches_as_they_are(batch: Any) -> Any:
     return batch
 
 

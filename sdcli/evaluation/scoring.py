@@ -38,24 +38,6 @@ class Scored(NamedTuple):
     """The scores of early exit, if they were asked for."""
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself; for a run folder, that of the best epoch or else of the last one.
-
-    Raises UserError for a folder without a checkpoint.
-    """
-    if not path.is_dir():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    run = (path / "run.json").is_file()
-    raise UserError(
-        f"'{path}' has no checkpoint" + (" yet: no epoch has finished" if run else ""),
-        "a run folder with best.safetensors or last.safetensors, or a checkpoint file",
-        f"sdcli train --resume {path}" if run else "",
-    )
-
-
 @dataclass(frozen=True)
 class Opened:
     """A checkpoint and the data to score it on."""
@@ -99,7 +81,7 @@ def open_checkpoint(
     network, about = rebuild(path)
     trained_on = about.dataset
     data = open_dataset(
-        dataset or trained_on.source or _recorded_source(path),
+        dataset or trained_on.source or recorded_source(path),
         image_key=image_key or (None if dataset else trained_on.image_key),
         label_key=label_key or (None if dataset else trained_on.label_key),
     )
@@ -186,27 +168,18 @@ def calibrated_policy(network: MultiExit, path: Path, budget: float | None) -> P
 
     Raises UserError for a checkpoint that was not calibrated, and for a budget that it cannot meet.
     """
-    calibration = network.calibration
-    if calibration is None:
+    if network.calibration is None:
         raise UserError(
             f"'{path}' is not calibrated: it does not say when an image may leave early",
             "a calibrated checkpoint",
             f"sdcli calibrate {path}",
         )
-    if budget is None:
-        return calibration.policy
-    policy = calibration.at_budget(budget)
-    if policy is None:
-        least = min(point.cost for point in calibration.curve)
-        raise UserError(
-            f"--budget {budget:g} cannot be met: the cheapest setting costs {least:.3f} of the plain network's MACs",
-            f"at least {least:.3f}",
-            f"--budget {math.ceil(1000 * least) / 1000:g}",
-        )
+    policy = network.strategy(budget=budget).policy
+    assert policy is not None
     return policy
 
 
-def _recorded_source(path: Path) -> str:
+def recorded_source(path: Path) -> str:
     """The local data set that the run in the checkpoint's folder was trained on.
 
     Raises UserError if the checkpoint is in another folder: it does not itself contain the path of a local data set.

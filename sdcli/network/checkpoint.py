@@ -155,6 +155,24 @@ def open_tensors(path: Path) -> Iterator[Any]:
         ) from None
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint itself; for a run folder, that of the best epoch or else of the last one.
+
+    Raises UserError for a folder without a checkpoint.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    run = (path / "run.json").is_file()
+    raise UserError(
+        f"'{path}' has no checkpoint" + (" yet: no epoch has finished" if run else ""),
+        "a run folder with best.safetensors or last.safetensors, or a checkpoint file",
+        f"sdcli train --resume {path}" if run else "",
+    )
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of any safetensors file; raises UserError as `open_tensors` does."""
     with open_tensors(path) as file:

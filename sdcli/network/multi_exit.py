@@ -6,7 +6,7 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdcli.data.photos import Prepared
 from sdcli.errors import UserError, unknown
 from sdcli.network.backbones import create
 from sdcli.network.blueprint import BRANCH, Blueprint
 from sdcli.network.calibration import Calibration
 from sdcli.network.heads import build_head
 from sdcli.network.policies import Decided, Policy, check_policy
+from sdcli.network.predict import Photo, Prediction, Strategy, batches, choose, ensemble_of, predictions
 from sdcli.network.routing import Router, averaged, reasons, visiting
 from sdcli.network.signals import Signal, signal_at
 from sdcli.network.stages import Stage, tap_modules, to_map
@@ -105,6 +107,21 @@ class MultiExit(nn.Module):
             specs[point] = PointSpec(stage.num_chs, dim, point in self.classifiers)
         return specs
 
+    @property
+    def exits(self) -> list[str]:
+        """The points that can answer, shallowest first; `final`, the network's own end, comes last."""
+        return self.classifiers
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits."""
+        return self.blueprint.classes
+
+    @property
+    def transform(self) -> Prepared:
+        """Its own preprocessing: any PIL image to a normalised tensor [3, H, W]."""
+        return Prepared.of(self.blueprint.preprocess)
+
     def forward(self, images: Tensor) -> dict[str, Signal]:
         """One forward pass: images [B, 3, H, W] to the signal of every point."""
         self._store.open = True
@@ -147,6 +164,9 @@ class MultiExit(nn.Module):
         there. Raises UserError where they cannot, and for a policy that does not fit the network.
         """
         self.check(policy)
+        return self._routed(images, policy)
+
+    def _routed(self, images: Tensor, policy: Policy) -> Decided:
         router = Router(policy, self._logits_at, len(images))
         with self._evaluating(), suppress(Reached), visiting(self._store, router.visit):
             router.finish(self.plain(images))
@@ -182,6 +202,74 @@ class MultiExit(nn.Module):
         own = copy.deepcopy(self)
         head = dict(own.heads.items()).get(point)
         return Truncated(own.backbone, head, own._store, point, self.stages[point], self.plan.input_size)
+
+    def predict(
+        self,
+        images: Photo | Sequence[Photo] | Tensor,
+        *,
+        exit: str | None = None,
+        ensemble: bool = False,
+        budget: float | None = None,
+        threshold: float | None = None,
+        early_exit: bool = True,
+        top: int = 5,
+        batch_size: int = 64,
+    ) -> list[Prediction]:
+        """Classifies PIL images, image files, or a batch [B, 3, H, W] that `transform` has made.
+
+        By default images leave early, as `sdcli calibrate` has found for the checkpoint; without that the final exit
+        answers, as with `early_exit=False`. Or, one of them: `exit` names the one that answers; `ensemble` takes the
+        mean of all exits' logits; `budget` is the mean cost as a share of the plain network's MACs, of a calibrated
+        checkpoint; with `threshold` an image leaves at the first exit that is as sure as this. `top` is how many
+        classes are listed.
+
+        Raises UserError for options that contradict each other or cannot be met, and an image that cannot be read.
+        """
+        strategy = self.strategy(
+            exit=exit, ensemble=ensemble, budget=budget, threshold=threshold, early_exit=early_exit
+        )
+        like = next(self.parameters())
+        found: list[Prediction] = []
+        for batch in batches(images, self.transform, self.blueprint.preprocess.input_size, batch_size):
+            found += predictions(self.answer(batch.to(like), strategy), self.classes, top)
+        return found
+
+    def strategy(
+        self,
+        *,
+        exit: str | None = None,
+        ensemble: bool = False,
+        budget: float | None = None,
+        threshold: float | None = None,
+        early_exit: bool = True,
+    ) -> Strategy:
+        """Which exits answer: the arguments are those of `predict`. Raises UserError for what cannot be."""
+        chosen = choose(
+            self.calibration,
+            self.exits,
+            lambda: self.why_not,
+            exit=exit,
+            ensemble=ensemble,
+            budget=budget,
+            threshold=threshold,
+            early_exit=early_exit,
+        )
+        if chosen.policy is not None and not chosen.alone:
+            self.check(chosen.policy)
+        return chosen
+
+    @torch.no_grad()
+    def answer(self, images: Tensor, strategy: Strategy) -> Decided:
+        """What the exits that `strategy` names make of images [B, 3, H, W]; what is deeper is not run.
+
+        In eval mode and without gradients.
+        """
+        if strategy.policy is None:
+            with self._evaluating():
+                signals = self(images)
+            return ensemble_of(logits for point in self.exits if (logits := signals[point].logits) is not None)
+        # Where all images leave together, nothing has to go on without some of them.
+        return self._routed(images, strategy.policy) if strategy.alone else self.route(images, strategy.policy)
 
     def _logits_at(self, point: str, tensor: Tensor) -> Tensor:
         logits = signal_at(self.stages[point], self.heads[point], tensor).logits

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sdcli.errors import UserError
 from sdcli.network.blueprint import BRANCH, Blueprint
-from sdcli.network.checkpoint import Description, load_checkpoint, read_tensors
+from sdcli.network.checkpoint import Description, find_checkpoint, load_checkpoint, read_tensors
 from sdcli.network.heads import HEADS, POOLED
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.schema import Network
@@ -59,11 +59,11 @@ class Loaded:
 
 
 def load(path: str | Path) -> MultiExit:
-    """The network in a checkpoint of `sdcli train`, in eval mode; its `blueprint` has classes and preprocessing.
+    """The network in a checkpoint of `sdcli train`, in eval mode; of a run folder its best one, else the last.
 
     Raises UserError for a file that does not exist, is no such checkpoint, or does not fit the installed timm.
     """
-    return rebuild(Path(path))[0].eval()
+    return rebuild(find_checkpoint(Path(path)))[0].eval()
 
 
 def rebuild(path: Path) -> tuple[MultiExit, Description]:
