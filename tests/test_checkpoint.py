@@ -183,6 +183,12 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_weights(network, tmp_path / "vit.safetensors")
 
 
+def test_weights_of_another_model_of_sdcli_name_it(saved):
+    path, _, _ = saved
+    with pytest.raises(UserError, match="has the weights of test_resnet, not of test_vit"):
+        load_weights(make("test_vit")[0], path)
+
+
 def test_the_same_network_gives_the_same_bytes_with_a_new_files_permissions(saved):
     path, network, about = saved
     path.with_name("plain").touch()

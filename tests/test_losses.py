@@ -180,7 +180,7 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
         (
             ["losses.soft.kind=kll"],
             "losses.soft.kind: unknown loss 'kll'\n"
-            "  expected: one of kl, dkd, nkd, balanced_kl, tf_nkd, similarity, …; 16 in all: sdcli recipes losses\n"
+            f"  expected: one of kl, dkd, nkd, balanced_kl, tf_nkd, similarity, …; {len(LOSSES.entries)} in all: sdcli recipes losses\n"
             "  fix:      did you mean 'kl'?",
         ),
         (

@@ -15,6 +15,9 @@ from sdcli.cli.usage import _options
 from sdcli.method.losses import LOSSES
 from sdcli.recipe.explain import keys_at
 
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+COMMANDS += [group.name for group in app.registered_groups]
+
 OPTIONS = {name: _options(command) for name, command in typer.main.get_command(app).commands.items()}
 NAMED = [
     "--model",
@@ -134,8 +137,7 @@ MESSAGES = {
         ".safetensors file\n  fix:      sdcli eval runs/first"
     ),
     "trian resnet18": (
-        "sdcli has no command 'trian'\n  expected: one of inspect, train, eval, calibrate, predict, bench, plot, recipes\n"
-        "  fix:      did you mean 'train'?"
+        f"sdcli has no command 'trian'\n  expected: one of {', '.join(COMMANDS)}\n  fix:      did you mean 'train'?"
     ),
     "recipes chek": (
         "sdcli recipes has no command 'chek'\n"

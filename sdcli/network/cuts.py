@@ -67,7 +67,8 @@ def _numbered(traced: TracedModel, exits: int | None) -> tuple[list[TapPoint], s
         behind = 1 - points[-1].macs / macs if points and macs else 0.0
         if behind > 0.5:
             raise UserError(
-                f"{behind:.0%} of the MACs of {traced.name} come after its last map, in the classifier",
+                f"{behind:.0%} of the MACs of {traced.name} at {traced.input_size[-1]} pixels come after its last map, "
+                "in the classifier",
                 "a network with most of its MACs in its stages",
                 "fewer classes, a larger image, or name the modules to attach exits to: --exits MODULE,MODULE",
             )

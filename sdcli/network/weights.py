@@ -5,6 +5,7 @@ B batch
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def load_weights(network: MultiExit, path: Path) -> Loaded:
     Only classifiers and heads may differ (other classes, other exits): they stay fresh. Raises UserError where the
     backbone does not fit.
     """
-    tensors, _ = read_tensors(path)
+    tensors, metadata = read_tensors(path)
     if not any(name.startswith("backbone.") for name in tensors):
         tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
     own = network.state_dict()
@@ -153,6 +154,13 @@ def load_weights(network: MultiExit, path: Path) -> Loaded:
     for name in left:
         if not name.startswith(free):
             found = f"of shape {list(tensors[name].shape)}" if name in tensors else "missing"
+            written_for = _model_in(metadata)
+            if written_for not in ("", network.plan.model):
+                raise UserError(
+                    f"'{path}' has the weights of {written_for}, not of {network.plan.model}",
+                    f"weights of {network.plan.model}",
+                    f"use {written_for}, or another file",
+                )
             raise UserError(
                 f"'{path}' does not fit {network.plan.model}: tensor '{name.removeprefix('backbone.')}' is {found}",
                 f"shape {list(own[name].shape)}",
@@ -160,6 +168,14 @@ def load_weights(network: MultiExit, path: Path) -> Loaded:
             )
     network.load_state_dict(fits, strict=False)
     return Loaded(str(path), tuple(dict.fromkeys(_module_of(name) for name in left)))
+
+
+def _model_in(metadata: dict[str, str]) -> str:
+    """The model that a checkpoint of sdcli was written for; "" if the metadata does not say."""
+    try:
+        return str(json.loads(metadata["sdcli"])["architecture"]["model"])[:100]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return ""
 
 
 def _module_of(name: str) -> str:

@@ -40,7 +40,8 @@ class Network(Table):
     learns: bool = True
     """Whether the network is trained. If not, it runs in eval mode and without gradients."""
     weights: str = "random"
-    """`random`, `pretrained` (timm's), or the path of a checkpoint."""
+    """`random`, `pretrained` (timm's), or the path of a checkpoint of sdcli or of timm's own format. A relative path
+    starts at the working directory, not at the recipe."""
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] = "auto"
     """`auto` (one per stage), `none` (the plain model), the number of exits including the final one, or a list of
     modules to tap."""
