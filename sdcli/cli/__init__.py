@@ -11,6 +11,7 @@ import typer
 
 from sdcli import __version__
 from sdcli.cli import eval as eval_command
+from sdcli.cli import export as export_command
 from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
 from sdcli.cli import recipes as recipes_command
@@ -63,6 +64,7 @@ def main_options(
 inspect_command.register(app)
 train_command.register(app)
 eval_command.register(app)
+export_command.register(app)
 plot_command.register(app)
 recipes_command.register(app)
 
