@@ -111,7 +111,11 @@ def _checked(read: Reader, images: Tensor, points: Sequence[str], what: str) -> 
         found = read(images)
     except Exception as error:  # a runtime raises what it likes
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise _refused(", ".join(points), what, len(images), reason) from error
+        raise UserError(
+            f"the exported file does not run ({what}, batch of {len(images)}): {reason}",
+            "a file that runs; it was removed",
+            "another format or another --exit",
+        ) from error
     assert found.keys() >= set(points)
     return found
 

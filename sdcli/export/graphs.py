@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,8 @@ from sdcli.recipe.address import FINAL
 
 IMAGES = "images"
 EXAMPLE = 2
-"""Images of the example batch. With one, torch.export would take the batch for a constant."""
+"""Images of the example batch. With one, torch.export would take the batch for a constant: where it is `fixed`, it
+is."""
 
 _BATCH_SIZE = torch.ops.aten.sym_size.int
 
@@ -52,38 +52,36 @@ class Section(Part):
         return self.outputs[1] if len(self.outputs) > 1 else ""
 
 
-def one_exit(network: MultiExit, point: str, batch: Any = Dim.DYNAMIC) -> Part:
-    """A graph that ends at one exit."""
-    return Part(_traced(network.upto(point), _example(network), batch), IMAGES, (point,))
+def one_exit(network: MultiExit, point: str, fixed: bool = False) -> Part:
+    """A graph that ends at one exit: what is deeper is not in it, nor the heads of other exits."""
+    images = _example(network, fixed)
+    graph, source, ends = _whole(network, (), fixed)
+    cut = _between(graph, source, source, [ends[network.classifiers.index(point)]], point)
+    return Part(_traced(cut, images, fixed), IMAGES, (point,))
 
 
-def all_exits(network: MultiExit, batch: Any = Dim.DYNAMIC) -> Part:
+def all_exits(network: MultiExit, fixed: bool = False) -> Part:
     """One graph with the logits of all exits."""
-    program = _traced(_Marked(network, ()), _example(network), batch)
+    program = _traced(_Marked(network, ()), _example(network, fixed), fixed)
     return Part(program, IMAGES, tuple(network.classifiers))
 
 
-def sections(network: MultiExit, exits: Sequence[str], batch: Any = Dim.DYNAMIC) -> list[Section]:
+def sections(network: MultiExit, exits: Sequence[str], fixed: bool = False) -> list[Section]:
     """The network cut at `exits`: each section reads what the one before passes on, and nothing else.
 
     Raises UserError where something else crosses a cut. The batch size does in many models (a reshape of a later stage
     asks the images for it): there it is read from the section's own input instead.
     """
-    marked = _Marked(network, exits)
-    images = _example(network)
-    # Decomposed with no table, a graph has no operations in place: what a node gives is what its users read.
-    graph = _traced(marked, images, batch).run_decompositions({}).module(check_guards=False)
-    assert isinstance(graph, GraphModule)
-    ends = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    graph, source, ends = _whole(network, exits, fixed)
     logits = dict(zip(network.classifiers, ends, strict=False))
     marks = dict(zip(exits, ends[len(network.classifiers) :], strict=True))
-    source = next(node for node in graph.graph.nodes if node.op == "placeholder")
-    start, reads, tensor, found = source, IMAGES, images, []
+    start, reads, tensor = source, IMAGES, _example(network, fixed)
+    found: list[Section] = []
     for exit in (*exits, FINAL):
         passed = [marks[exit]] if exit in marks else []
         cut = _between(graph, source, start, [logits[exit], *passed], exit)
         outputs = (exit, *(f"after_{exit}" for _ in passed))
-        found.append(Section(_traced(cut, tensor, batch), reads, outputs, exit, tuple(tensor.shape[1:])))
+        found.append(Section(_traced(cut, tensor, fixed), reads, outputs, exit, tuple(tensor.shape[1:])))
         if passed:
             start, reads = passed[0], outputs[1]
             with torch.no_grad():
@@ -148,14 +146,15 @@ class _Marked(nn.Module):
         return (*logits, *(marks[point] for point in self.exits))
 
 
-def _example(network: MultiExit) -> Tensor:
-    return torch.randn(EXAMPLE, *network.plan.input_size, generator=torch.Generator().manual_seed(0))
+def _example(network: MultiExit, fixed: bool) -> Tensor:
+    return torch.randn(1 if fixed else EXAMPLE, *network.plan.input_size, generator=torch.Generator().manual_seed(0))
 
 
-def _traced(module: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
+def _traced(module: nn.Module, images: Tensor, fixed: bool) -> ExportedProgram:
     """The module as a graph; raises UserError where torch.export cannot follow it."""
     try:
-        return torch.export.export(module.eval(), (images,), dynamic_shapes=({0: batch},), strict=False)
+        shapes = None if fixed else ({0: Dim.DYNAMIC},)
+        program = torch.export.export(module.eval(), (images,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of dozens of kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
@@ -163,6 +162,21 @@ def _traced(module: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
             "a model whose operations do not depend on the values of its images",
             "--to safetensors, or --to timm for the plain model",
         ) from error
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, GraphModule) else ():
+            # Source files of this machine, which a saved graph would name.
+            node.meta.pop("stack_trace", None)
+    return program
+
+
+def _whole(network: MultiExit, exits: Sequence[str], fixed: bool) -> tuple[GraphModule, Node, Sequence[Node]]:
+    """The graph of `_Marked`, its input, and what it returns."""
+    # Decomposed with no table, a graph has no operations in place: what a node gives is what its users read.
+    program = _traced(_Marked(network, exits), _example(network, fixed), fixed).run_decompositions({})
+    graph = program.module(check_guards=False)
+    assert isinstance(graph, GraphModule)
+    source = next(node for node in graph.graph.nodes if node.op == "placeholder")
+    return graph, source, next(node for node in graph.graph.nodes if node.op == "output").args[0]
 
 
 def _between(graph: GraphModule, images: Node, start: Node, ends: Sequence[Node], exit: str) -> GraphModule:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch.export import Dim
 
 from sdcli.errors import UserError, unknown
 from sdcli.export import graphs
@@ -89,12 +86,12 @@ class Job:
             self.notes += notes
         return self._ready
 
-    def parts(self, batch: Any = Dim.DYNAMIC) -> Sequence[graphs.Part]:
-        """The graphs to write."""
+    def parts(self, *, fixed: bool = False) -> Sequence[graphs.Part]:
+        """The graphs to write: for batches of any size, or for one image where `fixed`."""
         if self.kind == "staged":
-            return graphs.sections(self.ready, self.cuts, batch)
+            return graphs.sections(self.ready, self.cuts, fixed)
         return [
-            graphs.one_exit(self.ready, self.exit, batch) if self.kind == "one" else graphs.all_exits(self.ready, batch)
+            graphs.one_exit(self.ready, self.exit, fixed) if self.kind == "one" else graphs.all_exits(self.ready, fixed)
         ]
 
     def write_out_attention(self) -> None:

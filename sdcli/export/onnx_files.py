@@ -101,6 +101,7 @@ def to_onnx(part: Part, file: Path, about: dict[str, Any]) -> None:
     assert converted is not None
     model = converted.model_proto
     _name_batch(model.graph)
+    _forget_sources(model.graph)
     for name, value in about.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = name, value if isinstance(value, str) else json.dumps(value)
@@ -121,6 +122,14 @@ def _name_batch(graph: Any) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == symbol:
                 dim.dim_param = "batch"
+
+
+def _forget_sources(graph: Any) -> None:
+    """Drops what torch notes beside each node, lines of source files of this machine included; the module stays."""
+    for entry in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        kept = [prop for prop in entry.metadata_props if prop.key == "pkg.torch.onnx.name_scopes"]
+        del entry.metadata_props[:]
+        entry.metadata_props.extend(kept)
 
 
 def read(path: Path, job: Job) -> Reader:
