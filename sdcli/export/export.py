@@ -91,7 +91,7 @@ def export(
         if (path / "run.py").exists():
             from sdcli.export.routed import compare_routes
 
-            routed = compare_routes(job, path, images)
+            routed = compare_routes(job, path, images, figures)
         files = (
             {"": path}
             if path.is_file()

@@ -44,7 +44,7 @@ def convert(job: Job, path: Path) -> tuple[Sequence[Part], list[Path]]:
     try:
         return _convert(job, path)
     except _NoConverter as error:
-        if "scaled_dot_product_attention" not in str(error):
+        if not error.is_attention:
             raise error.explained() from error
     job.write_out_attention()
     try:
@@ -54,9 +54,20 @@ def convert(job: Job, path: Path) -> tuple[Sequence[Part], list[Path]]:
 
 
 class _NoConverter(Exception):
+    """An operation without a conversion; its cause is what torch raised."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        causes = []
+        while error is not None:
+            causes.append(error)
+            error = error.__cause__
+        self.is_attention = any("scaled_dot_product_attention" in str(cause) for cause in causes)
+        reason = " ".join(str(causes[-1]).split())[:300]
+        super().__init__(f"{type(causes[-1]).__name__}: {reason}")
+
     def explained(self) -> UserError:
         return UserError(
-            f"the graph cannot be converted to ONNX: {' '.join(str(self).split())[:400]}",
+            f"the graph cannot be converted to ONNX: {self}",
             "operations that onnxscript has a conversion for",
             "--to pt2, or --to safetensors",
         )
@@ -97,7 +108,7 @@ def to_onnx(part: Part, file: Path, about: dict[str, Any]) -> None:
                 verbose=False,
             )
         except Exception as error:  # torch wraps whatever its converters raise
-            raise _NoConverter(_innermost(error)) from error
+            raise _NoConverter(error) from error
     assert converted is not None
     model = converted.model_proto
     _name_batch(model.graph)
@@ -107,12 +118,6 @@ def to_onnx(part: Part, file: Path, about: dict[str, Any]) -> None:
         entry.key, entry.value = name, value if isinstance(value, str) else json.dumps(value)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
-
-
-def _innermost(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
 
 
 def _name_batch(graph: Any) -> None:

@@ -6,7 +6,7 @@ B batch, K classes
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from sdcli.errors import UserError
-from sdcli.export.compare import logits_of
+from sdcli.export.compare import Figures, logits_of
 from sdcli.export.job import Job
 from sdcli.export.manifest import policy_of
 from sdcli.network.policies import Judge, Policy
 from sdcli.recipe.address import FINAL
 
-NEAR = 1e-4
-"""An image whose score is as near as this to a threshold may leave or stay: rounding decides."""
+NEAR = 20
+"""An image may leave or stay where its score is as near to a threshold as this many times the largest difference of two
+logits: rounding decides. Times what the score is short of 1, since rounding changes less where an exit is sure."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Routed:
         return asdict(self)
 
 
-def compare_routes(job: Job, folder: Path, images: Mapping[str, Tensor]) -> list[Routed]:
+def compare_routes(job: Job, folder: Path, images: Mapping[str, Tensor], figures: Sequence[Figures]) -> list[Routed]:
     """The runner in `folder` against the network: with the checkpoint's policy, if it has one, and with thresholds at
     which about a third of the images leave at each exit.
 
@@ -56,6 +57,7 @@ def compare_routes(job: Job, folder: Path, images: Mapping[str, Tensor]) -> list
     found = []
     for what, batch in images.items():
         logits = logits_of(job.network, batch)
+        rounding = max(row.difference for row in figures if row.images == what)
         policies = {"a third leaves at each exit": _spread(policy_of(job), job.cuts, logits)}
         if job.network.calibration:
             policies["the checkpoint's"] = job.network.calibration.policy
@@ -64,12 +66,19 @@ def compare_routes(job: Job, folder: Path, images: Mapping[str, Tensor]) -> list
             for section in runner.sections[:-1]:
                 exit = section["exit"]
                 section.update(threshold=policy.thresholds.get(exit), asked=exit in policy.exits)
-            found.append(_compare(job, runner, name, policy, what, batch, logits))
+            found.append(_compare(job, runner, name, policy, what, batch, logits, rounding))
     return found
 
 
 def _compare(
-    job: Job, runner: Any, name: str, policy: Policy, what: str, images: Tensor, logits: Mapping[str, Tensor]
+    job: Job,
+    runner: Any,
+    name: str,
+    policy: Policy,
+    what: str,
+    images: Tensor,
+    logits: Mapping[str, Tensor],
+    rounding: float,
 ) -> Routed:
     decided = job.network.route(images, policy)
     answers, places = runner.route(images.numpy())
@@ -77,7 +86,7 @@ def _compare(
     there = [runner.sections[place]["exit"] for place in places]
     classes = zip(decided.answers.argmax(dim=1).tolist(), answers.argmax(1).tolist(), strict=True)
     same = [a == b and ours == theirs for a, b, (ours, theirs) in zip(where, there, classes, strict=True)]
-    near = _near(policy, logits).tolist()
+    near = _near(policy, logits, rounding).tolist()
     for number, (equal, undecided) in enumerate(zip(same, near, strict=True)):
         if not equal and not undecided:
             raise UserError(
@@ -89,15 +98,15 @@ def _compare(
     return Routed(name, what, len(where), sum(same), sum(near), shares)
 
 
-def _near(policy: Policy, logits: Mapping[str, Tensor]) -> Tensor:
+def _near(policy: Policy, logits: Mapping[str, Tensor], rounding: float) -> Tensor:
     """Images [B] of which rounding decides where they leave, or with which class."""
     judge, near = Judge(policy), torch.zeros(len(next(iter(logits.values()))), dtype=torch.bool)
     for point in (*policy.exits, FINAL):
         verdict = judge.read(point, logits[point])
         first, second = verdict.answer.exp().topk(2, dim=1).values.unbind(dim=1)
-        near |= first - second < NEAR
+        near |= first - second < NEAR * rounding
         if (limit := policy.thresholds.get(point)) is not None:
-            near |= (verdict.score - limit).abs() < NEAR
+            near |= (verdict.score - limit).abs() < NEAR * rounding * (1 - verdict.score) + 1e-6
     return near
 
 
