@@ -255,6 +255,7 @@ def test_a_runner_that_leaves_elsewhere_is_found(staged, resnet):
             "noise",
             images,
             logits_of(network, images),
+            0.0,
         )
 
 

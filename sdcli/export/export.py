@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,9 +86,12 @@ def export(
     images, notes = samples(checkpoint, about, dataset)
     with placing(output) as path:
         _LOG.info("writing %s", output)
-        format.write(job, path)
+        with _refusing(name):
+            format.write(job, path)
         _LOG.info("comparing %s with the checkpoint", output)
-        figures = compare(network, format.read(path, job), job.points, images)
+        with _refusing(name):
+            read = format.read(path, job)
+        figures = compare(network, read, job.points, images)
         routed: list[Any] = []
         if (path / "run.py").exists():
             from sdcli.export.routed import compare_routes
@@ -100,3 +105,19 @@ def export(
         sizes = {inside: file.stat().st_size for inside, file in files.items()}
     usage = format.usage(output, job) if hasattr(format, "usage") else ""
     return Exported(output, name, exit, sizes, figures, routed, [*job.notes, *notes], usage)
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Whatever a converter or a runtime raises becomes one message."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # each library has errors of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"this network cannot be written as {name}: {reason}",
+            f"operations that {name} has",
+            "another format: --to safetensors holds any network",
+        ) from error

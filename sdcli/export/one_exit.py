@@ -32,10 +32,12 @@ def load_exit(path: str | Path) -> Truncated:
             f"'{path}' is not one exit", "a file of sdcli export --to safetensors", "sdcli.load reads checkpoints"
         )
     tensors, about = load_checkpoint(path)
-    alone = build(about.blueprint).upto(exit)
     try:
+        alone = build(about.blueprint).upto(exit)
         alone.load_state_dict(tensors)
-    except RuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:  # timm raises anything for arguments that do not fit
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"'{path}' does not fit {about.blueprint.architecture.model}: {reason}",

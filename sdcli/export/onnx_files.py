@@ -158,3 +158,8 @@ def _run(session: Any) -> Callable[[Tensor], Sequence[Tensor]]:
         return [torch.from_numpy(np.asarray(found)) for found in session.run(None, {name: tensor.numpy()})]
 
     return run
+
+
+def usage(path: Path, job: Job) -> str:
+    """How to run a staged export."""
+    return f"python {path / RUNNER} IMAGE..." if job.kind == "staged" else ""
