@@ -14,6 +14,7 @@ from sdcli import __version__
 from sdcli.cli import bench as bench_command
 from sdcli.cli import calibrate as calibrate_command
 from sdcli.cli import eval as eval_command
+from sdcli.cli import export as export_command
 from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
 from sdcli.cli import predict as predict_command
@@ -70,6 +71,7 @@ eval_command.register(app)
 calibrate_command.register(app)
 predict_command.register(app)
 bench_command.register(app)
+export_command.register(app)
 plot_command.register(app)
 recipes_command.register(app)
 

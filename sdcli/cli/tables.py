@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sdcli.evaluation.calibrate import Calibrated
     from sdcli.evaluation.dynamic import Dynamic
     from sdcli.evaluation.evaluate import ExitResult, Report
+    from sdcli.export.export import Exported
     from sdcli.method.catalogue import Item
     from sdcli.recipe.about import Difference, Overview
 
@@ -252,6 +253,41 @@ def plain_table(title: str) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+
+
+def export_table(exported: Exported) -> Table:
+    """What `export` shows: how each exit of the file compares with the checkpoint."""
+    size = sum(exported.files.values())
+    files = counted(len(exported.files), "file")
+    table = plain_table(f"{exported.output}  ·  {exported.format}  ·  {files}  ·  {size / 1e6:.1f} MB")
+    table.add_column("exit", style="bold", no_wrap=True)
+    table.add_column("compared on", no_wrap=True)
+    for title in ("images", "largest\nlogit", "largest\ndifference", "same\nclass", "mean KL"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in exported.figures:
+        table.add_row(
+            row.exit,
+            row.images,
+            str(row.num_images),
+            f"{row.largest:.3g}",
+            f"{row.difference:.1e}",
+            f"{row.agree}/{row.num_images}",
+            f"{row.kl:.1e}",
+        )
+    return table
+
+
+def routed_table(exported: Exported) -> Table:
+    """What `export` shows of a runner: whether images leave where they leave in the network."""
+    table = plain_table("run.py: images that leave at the same exit, with the same class")
+    for title in ("policy", "compared on"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("same", justify="right", no_wrap=True)
+    table.add_column("they leave at")
+    for row in exported.routed:
+        shares = ", ".join(f"{exit} {share:.0%}" for exit, share in row.shares.items())
+        table.add_row(row.policy, row.images, f"{row.same}/{row.num_images}", shares)
+    return table
 
 
 def shape(stage: Mapping[str, Any]) -> str:

@@ -73,14 +73,17 @@ class Description:
     """What `sdcli calibrate` has found."""
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
+def save_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], description: Description, more: Mapping[str, str] | None = None
+) -> None:
     """Writes the file beside `path` and renames it: readers find the old file or the new one, whole.
 
     The same tensors and description always give the same bytes, and the file gets the permissions of any new file.
+    `more` is further metadata, of a file that is not a whole checkpoint.
     """
     # The format allows no two tensors that share memory, which tied weights do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "sdcli": _written(description)}
+    metadata = {"format": "pt", "sdcli": _written(description), **(more or {})}
     with replacing(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode

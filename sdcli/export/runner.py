@@ -1,0 +1,80 @@
+"""Early exit with this folder's sections: python run.py [--threshold SHARE] IMAGE... prints a JSON line per image."""
+
+import hashlib, json, math, sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+SCORES: dict[str, Any] = {  # log-probabilities of an exit, and of the mean so far, to the answer and how sure it is
+    "ensemble": lambda own, mean: (mean, np.exp(mean.max(1))),
+    "confidence": lambda own, mean: (own, np.exp(own.max(1))),
+    "margin": lambda own, mean: (own, np.diff(np.sort(np.exp(own), 1)[:, -2:])[:, 0]),
+    "entropy": lambda own, mean: (own, 1 + (np.exp(own) * np.maximum(own, -1e4)).sum(1) / math.log(own.shape[1])),
+}
+
+
+def log_softmax(logits: Any) -> Any:
+    return (shifted := logits - logits.max(1, keepdims=True)) - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+class Network:
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.sections, self.classes, self.look = about["sections"], about["classes"], about["preprocess"]
+        self.agreement, self.score = about["policy"]["agreement"], SCORES[about["policy"]["kind"]]
+        files = [(folder / Path(section["file"]).name).read_bytes() for section in self.sections]
+        self.sessions = [ort.InferenceSession(file, providers=["CPUExecutionProvider"]) for file in files]
+        whole = [hashlib.sha256(file).hexdigest() for file in files] == [section["sha256"] for section in self.sections]
+        fits = self.sessions[0].get_inputs()[0].shape[1:] == self.look["input_size"] and max(self.look["resize"]) < 9999
+        if about["version"] != 1 or not whole or not fits or min(s["temperature"] for s in self.sections) <= 0:
+            raise ValueError("manifest.json and the files beside it do not belong together")
+
+    def route(self, images: Any, threshold: float | None = None) -> tuple[Any, Any]:
+        """Normalised images [B, 3, H, W] to log-probabilities [B, K] and the place of the section that answered [B]."""
+        answers, places = np.zeros((len(images), len(self.classes)), np.float32), np.zeros(len(images), int)
+        rows, total, seen, before = np.arange(len(images)), np.float32(0), 0, np.full(len(images), -1)
+        options = ort.RunOptions()
+        options.only_execute_path_to_fetches = True  # a head that is not asked is not run
+        for place, (section, session) in enumerate(zip(self.sections, self.sessions, strict=True)):
+            last, asked = not section["passes"], section["asked"] or threshold is not None
+            limit, leaves = section["threshold"] if threshold is None else threshold, np.full(len(rows), last)
+            names = [section["passes"]] * (not last) + [section["logits"]] * asked
+            found = session.run(names, {section["input"]: images}, options)
+            if asked:
+                own = log_softmax(found[-1] / section["temperature"])
+                total, seen = total + own, seen + 1
+                answer, score = (own, own[:, 0]) if last else self.score(own, log_softmax(total / seen))
+                if limit is not None and not last:
+                    leaves = (score >= limit) & ((answer.argmax(1) == before) | (not self.agreement))
+                answers[rows[leaves]], places[rows[leaves]] = answer[leaves], place
+                total, before = total[~leaves], answer.argmax(1)[~leaves]
+            rows, images = rows[~leaves], found[0][~leaves]
+            if not len(rows):
+                break
+        return answers, places
+
+    def read(self, file: str) -> Any:
+        from PIL import Image, ImageOps  # for reading files only
+
+        image, (height, width) = ImageOps.exif_transpose(Image.open(file)).convert("RGB"), self.look["input_size"][1:]
+        sides, first = [width, height], self.look["resize"][::-1]
+        if max(image.size) > self.look["small"]:  # the centre of a large image, a small one whole
+            sides = [max(own * s // o for s, o in zip(first, image.size, strict=True)) for own in image.size]
+        left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
+        image = image.resize(sides, self.look["resample"]).crop((left, top, left + width, top + height))
+        values = (np.asarray(image, np.float32) / 255 - np.float32(self.look["mean"])) / np.float32(self.look["std"])
+        return values.transpose(2, 0, 1)
+
+
+if __name__ == "__main__":
+    try:
+        given = float(sys.argv[2]) if sys.argv[1:2] == ["--threshold"] else None
+        network = Network(Path(__file__).parent)
+        for file in sys.argv[1 if given is None else 3 :]:
+            (answer,), (place,) = network.route(network.read(file)[None], given)
+            label, exit, sure = network.classes[answer.argmax()], network.sections[place]["exit"], np.exp(answer.max())
+            print(json.dumps({"file": file, "label": label, "exit": exit, "confidence": round(float(sure), 4)}))
+    except Exception as error:
+        sys.exit(sys.stderr.write(f"error: {type(error).__name__}: {error}\n") and 2)

@@ -1,0 +1,149 @@
+"""`--to timm`: a folder that `timm.create_model("local-dir:PATH")` loads, with a card; sdcli is not needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sdcli import __version__
+from sdcli.data.transforms import SMALL
+from sdcli.errors import UserError
+from sdcli.export.compare import Reader
+from sdcli.export.job import Job
+from sdcli.recipe.address import FINAL
+
+UNKNOWN = "unknown"
+"""The hub's name for a licence that nobody has stated."""
+
+
+def write(job: Job, path: Path) -> None:
+    """config.json, model.safetensors and README.md."""
+    from timm.models._hub import save_config_for_hf
+
+    blueprint = job.network.blueprint
+    preprocess = blueprint.preprocess.to_dict()
+    if max(blueprint.preprocess.size) <= SMALL:
+        # As sdcli evaluates small images, and as this network was trained: whole, not their centre.
+        preprocess |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    path.mkdir()
+    about = {"sdcli": __version__, "label_names": list(blueprint.classes)}
+    save_config_for_hf(
+        job.network.backbone,
+        str(path / "config.json"),
+        model_config=about,
+        model_args=dict(blueprint.architecture.model_args),
+        data_config=preprocess,
+    )
+    state = job.network.backbone.state_dict()
+    # The format allows no two tensors that share memory, which tied weights do.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / "README.md").write_text(_card(job), encoding="utf-8")
+
+
+def check(job: Job) -> None:
+    """Raises UserError for a network that timm's arguments do not describe: a stem that was changed for small images,
+    other than by smaller patches, and an encoder, whose classifier is a head of sdcli."""
+    architecture = job.network.blueprint.architecture
+    if job.network.plan.encoder:
+        raise UserError(
+            f"--to timm: {architecture.model} has no classifier of its own, and timm does not have sdcli's head",
+            "a timm model with a classifier",
+            "--to safetensors, or --to onnx",
+        )
+    if architecture.stem not in ("imagenet", "patch"):
+        raise UserError(
+            f"--to timm: the stem of {architecture.model} was changed for small images ({architecture.stem}), "
+            "which no argument of timm.create_model does",
+            "a network with timm's own stem, or with smaller patches",
+            "--to safetensors or --to onnx; or train it with --stem imagenet",
+        )
+
+
+def license_of(job: Job) -> str:
+    """`--license`, or that of the pretrained weights it was trained from; `UNKNOWN` where nobody has said."""
+    if job.license:
+        return job.license
+    student = job.about.recipe.get("networks", {}).get("student", {})
+    if isinstance(student, dict) and student.get("weights") == "pretrained":
+        config: Any = job.network.backbone.pretrained_cfg
+        return str(config.get("license") or UNKNOWN)
+    return UNKNOWN
+
+
+def _card(job: Job) -> str:
+    blueprint, data = job.network.blueprint, job.about.dataset
+    license = license_of(job)
+    if license == UNKNOWN:
+        job.notes.append("the card states no licence: add one with --license, such as --license apache-2.0")
+    final, size = blueprint.costs()[FINAL], "x".join(map(str, blueprint.preprocess.size))
+    front = ["tags:", "- image-classification", "- timm", "- sdcli", "pipeline_tag: image-classification"]
+    front += ["library_name: timm", f"license: {license}"]
+    if "/" in data.source and " " not in data.source:
+        front += ["datasets:", f"- {data.source}"]
+    lines = [
+        "---",
+        *front,
+        "---",
+        "",
+        f"# {blueprint.architecture.model}, trained on {_plain(data.name)}",
+        "",
+        f"An image classifier of {len(blueprint.classes)} classes, trained by self-distillation with sdcli "
+        f"{__version__}. This folder holds the whole timm model, without the exits that it was trained with.",
+        "",
+        f"- **Model:** {blueprint.architecture.model} of timm",
+        f"- **Parameters:** {final.params / 1e6:.1f} M",
+        f"- **MACs:** {final.macs / 1e9:.2f} G at {size} pixels",
+        f"- **Data:** {_plain(data.name)}",
+        f"- **Epochs:** {job.about.epoch}",
+        f"- **Licence of the weights:** {license}",
+        *_scores(job),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"',
+        "config = timm.data.resolve_data_config(model=model)",
+        "transform = timm.data.create_transform(**config)",
+        'names = model.pretrained_cfg["label_names"]',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(job: Job) -> list[str]:
+    """Top-1 of the final exit on the split that the checkpoint was scored on, if it was."""
+    scores = job.about.scores
+    for result in scores.get("exits", []):
+        if isinstance(result, dict) and result.get("point") == FINAL and isinstance(result.get("top1"), float):
+            return [f"- **Top-1:** {result['top1']:.2f} % ({_plain(str(scores.get('split', 'validation')))} split)"]
+    return []
+
+
+def _plain(text: str) -> str:
+    """A name that a user has chosen, as one line without Markdown."""
+    return " ".join("".join(c for c in text if c.isprintable() and c not in "<>[]`*_|#\\").split()) or "data"
+
+
+def read(path: Path, job: Job) -> Reader:
+    """The folder as timm loads it."""
+    import timm
+
+    model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {FINAL: model(images)}
+
+    return run
+
+
+def usage(path: Path, job: Job) -> str:
+    """How to load it."""
+    return f'model = timm.create_model("local-dir:{path}", pretrained=True)'
