@@ -8,7 +8,9 @@ Per batch size and number of threads four ways through one network take turns on
 without taps and heads), early exit, early exit with thresholds that nobody reaches, and early exit where a batch leaves
 only once all of its images are sure (as earlyon does it). Thresholds of random weights are chosen so that `--shares` of
 all images leave at each exit; a checkpoint's are those of sdcli calibrate, or else `--shares` of its images leave.
-Times are medians over the rounds of the time divided by the plain network's in the same round.
+Times are medians over the rounds of the time divided by the plain network's in the same round. `saved, cpu` and
+`over, cpu` are the same of processor time, which other programs on the machine disturb less; with several threads it
+counts all of them.
 
 Wanted: time saved / MACs saved of at least 0.85, and when nobody can leave at most 3 % above the plain network plus the
 MACs of its heads.
@@ -124,6 +126,7 @@ def measure(
             timed(way, batches[0], device)
     passing, full = network.blueprint.passing(policy.exits), network.plan.macs
     times: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     macs: dict[str, list[float]] = {"early": [], "whole": []}
     points = (*policy.exits, FINAL)
     start, number = time.perf_counter(), 0
@@ -131,17 +134,16 @@ def measure(
     while number % len(batches) or number < 5 or time.perf_counter() - start < seconds:
         batch = batches[number % len(batches)]
         for name in [*list(ways)[number % 4 :], *list(ways)[: number % 4]]:
+            before = time.process_time()
             taken, found = timed(ways[name], batch, device)
+            cpu[name].append(time.process_time() - before)
             times[name].append(taken)
             if name == "early":
                 macs[name].append(statistics.mean(passing[points[place]] for place in found.exits.tolist()) / full)
             elif name == "whole":
                 macs[name].append(passing[points[found]] / full)
         number += 1
-    ratios = {
-        name: statistics.median(own / reference for own, reference in zip(times[name], times["plain"], strict=True))
-        for name in ways
-    }
+    ratios, cpu_ratios = ratios_of(times), ratios_of(cpu)
     means = {name: statistics.mean(own) for name, own in macs.items()}
     heads = passing[FINAL] / full
     return {
@@ -152,11 +154,21 @@ def measure(
         "early_time": ratios["early"],
         "early_macs": means["early"],
         "saved": (1 - ratios["early"]) / (1 - means["early"]) if means["early"] < 1 else None,
+        "saved_cpu": (1 - cpu_ratios["early"]) / (1 - means["early"]) if means["early"] < 1 else None,
         "nobody_time": ratios["nobody"],
         "nobody_macs": heads,
         "overhead": ratios["nobody"] / heads,
+        "overhead_cpu": cpu_ratios["nobody"] / heads,
         "whole_time": ratios["whole"],
         "whole_macs": means["whole"],
+    }
+
+
+def ratios_of(times: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the rounds of each way's time divided by the plain network's."""
+    return {
+        name: statistics.median(own / plain for own, plain in zip(times[name], times["plain"], strict=True))
+        for name in times
     }
 
 
@@ -192,8 +204,8 @@ def main() -> None:
     plain = network.upto(FINAL)
     model = network.blueprint.architecture.model
     print(f"{model}, {'x'.join(map(str, network.plan.input_size))}, {name}, on {device_name(device)}; load {load}")
-    titles = ("batch", "threads", "plain ms", "early: time", "MACs", "saved", "nobody: time", "MACs", "over",
-              "whole batch: time", "MACs")  # fmt: skip
+    titles = ("batch", "threads", "plain ms", "early: time", "MACs", "saved", "saved, cpu",
+              "nobody: time", "MACs", "over", "over, cpu", "whole batch: time", "MACs")  # fmt: skip
     print("  ".join(titles))
     rows = []
     for threads in options.threads:
