@@ -96,7 +96,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         training = prepared(case, options, folder)
         device = training.accelerator.device
-        images = torch.randn(case.batch_size, *training.description.plan.input_size)
+        images = torch.randn(case.batch_size, *training.description.blueprint.plan.input_size)
         batch = Batch(images, torch.randint(0, 10, (case.batch_size,)), torch.arange(case.batch_size)).to(device)
         if options.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)

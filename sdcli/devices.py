@@ -116,7 +116,7 @@ def short_of_memory(doing: str, expected: str, fix: str) -> Iterator[None]:
     """Turns an out-of-memory error in the block into a UserError; `doing` says when and where it happened."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # each device has errors of its own for it
         if (wanted := memory_wanted(error)) is None:
             raise
         raise UserError(f"out of memory {doing}{wanted}", expected, fix) from error
@@ -135,7 +135,7 @@ def _no_device(device: str) -> UserError:
     kind, colon, _ = device.partition(":")
     meant = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps", "apple": "mps"}.get(kind.lower(), kind)
     present = _present()
-    same = [other for other in present if other.startswith(meant)]
+    same = [other for other in present if meant and other.startswith(meant)]
     wrong = f"--device {device} is not available" + (f": torch's name for it is {meant}" if meant != kind else "")
     if same:
         fix = f"--device {same[0] if colon else meant}"

@@ -104,6 +104,11 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: "1 epoch", "2 epochs", "1,294 images"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def _mended(place: str, kind: str, value: Any, expected: str) -> str:
     """The correction for common mistakes; "" otherwise."""
     key, number = place.rpartition(".")[2], str(value).strip()

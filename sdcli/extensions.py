@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
 from hashlib import sha256
@@ -15,7 +16,7 @@ WHAT = "a Python file that registers losses or heads (README, Losses of your own
 
 def find_imports(files: Iterable[Path | str]) -> list[str]:
     """The absolute paths of the files, valid from any folder; raises UserError for a file that does not exist."""
-    return [str(_existing(Path(file).expanduser())) for file in files]
+    return [str(_existing(Path(os.path.expanduser(file)))) for file in files]
 
 
 def load_imports(files: Iterable[Path | str]) -> None:
@@ -25,12 +26,12 @@ def load_imports(files: Iterable[Path | str]) -> None:
     is already taken.
     """
     for file in files:
-        _load(_existing(Path(file).expanduser()))
+        _load(_existing(Path(os.path.expanduser(file))))
 
 
 def digests(files: Iterable[Path | str]) -> dict[str, str]:
     """The sha256 of each file's content, by its path as it is given."""
-    return {str(file): sha256(_existing(Path(file).expanduser()).read_bytes()).hexdigest() for file in files}
+    return {str(file): sha256(_existing(Path(os.path.expanduser(file))).read_bytes()).hexdigest() for file in files}
 
 
 def _existing(path: Path) -> Path:
@@ -62,13 +63,13 @@ def _load(path: Path) -> None:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(
-            f"--import {path}{_line_in(path, error)}: {type(error).__name__}: {error}",
+            f"--import {path}{line_in(path, error)}: {type(error).__name__}: {error}",
             "a file that Python can import",
             f"python {path} shows the full traceback",
         ) from error
 
 
-def _line_in(path: Path, error: BaseException) -> str:
+def line_in(path: Path, error: BaseException) -> str:
     """The line of the file that failed, as ", line 3"; "" if the error is not in the file."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}" if error.lineno else ""

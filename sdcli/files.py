@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that replaces it when the block ends, so that readers never see half a file.
 
     If the block fails, the temporary file is removed and `path` stays as it was. Its name is unique, so that two
-    processes can replace the same file.
+    processes can replace the same file. A device, a pipe or a folder is never replaced: raises OSError.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is not a regular file", str(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield beside

@@ -52,8 +52,9 @@ def _begin(
     multiprocessing.set_start_method(method, force=True)
     if leads:
         os.setpgid(0, 0)
-    # Jobs in the background of a shell begin with Ctrl-C ignored, tests among them.
+    # Jobs in the background of a shell begin with Ctrl-C ignored, those of `nohup` with SIGHUP; tests are among them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     os.chdir(folder)

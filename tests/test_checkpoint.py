@@ -302,7 +302,7 @@ def test_a_budget_chooses_the_dearest_setting_within_it():
         (lambda found: found["policy"]["temperatures"].update(exit1=-1.0), "the temperature of exit1 is -1.0"),
         (lambda found: found["curve"].reverse(), "early_exit.curve is not sorted by cost"),
         (lambda found: found["curve"][0].update(thresholds={"exit1": "low"}), "early_exit.curve.0.thresholds.exit1"),
-        (lambda found: found["promise"].update(bound=float("nan")), "not finite"),
+        (lambda found: found["promise"].update(measured=float("nan")), "not finite"),
     ],
 )
 def test_a_calibration_that_cannot_be_true_is_refused(saved, change, reason):

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import Terminal, refused
+from conftest import Command, Terminal, refused
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdcli import devices
 from sdcli.cli import main
@@ -489,6 +490,58 @@ def test_pretrained_weights_that_cannot_be_loaded_are_explained_for_the_command_
 )  # fmt: skip
 def test_a_mistake_in_eval_is_explained(options, message, trained, sdcli):
     refused(sdcli("eval", trained / "best.safetensors", "-j", 0, *options), message)
+
+
+def test_scores_that_are_not_finite_are_refused(trained: Path, tmp_path: Path, sdcli: Command) -> None:
+    with safe_open(trained / "last.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["backbone.conv1.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "last.safetensors", metadata)
+    refused(
+        sdcli("eval", tmp_path, "--json"),
+        f"'{tmp_path}/last.safetensors': exit1 has an NLL of nan on 359 images\n"
+        "  expected: a network whose outputs are finite\n"
+        "  fix:      train it again with a lower learning rate",
+    )
+
+
+TOO_LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "test_vit", "--dataset", TOO_LONG),
+        ("train", "test_vit", "--dataset", "digits", "--output", TOO_LONG),
+        ("train", "test_vit", "--dataset", "digits", "--weights", f"{TOO_LONG}.safetensors"),
+        ("train", "test_vit", "--dataset", "digits", "--import", f"{TOO_LONG}.py"),
+        ("train", "test_vit", "--dataset", "digits", "--resume", "auto", "--output", TOO_LONG),
+        ("train", "--resume", TOO_LONG),
+        ("eval", TOO_LONG),
+        ("plot", TOO_LONG),
+        ("train", "test_vit", "--dataset", "~nobody-at-all/set"),
+        ("train", "test_vit", "--dataset", "digits", "--weights", "~nobody-at-all/w.safetensors"),
+        ("train", "test_vit", "--dataset", "digits", "--import", "~nobody-at-all/own.py"),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_message(
+    command: tuple[str, ...], tmp_path: Path, sdcli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = sdcli(*command)
+    assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
+    assert result.err.count("error: ") == 1 and "\n  expected: " in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_of_any_length_is_one_short_message(sdcli: Command) -> None:
+    result = sdcli("recipes", "check", "quick", "--set", f"epochs={'1' * 5000}")
+    assert result.code == 2 and len(result.err) < 1500 and "an integer is too large\n" in result.err
+
+
+def test_the_whole_disk_is_refused_as_a_data_set(sdcli: Command) -> None:
+    result = sdcli("train", "test_vit", "--dataset", "/", "--device", "cpu")
+    assert result.code == 2 and "error: '/' is not the folder of a data set\n" in result.err
 
 
 def test_classes_that_do_not_match_are_explained(trained, tmp_path, sdcli):

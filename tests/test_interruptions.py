@@ -186,6 +186,18 @@ def test_ctrl_c_that_a_library_turns_into_another_error_is_still_one(
     assert stopped.code == 130 and stopped.err.endswith("stopped\n")
 
 
+def test_errors_that_are_each_others_cause_are_one_message(
+    tmp_path: Path, sdcli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **options: Any) -> None:
+        error, other = UserError("no"), ValueError()
+        error.__cause__, other.__cause__ = other, error
+        raise error
+
+    monkeypatch.setattr("sdcli.run.prepare.build", failing)
+    refused(sdcli(*START, "--output", tmp_path / "run"), "no")
+
+
 def test_a_signal_while_the_last_epoch_is_scored_on_test_stops_the_run(tmp_path: Path) -> None:
     training = prepare(
         Settings("test_vit", "digits", limit_train=48, val_fraction=0.0, device="cpu", workers=0),
@@ -515,6 +527,13 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(
     refuse(monkeypatch, "curves.png", errno.ENOSPC)
     result = sdcli(*START, "--epochs", 1, "--output", tmp_path / "run")
     assert result.code == 0 and "curves.png' cannot be written" in result.err.replace("\n", " ")
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="it is not a regular file"), replacing(tmp_path / "pipe") as beside:
+        beside.write_text("new")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_log_grows_by_a_line_and_the_table_is_made_anew_for_a_new_column(tmp_path: Path) -> None:

@@ -150,6 +150,18 @@ def test_a_loss_of_another_shape_is_refused(loss, shape, fix, monkeypatch):
     )
 
 
+def test_a_loss_that_cannot_be_built_is_named(monkeypatch):
+    class Mine(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+
+    monkeypatch.setitem(LOSSES.entries, "mine", Entry("mine", Mine, reads="features"))
+    losses, widths = {"mine": Loss(kind="mine", on="exit1", target="final")}, {"exit1": PointSpec(4, 4)}
+    with pytest.raises(UserError) as error:
+        Objective(losses, {**widths, "final": PointSpec(8, 8)})
+    assert error.value.wrong.startswith("losses.mine at exit1: kind = 'mine' cannot be built: TypeError: ")
+
+
 @pytest.mark.parametrize("reduced", [lambda values: values, torch.mean])
 def test_a_loss_may_return_one_value_or_one_for_each_image(reduced, monkeypatch):
     entry = Entry("mine", lambda student, batch: reduced(student.mean(dim=1)), reads="logits")

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import timm.optim
+import torch
 from torch import nn
 
-from sdcli.method.optimizer import create_optimizer
+from sdcli.errors import UserError
+from sdcli.method.optimizer import check_optimizer, create_optimizer
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.schema import Network, Optimizer
@@ -66,6 +68,23 @@ def test_a_user_head_may_exempt_parameters_too() -> None:
 
     module = nn.ModuleDict({"head": Head(4, 4), "other": nn.Linear(4, 4)})
     assert decayed(create_optimizer([module], TABLE), module) == {"other.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended")
+@pytest.mark.parametrize("opt", timm.optim.list_optimizers())
+def test_an_optimizer_takes_a_step_or_is_refused(opt: str) -> None:
+    """Of timm's, some need CUDA, other packages or second derivatives."""
+    table = Optimizer(opt=opt, lr=0.001)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    try:
+        check_optimizer(table)
+    except UserError as error:
+        assert error.wrong.startswith(f"optimizer.opt = '{opt}' cannot be used: ")
+        assert opt == "adahessian" or opt.startswith(("bnb", "fused"))
+        return
+    optimizer = create_optimizer([module], table)
+    module(torch.ones(5, 3, 3, 3)).square().sum().backward()
+    optimizer.step()
 
 
 def test_everything_is_decayed_where_the_recipe_asks_for_it() -> None:

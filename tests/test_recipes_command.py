@@ -477,6 +477,26 @@ def test_an_imported_loss_of_another_form_is_refused(
     refused(sdcli("recipes", "check", recipe, "--import", file), f"{recipe}: {message}")
 
 
+def test_an_imported_loss_that_raises_is_named_with_its_line(
+    sdcli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        'from sdcli import LOSSES\n@LOSSES.register("raises", reads="logits")\ndef raises(student, batch):\n'
+        '    return {}["weight"]\n'
+    )
+    result = sdcli(
+        "train", "test_vit", "--dataset", "digits", "--recipe", "baseline", "--device", "cpu", "--limit-train", 48,
+        "--set", "losses.task.kind=raises", "--import", "own.py", "--output", "run",
+    )  # fmt: skip
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.endswith(
+        f"error: {tmp_path}/own.py, line 4: KeyError: 'weight'\n"
+        "  expected: losses, signals and heads that run on what this network returns\n"
+        f"  fix:      correct it, then: sdcli train --resume run --import {tmp_path}/own.py\n"
+    )
+
+
 def test_an_imported_head_without_a_classifier_is_refused(sdcli: Command, tmp_path: Path) -> None:
     file = write(tmp_path, HEAD.replace("self.classifier", "self.last"))
     recipe = write(tmp_path, 'extends = "deep-supervision"\n[networks.student]\nhead = "flat"\n', "mine.toml")

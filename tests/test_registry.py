@@ -49,6 +49,15 @@ def test_wrong_keys_types_and_ranges_are_explained(options, message):
     assert str(error.value) == message
 
 
+def test_a_key_may_have_any_name_that_an_argument_may_have():
+    things = Registry("thing")
+
+    @things.register("odd")
+    def odd(value: int, *, schema: int = 1, model_config: int = 2, copy: int = 3) -> None: ...
+
+    assert things.find("odd").check({"schema": 4}, "here") == {"schema": 4, "model_config": 2, "copy": 3}
+
+
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(UserError) as error:
         registry().find("scael", "losses.soft")

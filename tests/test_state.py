@@ -203,6 +203,38 @@ def test_the_state_of_other_optimizers_is_used(opt: str, tmp_path: Path) -> None
     assert isinstance(list(train_epoch(training))[-1], Epoch)
 
 
+FOREIGN: list[Callable[[dict[str, Any]], Any]] = [
+    lambda entry: entry.clear(),
+    lambda entry: entry.update({name: torch.ones(7) for name in entry}),
+    lambda entry: entry.update({name: "x" for name in entry}),
+    lambda entry: entry.popitem(),
+]
+
+
+@pytest.mark.parametrize("opt", ["lamb", "adopt", "lion", "adafactor", "radam"])
+def test_a_forged_state_of_other_optimizers_is_refused_before_anything_is_changed(opt: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    asked = iter(range(100))
+    recipe = load_recipe(["quick"], [*SHORT, f"optimizer.opt={opt}", "optimizer.lr=0.001"])
+    list(fit(prepare(QUICK, recipe, folder), lambda: 15 if next(asked) == 2 else None))
+    training = resume(folder, *resumed(folder, {}, None, []))
+    before = copy.deepcopy((training.learner.state_dict(), training.optimizer.state_dict()["state"]))
+    state = states.load_state(folder / "state" / "last.pt")
+    for change in FOREIGN:
+        forged = copy.deepcopy(state)
+        change(forged["optimizer"]["state"][0])
+        try:
+            restore(training, forged)
+        except UserError as error:
+            assert error.wrong.startswith(f"state cannot be used: '{folder}/state/last.pt': the optimizer cannot take")
+            assert equal(before[0], training.learner.state_dict())
+        else:
+            # What an optimizer makes anew it does not miss.
+            assert change in (FOREIGN[0], FOREIGN[3])
+            assert isinstance(list(train_epoch(training))[-1], Epoch)
+            training = resume(folder, *resumed(folder, {}, None, []))
+
+
 # Whatever may be in the file
 
 

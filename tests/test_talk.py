@@ -15,7 +15,8 @@ from rich.table import Table
 
 from sdcli.cli import talk
 from sdcli.cli.progress import _epoch_table
-from sdcli.cli.talk import counted, line, message, note, print_json, printable, stages
+from sdcli.cli.talk import line, message, note, print_json, printable, stages
+from sdcli.errors import counted
 from sdcli.run.events import Epoch
 
 RED, CLEAR, REVERSED = "[red]x[/red]", "\x1b[2J", "\u202egnp"

@@ -26,7 +26,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from processes import Process, finished, together
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdcli.errors import UserError
 from sdcli.evaluation.scoring import score_checkpoint
@@ -420,6 +420,8 @@ def test_a_run_goes_on_from_another_folder_and_without_the_weights_it_began_with
     weights.unlink()
     monkeypatch.chdir(tmp_path / "elsewhere")
     finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+    shipped = (tmp_path / "run" / "last.safetensors").read_bytes()
+    assert str(tmp_path).encode() not in shipped, "paths stay on their machine"
     monkeypatch.chdir(tmp_path)
     assert resumed(tmp_path / "run", {"dataset": "data"}, None, [])[0].dataset == str(tmp_path / "data")
 
@@ -1028,6 +1030,38 @@ def test_a_frozen_network_with_other_weights_is_refused(taught: tuple[Path, Path
         )
     finally:
         weights.write_bytes(content)
+
+
+def test_a_frozen_network_with_random_weights_is_refused_as_a_teacher(
+    taught: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe, _ = taught
+    with pytest.raises(UserError) as error:
+        prepare(replace(QUICK, limit_train=48), load(recipe, "networks.teacher.weights=random"), tmp_path / "run")
+    assert str(error.value) == (
+        "networks.teacher does not learn and has random weights: it would teach noise\n"
+        "  expected: weights: pretrained, or a .safetensors file\n"
+        "  fix:      --set networks.teacher.weights=pretrained"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_network_whose_classifier_is_fresh_is_refused_as_a_teacher(
+    taught: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe, weights = taught
+    other = {name: t[:7] if name.startswith("backbone.fc.") else t for name, t in load_file(weights).items()}
+    save_file(other, tmp_path / "seven.safetensors")
+    begins = ["networks.teacher.weights=" + str(tmp_path / "seven.safetensors")]
+    with pytest.raises(UserError) as error:
+        prepare(replace(QUICK, limit_train=48), load(recipe, *begins), tmp_path / "run")
+    assert error.value.wrong == (
+        "networks.teacher does not learn, and its classifier at final has random weights: the file has none for these "
+        "classes"
+    )
+    assert not (tmp_path / "run").exists()
+    # Its maps are those of the file: a loss on them may read it.
+    prepare(replace(QUICK, limit_train=48), load(recipe, *begins, "losses.taught.kind=fitnet"), tmp_path / "run")
 
 
 # The check before the run sees the model as the run will build it

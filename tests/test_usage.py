@@ -134,7 +134,7 @@ MESSAGES = {
         ".safetensors file\n  fix:      sdcli eval runs/first"
     ),
     "trian resnet18": (
-        "sdcli has no command 'trian'\n  expected: one of inspect, train, eval, plot, recipes\n"
+        "sdcli has no command 'trian'\n  expected: one of inspect, train, eval, calibrate, predict, bench, plot, recipes\n"
         "  fix:      did you mean 'train'?"
     ),
     "recipes chek": (

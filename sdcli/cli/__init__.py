@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ import typer
 
 from sdcli import __version__
 from sdcli.cli import bench as bench_command
+from sdcli.cli import calibrate as calibrate_command
 from sdcli.cli import eval as eval_command
 from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
@@ -65,6 +67,7 @@ def main_options(
 inspect_command.register(app)
 train_command.register(app)
 eval_command.register(app)
+calibrate_command.register(app)
 predict_command.register(app)
 bench_command.register(app)
 plot_command.register(app)
@@ -82,11 +85,13 @@ def main() -> None:
             app()
         finally:
             _flush_results()
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C may come as any error
         if _interrupted(error):
             # Also where a library, or typer, has made something else of it.
             print("stopped", file=sys.stderr)
             sys.exit(130)
+        if isinstance(error, OSError):
+            error = _refused_path(error) or error
         if not isinstance(error, UserError):
             raise
         if os.environ.get("RANK", "0") != "0":
@@ -104,17 +109,43 @@ def _flush_results() -> None:
         sys.exit(1)
 
 
+REFUSED_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What a file system answers to a path that a user may give, wherever it is used first."""
+
+LONGEST = 1000
+"""Characters of a message's first line: a value of any length may be in it."""
+
+
+def _refused_path(error: OSError) -> UserError | None:
+    """The error for a path that the file system refuses; None for any other error."""
+    if error.errno not in REFUSED_PATHS or not isinstance(error.filename, str):
+        return None
+    return UserError(
+        f"'{error.filename}' cannot be used: {error.strerror}",
+        "a path that exists or can be made, and may be read or written",
+        "check the path and its permissions",
+    )
+
+
 def _interrupted(error: BaseException | None) -> bool:
     """Whether an error goes back to Ctrl-C."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    # Errors may be each other's cause, where one is raised again from another that came of it.
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error is not None
+    return False
 
 
 def _print_error(error: UserError) -> None:
     from sdcli.cli.talk import message
 
-    parts: list[str | tuple[str, str]] = [("error: ", "bold red"), (error.headline, "bold")]
+    headline = error.headline
+    if len(headline) > LONGEST:
+        headline = f"{headline[: LONGEST // 2]} … {headline[-LONGEST // 4 :]}"
+    parts: list[str | tuple[str, str]] = [("error: ", "bold red"), (headline, "bold")]
     for title, line in (("expected:", error.expected), ("fix:     ", error.fix)):
         parts += [(f"\n  {title} ", "dim"), line] if line else []
     message(*parts)

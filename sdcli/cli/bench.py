@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdcli.cli.usage import Command
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.extensions import load_imports
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def bench(
     if budget is not None and threshold is not None:
         raise UserError("--budget and --threshold exclude each other", "one of them")
 
-    from sdcli.cli.talk import counted, end_stage, note, only_results, output, print_json, stages
+    from sdcli.cli.talk import end_stage, note, only_results, output, print_json, stages
 
     notes: list[str] = []
     with stages(), only_results():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,8 @@ EPILOG = """
 Example:  sdcli eval runs/first
 
 Example:  sdcli eval runs/first --exits exit1,final --split val --json
+
+Example:  sdcli eval runs/first --dynamic
 """
 
 
@@ -68,17 +71,29 @@ def evaluate(
         list[Path] | None,
         typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
     ] = None,
+    dynamic: Annotated[
+        bool,
+        typer.Option("--dynamic", metavar="", help="Score early exit too, as sdcli calibrate has set it up."),
+    ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="SHARE", help="With --dynamic: mean MACs of at most this share of the plain model."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print CSV.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", metavar="", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Score every exit and their ensemble.
+    """Score every exit and their ensemble, and early exit.
 
     A checkpoint holds all that is needed: model, exits, preprocessing and the name of its data set. The ensemble is
     the mean of the scored exits' logits. A speed-up compares the MACs of the plain model with those up to an exit.
     """
     if as_json + as_csv + as_markdown > 1:
         raise UserError("--json, --csv and --markdown exclude each other", "one of them")
+    if budget is not None and not dynamic:
+        raise UserError("--budget needs --dynamic", "both, or neither", "--dynamic")
     points = parse_points(exits)
 
     from sdcli.cli.talk import line, note, only_results, output, print_json, stages
@@ -103,17 +118,22 @@ def evaluate(
                 batch_size=batch_size,
                 device=device,
                 workers=workers,
+                dynamic=dynamic,
+                budget=budget,
                 progress=progress,
             )
-    report, num_classes = scored.report, len(scored.classes)
+    report, num_classes, leaving = scored.report, len(scored.classes), scored.dynamic
     if as_json:
-        print_json(report.to_dict())
+        print_json(report.to_dict() | ({"early_exit": asdict(leaving)} if leaving else {}))
     elif as_csv:
-        line(tables.report_csv(report))
+        line(tables.report_csv(report, leaving))
     elif as_markdown:
-        line(tables.report_markdown(report, num_classes))
+        line(tables.report_markdown(report, num_classes, leaving))
     else:
-        output().print(tables.report_table(report, num_classes))
+        output().print(tables.report_table(report, num_classes, leaving))
+        if leaving:
+            output().print(tables.leaving_table(leaving))
+            output().print(tables.leaving_time(leaving), soft_wrap=True)
     if path != checkpoint:
         note(f"checkpoint: {path}, epoch {scored.epoch}")
     for text in scored.notes:

@@ -1,14 +1,20 @@
-"""A run's curves as a picture, from its log. Needs matplotlib."""
+"""Pictures: a run's curves from its log, and accuracy against cost. Needs matplotlib."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdcli.errors import UserError
 from sdcli.files import replacing
 from sdcli.run.folder import read_log
 
+if TYPE_CHECKING:
+    from sdcli.evaluation.calibrate import Calibrated
+
+FORMATS = (".png", ".svg", ".pdf", ".jpg", ".webp")
 WIDTH, HEIGHT = 5.5, 4.2
 """Of a panel, in inches, at 150 dots each."""
 
@@ -20,31 +26,67 @@ def has_matplotlib() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def check(file: Path) -> None:
+    """Raises UserError where no picture can be drawn into `file`, before anything is computed."""
+    if not has_matplotlib():
+        raise UserError("pictures need matplotlib", "it installed", "pip install 'sdcli[plots]'")
+    if file.suffix not in FORMATS:
+        raise UserError(f"'{file}' is not the name of a picture", "one of " + ", ".join(FORMATS), f"{file.stem}.png")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"'{file}' cannot be written: its folder does not exist", "a folder that exists")
+
+
 def save_curves(run: Path, file: Path) -> None:
     """Draws losses and accuracies by epoch; raises UserError where there is no log or no matplotlib."""
     log = read_log(run)
     if not log:
         raise UserError(f"'{run}' has no epochs to draw", "a run folder whose log.jsonl has a line")
-    if not has_matplotlib():
-        raise UserError("pictures need matplotlib", "it installed", "pip install 'sdcli[plots]'")
+    draw = [_losses, _accuracies] if any(line["validation"] for line in log) else [_losses]
+    with _drawing(file, len(draw)) as (figure, panels):
+        for panel, axes in zip(draw, panels, strict=True):
+            panel(axes, log)
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.suptitle(run.resolve().name, fontsize=10)
+
+
+def save_trade_off(found: Calibrated, file: Path) -> None:
+    """Draws accuracy against MACs: the exits alone, and early exit at every setting."""
+    with _drawing(file, 1) as (_, (axes,)):
+        curve, alone = found.calibration.curve, found.exits
+        axes.plot([p.cost for p in curve], [p.top1 for p in curve], color="tab:orange", label="early exit", marker=".")
+        axes.plot(
+            [row.cost for row in alone], [row.top1 for row in alone], "o", color="#1f3f7a", label="one exit alone"
+        )
+        for row in alone:
+            axes.annotate(row.point, (row.cost, row.top1), (4, -10), textcoords="offset points", fontsize=8)
+        chosen = next(row for row in found.trade_offs if row.chosen)
+        axes.plot([chosen.cost], [chosen.top1], "*", color="tab:red", markersize=12, label="chosen")
+        axes.set_xlabel("mean MACs, as a share of the plain model's")
+        axes.set_title(f"top-1 % on {found.calibration.data}", fontsize=10, loc="left")
+        axes.legend(fontsize=8, frameon=False)
+
+
+@contextmanager
+def _drawing(file: Path, panels: int) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with panels side by side, written to `file` at the end."""
+    check(file)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    draw = [_losses, _accuracies] if any(line["validation"] for line in log) else [_losses]
-    figure = Figure(figsize=(WIDTH * len(draw), HEIGHT), dpi=150, layout="constrained")
+    figure = Figure(figsize=(WIDTH * panels, HEIGHT), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, axes in zip(draw, figure.subplots(1, len(draw), squeeze=False)[0], strict=True):
-        panel(axes, log)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(run.resolve().name, fontsize=10)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for panel in axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    yield figure, axes
     try:
         with replacing(file) as beside:
-            figure.savefig(beside, format=file.suffix.lstrip(".") or "png")
+            figure.savefig(beside, format=file.suffix.lstrip("."))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be written: {error}", "a file such as curves.png or curves.svg") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"'{file}' cannot be written: {reason}", "a file such as curves.png or curves.svg") from None
 
 
 def _losses(axes: Any, log: list[dict[str, Any]]) -> None:

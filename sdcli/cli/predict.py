@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdcli.cli.usage import Command
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.extensions import load_imports
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def predict(
         }
     )
 
-    from sdcli.cli.talk import counted, end_stage, message, note, only_results, stages
+    from sdcli.cli.talk import end_stage, message, note, only_results, stages
 
     with stages(), only_results():
         from sdcli.cli import predictions

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from sdcli.cli.plots import has_matplotlib, save_curves
 from sdcli.cli.tables import report_rows
-from sdcli.cli.talk import counted, end_stage, is_watched, message, note, talk
-from sdcli.errors import UserError
+from sdcli.cli.talk import end_stage, is_watched, message, note, talk
+from sdcli.errors import UserError, counted
 from sdcli.evaluation.evaluate import Report
 from sdcli.run.best import COARSE, quality
 from sdcli.run.events import Epoch, Finished, Step, Stopped

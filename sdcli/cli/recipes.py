@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdcli.cli.inspect import LARGEST_IMAGE
-from sdcli.cli.talk import counted
 from sdcli.cli.usage import Command, Group, misplaced
-from sdcli.errors import UserError, unknown
+from sdcli.errors import UserError, counted, unknown
 from sdcli.method.catalogue import SHELVES, Shelf, completed
 
 if TYPE_CHECKING:

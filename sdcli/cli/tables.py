@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sdcli.cli.talk import counted
+from sdcli.errors import counted
 from sdcli.recipe.about import needs
 from sdcli.toml import write_value
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sdcli.evaluation.bench import Bench
+    from sdcli.evaluation.calibrate import Calibrated
+    from sdcli.evaluation.dynamic import Dynamic
     from sdcli.evaluation.evaluate import ExitResult, Report
     from sdcli.method.catalogue import Item
     from sdcli.recipe.about import Difference, Overview
@@ -284,9 +286,9 @@ COLUMNS = (
 )
 
 
-def report_rows(report: Report) -> list[ExitResult]:
-    """All exits, the ensemble last where there is one."""
-    return [*report.exits, *([report.ensemble] if report.ensemble else [])]
+def report_rows(report: Report, leaving: Dynamic | None = None) -> list[ExitResult]:
+    """All exits, then the ensemble and early exit where there are any."""
+    return [*report.exits, *([report.ensemble] if report.ensemble else []), *([leaving.result] if leaving else [])]
 
 
 def report_columns(num_classes: int) -> list[Column]:
@@ -294,9 +296,9 @@ def report_columns(num_classes: int) -> list[Column]:
     return [column for column in COLUMNS if column.field != "top5" or num_classes > 5]
 
 
-def report_table(report: Report, num_classes: int) -> Table:
+def report_table(report: Report, num_classes: int, leaving: Dynamic | None = None) -> Table:
     """What `eval` shows: the best of each column in bold, the ensemble last under a line."""
-    rows, columns = report_rows(report), report_columns(num_classes)
+    rows, columns = report_rows(report, leaving), report_columns(num_classes)
     table = plain_table(f"{report.model}  ·  {report.dataset} ({report.split}, {counted(report.num_images, 'image')})")
     table.add_column("exit", no_wrap=True)
     for column in columns:
@@ -304,6 +306,66 @@ def report_table(report: Report, num_classes: int) -> Table:
     for result in rows:
         cells = [Text(cell(result, c), style="bold" if is_best(result, c, rows) else "") for c in columns]
         table.add_row(result.point, *cells, end_section=result is report.exits[-1])
+    return table
+
+
+def leaving_table(leaving: Dynamic) -> Table:
+    """What `eval --dynamic` adds: who leaves where, and the time that it takes."""
+    table = plain_table("early exit")
+    table.add_column("leave at", no_wrap=True)
+    for title in ("images", "top-1 %", "top-1 % of\nthe plain model"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in leaving.exits:
+        scores = ("-" if score is None else f"{score:.2f}" for score in (row.top1, row.plain_top1))
+        table.add_row(row.point, f"{row.share:.1%}", *scores)
+    return table
+
+
+def leaving_time(leaving: Dynamic) -> str:
+    """The work and the time of early exit, in a sentence."""
+    own, plain = leaving.seconds, leaving.plain_seconds
+    shares = f"{1 / leaving.result.speedup:.2f} of the plain model's MACs and {own / plain:.2f} of its time"
+    return f"{shares}: {own:.1f} s against {plain:.1f} s, loading not counted."
+
+
+def exits_table(found: Calibrated, num_images: int) -> Table:
+    """What `calibrate` shows of every exit alone."""
+    table = plain_table(f"exits on {counted(num_images, 'held-out image')}")
+    table.add_column("exit", no_wrap=True)
+    for title in ("top-1 %", "AUROC", "temperature", "ECE", "ECE at this\ntemperature"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in found.exits:
+        auroc = f"{row.auroc:.3f}" if math.isfinite(row.auroc) else "-"
+        cells = (f"{row.top1:.2f}", auroc, f"{row.temperature:.2f}", f"{row.ece:.3f}", f"{row.scaled_ece:.3f}")
+        table.add_row(row.point, *cells)
+    return table
+
+
+def trade_off_table(found: Calibrated, confidence: float, *, change: bool) -> Table:
+    """What `calibrate` shows of its settings, the chosen one in bold, and below it what the columns mean."""
+    table = plain_table("early exit: settings of " + found.calibration.policy.kind)
+    points = list(found.trade_offs[-1].shares)
+    for row in found.trade_offs:
+        points += [point for point in row.shares if point not in points]
+    points = sorted(points, key=lambda point: (point == "final", point))
+    timed = any(row.latency_ms is not None for row in found.trade_offs)
+    table.add_column("", no_wrap=True)
+    lost = "changed" if change else "drop"
+    for title in ("mean MACs", "p95", *(["ms"] if timed else []), "same %" if change else "top-1 %", lost, f"{lost} ≤"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for point in points:
+        table.add_column(point, justify="right", no_wrap=True)
+    for row in found.trade_offs:
+        cells = [
+            f"{row.cost:.3f} ± {row.cost_error:.3f}",
+            f"{row.p95_cost:.2f}",
+            *([f"{row.latency_ms:.2f}" if row.latency_ms is not None else "-"] if timed else []),
+            f"{row.top1:.2f}",
+            f"{row.drop:.2f}",
+            f"{row.certified:.2f}",
+            *(f"{row.shares[point]:.0%}" if point in row.shares else "" for point in points),
+        ]
+        table.add_row("→" if row.chosen else "", *cells, style="bold" if row.chosen else "")
     return table
 
 
@@ -325,9 +387,9 @@ def is_best(result: ExitResult, column: Column, rows: Sequence[ExitResult]) -> b
     return bool(getattr(result, column.field) == (max(values) if column.best == "max" else min(values)))
 
 
-def report_markdown(report: Report, num_classes: int) -> str:
+def report_markdown(report: Report, num_classes: int, leaving: Dynamic | None = None) -> str:
     """The table for a README."""
-    rows, columns = report_rows(report), report_columns(num_classes)
+    rows, columns = report_rows(report, leaving), report_columns(num_classes)
     lines = [
         "| exit | " + " | ".join(column.title for column in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -338,13 +400,13 @@ def report_markdown(report: Report, num_classes: int) -> str:
     return "\n".join(lines)
 
 
-def report_csv(report: Report) -> str:
+def report_csv(report: Report, leaving: Dynamic | None = None) -> str:
     """All values in full, one line per exit."""
     names = ["model", "dataset", "split", "num_images", "point", *(column.field for column in COLUMNS)]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
-    for result in report_rows(report):
+    for result in report_rows(report, leaving):
         about = [report.model, report.dataset, report.split, report.num_images, result.point]
         writer.writerow([*about, *(getattr(result, column.field) for column in COLUMNS)])
     return text.getvalue().rstrip("\n")

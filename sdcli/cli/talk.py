@@ -102,11 +102,6 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number with its noun: "1 epoch", "2 epochs", "1,294 images"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 @contextlib.contextmanager
 def only_results() -> Iterator[None]:
     """Sends whatever else prints to stdout (an imported file, a library) to stderr."""

@@ -158,9 +158,15 @@ def _expected(param: Any) -> str:
         words = param.help.partition(" [default")[0].rstrip(".")
         words = words[:1].lower() + words[1:]
         return words if param.param_type_name == "argument" else f"{param.metavar}: {words}"
-    if param.min is not None and param.max is not None:
-        return f"{what} from {param.min:g} to {param.max:g}"
-    return f"{what} of {param.min:g} or more" if param.min is not None else what
+    if param.min is None:
+        return what
+    least = _plain(param.min)
+    return f"{what} of {least} or more" if param.max is None else f"{what} from {least} to {_plain(param.max)}"
+
+
+def _plain(number: float) -> str:
+    """1 for 1.0, and all digits of an integer."""
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def _choices(param: Any) -> list[str]:

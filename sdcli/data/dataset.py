@@ -128,11 +128,6 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """ "1 image", "2 images"."""
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """The first names of a list as text; "…" stands for the others."""
     return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdcli.data.dataset import SPLITS, ImageData, Images, counted, listed, printable, whole_split
+from sdcli.data.dataset import SPLITS, ImageData, Images, listed, printable, whole_split
 from sdcli.data.images import read_image, why_unreadable
 from sdcli.data.splits import scored_as_test, standard_splits
-from sdcli.errors import UserError, did_you_mean
+from sdcli.errors import UserError, counted, did_you_mean
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Those of torchvision's ImageFolder; case does not matter."""
@@ -101,6 +101,29 @@ def open_class_folders(name: str, path: Path) -> ImageData | None:
     )
     splits, more_notes = scored_as_test(splits)
     return ImageData(name, str(path), tuple(map(printable, classes)), splits, notes=(*notes, *more_notes))
+
+
+def unlabelled_images(path: Path) -> ImageData | None:
+    """The images of a folder whose images lie in no class folders, as a validation split; their labels are all 0.
+
+    None for a folder with class folders, tables or no images, and for what is no folder. Raises UserError for files
+    that cannot be images.
+    """
+    if not path.expanduser().is_dir():
+        return None
+    folder = path.expanduser().resolve()
+    if _has_classes(folder):
+        return None
+    found = _Found()
+    for below, files in sorted(walk(folder)):
+        for name in sorted(filter(_is_image, files)):
+            _add(found, "", os.path.join(below, name), folder)
+    _refuse_unreadable(str(path), found.unreadable)
+    if not found.images:
+        return None
+    files_of = np.array([os.fsencode(file) for _, file in found.images])
+    split = whole_split("validation", _Files(files_of), np.zeros(len(files_of), dtype=np.int64))
+    return ImageData(str(path), str(folder), (), {"validation": split})
 
 
 def _split_folders(path: Path) -> tuple[dict[str, Path], list[str]]:

@@ -20,9 +20,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sdcli.data.augment import key
 from sdcli.data.batch import Batch
-from sdcli.data.dataset import Split, counted
+from sdcli.data.dataset import Split
 from sdcli.data.transforms import SMALL, Preprocess, Transform
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 
 
 def suitable_workers(device: torch.device, preprocess: Preprocess) -> int:
@@ -82,7 +82,7 @@ class Loader(DataLoader[Batch]):
                 if isinstance(batch, _Failed):
                     raise batch.error
                 yield batch
-        except Exception as error:
+        except Exception as error:  # a lost worker shows as any error
             lost = self._lost()
             # Ends the workers while they listen: an error holds on to the frames that it went through, and if the
             # workers' queues go with these, they may be closed first, and ending takes five seconds a worker.

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sdcli.data.dataset import counted, listed
+from sdcli.data.dataset import listed
 from sdcli.data.folders import EXTENSIONS, walk
 from sdcli.data.images import as_rgb, read_image, why_unreadable
 from sdcli.data.loaders import Loader, batches_as_they_are, leave_signals_to_parent
 from sdcli.data.transforms import Preprocess, Transform, eval_transform
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 
 PHOTOS = (*EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jpe")
 """What is taken from a folder, which may hold other files too; a file that is named is read whatever its name."""

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdcli.data.dataset import ImageData, Images, Named, counted, listed, whole_split
+from sdcli.data.dataset import ImageData, Images, Named, listed, whole_split
 from sdcli.data.images import read_image, why_unreadable
 from sdcli.data.splits import scored_as_test, standard_splits
-from sdcli.errors import UserError, did_you_mean
+from sdcli.errors import UserError, counted, did_you_mean
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "pixel_values")
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sdcli.data.dataset import Split
 from sdcli.data.open import open_dataset
 from sdcli.data.splits import training_splits
-from sdcli.evaluation.scoring import _recorded_source
+from sdcli.evaluation.latency import now
+from sdcli.evaluation.scoring import recorded_source
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.predict import Strategy
@@ -96,7 +97,7 @@ def real_images(path: Path, about: Description, network: MultiExit, count: int) 
 
 def _scored_split(path: Path, about: Description) -> tuple[Split, str]:
     trained_on = about.dataset
-    source = trained_on.source or _recorded_source(path)
+    source = trained_on.source or recorded_source(path)
     data = open_dataset(source, image_key=trained_on.image_key, label_key=trained_on.label_key)
     if "test" in data.splits:
         return data.splits["test"], f"{trained_on.name} (test)"
@@ -268,18 +269,9 @@ def _batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 @torch.inference_mode()
 def timed(call: Callable[[Tensor], Any], images: Tensor, device: torch.device) -> tuple[float, Any]:
     """Seconds until the device has done what `call` asks for, and what it returns."""
-    _wait(device)
-    start = time.perf_counter()
+    start = now(device)
     result = call(images)
-    _wait(device)
-    return time.perf_counter() - start, result
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    return now(device) - start, result
 
 
 def current_load() -> float | None:

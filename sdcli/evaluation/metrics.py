@@ -5,6 +5,8 @@ B images, K classes
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,3 +42,15 @@ def confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """The largest probability and whether its class is the label, both [B]: the inputs of `ece`."""
     probability, predicted = torch.softmax(logits.float(), dim=1).max(dim=1)
     return probability, predicted == labels
+
+
+def auroc(confidence: Tensor, correct: Tensor) -> float:
+    """How often a right answer is surer than a wrong one, in [0, 1]; 0.5 is chance, NaN where all are right or wrong.
+
+    `confidence` and `correct` [B], as for `ece`: failure prediction as in Hendrycks and Gimpel 2017 (arXiv:1610.02136).
+    """
+    if bool(correct.all()) or not bool(correct.any()):
+        return math.nan
+    from torchmetrics.functional.classification import binary_auroc
+
+    return float(binary_auroc(confidence.double(), correct.long()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def check_files(recipe: Recipe) -> None:
     for name, network in recipe.networks.items():
         if network.weights not in ("random", "pretrained"):
             try:
-                with open_tensors(Path(network.weights).expanduser()):
+                with open_tensors(Path(os.path.expanduser(network.weights))):
                     pass
             except UserError as error:
                 raise error.within(f"networks.{name}.weights", key=f"networks.{name}.weights") from None

@@ -130,6 +130,12 @@ class Objective(nn.Module):
             built: nn.Module = entry.call(*widths, **options)
         except UserError as error:
             raise error.within(f"{where} at {point}", key=where) from None
+        except Exception as error:  # it may be the user's own code
+            raise UserError(
+                f"{where} at {point}: kind = '{entry.name}' cannot be built: {type(error).__name__}: {error}",
+                "a class that takes the widths of both points, then its recipe keys",
+                key=where,
+            ) from error
         return built
 
     def _check_all_taught(self) -> None:

@@ -17,11 +17,25 @@ FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 def check_optimizer(table: Optimizer) -> None:
-    """Raises UserError for an optimizer that timm does not have."""
+    """Raises UserError for an optimizer that timm does not have, or that cannot be used here."""
     import timm.optim
 
     if table.opt not in timm.optim.list_optimizers():
         raise unknown("optimizer", table.opt, timm.optim.list_optimizers()).within("optimizer.opt", key="optimizer.opt")
+    try:
+        optimizer = _of_timm([nn.Parameter(torch.zeros(1))], table)
+    except (AssertionError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        if not getattr(optimizer, "is_second_order", False):
+            return
+        reason = "it needs second derivatives"
+    raise UserError(
+        f"optimizer.opt = '{table.opt}' cannot be used: {reason}",
+        "an optimizer that needs gradients and the installed packages only, with values that it takes",
+        "--set optimizer.opt=adamw",
+        key="optimizer.opt",
+    )
 
 
 def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
@@ -34,10 +48,7 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
     if not table.decay_norm_and_bias:
         exempt = list(undecayed(together))
         parameters = timm.optim.param_groups_weight_decay(together, table.weight_decay, no_weight_decay_list=exempt)
-    optimizer = timm.optim.create_optimizer_v2(
-        parameters, opt=table.opt, lr=table.lr, weight_decay=table.weight_decay, momentum=table.momentum
-    )
-    assert isinstance(optimizer, torch.optim.Optimizer)
+    optimizer = _of_timm(parameters, table)
     if type(optimizer) in FUSED:
         takes = inspect.signature(type(optimizer)).parameters
         options = {name: value for name, value in optimizer.defaults.items() if name in takes}
@@ -45,6 +56,16 @@ def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.op
         # Groups differ in their weight decay only.
         groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
         optimizer = type(optimizer)(groups, **options)
+    return optimizer
+
+
+def _of_timm(parameters: Any, table: Optimizer) -> torch.optim.Optimizer:
+    import timm.optim
+
+    optimizer = timm.optim.create_optimizer_v2(
+        parameters, opt=table.opt, lr=table.lr, weight_decay=table.weight_decay, momentum=table.momentum
+    )
+    assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
 
 

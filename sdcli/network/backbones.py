@@ -154,8 +154,7 @@ def build(
     try:
         with torch.device(device), reach(repo, "model") if repo else nullcontext("") as silence:
             built = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **model_args)
-    except Exception as error:
-        # timm and its models raise all kinds of errors: assertions, KeyError, errors of the hub.
+    except Exception as error:  # timm and its models raise all kinds of errors: assertions, KeyError, errors of the hub
         reason = " ".join(str(error).split()) or type(error).__name__
         if silence and isinstance(error, OSError):
             raise UserError(

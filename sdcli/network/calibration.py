@@ -12,14 +12,14 @@ from sdcli.network.policies import Policy
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One setting of the thresholds, and what it gave on the images that were used to find it."""
+    """One setting of the thresholds, and what it gave on held-out images that played no part in finding it."""
 
     thresholds: dict[str, float | None]
     """The exits in use, shallowest first; see `Policy.thresholds`."""
     cost: float
     """Mean MACs per image, heads included, as a share of the plain network's."""
     top1: float
-    """In percent; NaN for data without labels is stored as -1."""
+    """In percent; without labels, the share of answers that are the plain network's."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Promise:
     percent, whose answer differs from the plain network's, which needs no labels."""
     limit: float
     """What was asked for, in points."""
-    bound: float
-    """What the test has shown, in points: at most `limit`."""
+    measured: float
+    """The loss on the images of the certificate, in points."""
     confidence: float
     """Between 0 and 1."""
     test: Literal["clopper-pearson", "betting"]
@@ -48,7 +48,7 @@ class Calibration:
     curve: tuple[OperatingPoint, ...]
     """What else the same policy can do, cheapest first."""
     num_images: int
-    """Images that temperatures and thresholds were found on."""
+    """Held-out images: half of them chose, the other half measured."""
     data: str
     """The data set and split, as tables show them."""
     date: str
@@ -72,7 +72,7 @@ def problems(calibration: Calibration) -> Iterator[str]:
     for policy in (calibration.policy, *(calibration.policy.at(point.thresholds) for point in calibration.curve)):
         numbers += [limit for limit in policy.thresholds.values() if limit is not None]
     if calibration.promise is not None:
-        numbers += [calibration.promise.limit, calibration.promise.bound, calibration.promise.confidence]
+        numbers += [calibration.promise.limit, calibration.promise.measured, calibration.promise.confidence]
     if not all(map(math.isfinite, numbers)):
         yield "early_exit has a number that is not finite"
     if [point.cost for point in calibration.curve] != sorted(point.cost for point in calibration.curve):

@@ -85,7 +85,7 @@ def _blaming(kind: str, stage: Stage, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # it is the user's own code
         shape = "x".join(map(str, (stage.num_chs, *stage.size)))
         reason = " ".join(str(error).split())
         raise UserError(

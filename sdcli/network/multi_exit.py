@@ -145,6 +145,12 @@ class MultiExit(nn.Module):
         embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
         return Signal(features, embedding, logits)
 
+    def tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """What each point's stage returns, in the model's own layout; no head is run."""
+        with visiting(self._store, lambda _, tensor: tensor):
+            self.backbone(images)
+            return dict(self._store.tensors)
+
     def plain(self, images: Tensor) -> Tensor:
         """The logits [B, K] of the network without its exits; their heads are not run."""
         output = averaged(self.backbone(images))

@@ -40,14 +40,16 @@ class Router:
         self._visited.add(point)
         verdict = self.judge.read(point, self.logits_at(point, tensor))
         leaving = self.policy.lets_go(point, verdict)
-        going = (~leaving).nonzero().squeeze(1)  # waits for the device, once per exit
-        if len(going) == len(tensor):
+        # Those that stay first, in order, so that the device is asked only for their number.
+        order = leaving.to(torch.uint8).argsort(stable=True)
+        staying = len(tensor) - int(leaving.sum())
+        if staying == len(tensor):
             return tensor
         place = self.points.index(point)
-        if len(going) == 0:
+        if staying == 0:
             self.left.append((self.rows, verdict.answer, place))
             raise Reached
-        gone = leaving.nonzero().squeeze(1)
+        going, gone = order[:staying], order[staying:]
         self.left.append((gone if self.rows is None else self.rows[gone], verdict.answer[gone], place))
         self.rows = going if self.rows is None else self.rows[going]
         self.judge.keep(going)

@@ -66,8 +66,7 @@ def trace_model(model: nn.Module, input_size: tuple[int, int, int], name: str) -
     image = image if parameter is None else image.to(parameter)
     try:
         record = record_forward(model, [image])
-    except Exception as error:
-        # Models raise all kinds of errors for an unsuitable size.
+    except Exception as error:  # models raise all kinds of errors for an unsuitable size
         reason = " ".join(str(error).split()) or type(error).__name__
         size = "x".join(map(str, input_size))
         raise UserError(f"{name} does not run on an image of {size}: {reason}") from error

@@ -6,6 +6,7 @@ B batch
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def build_network(table: Network, blueprint: Blueprint, *, begins: bool = True) 
         return network, Loaded()
     if table.weights == "pretrained":
         return network, Loaded(fresh=_fresh_classifier(network))
-    return network, load_weights(network, Path(table.weights).expanduser())
+    return network, load_weights(network, Path(os.path.expanduser(table.weights)))
 
 
 @dataclass(frozen=True)

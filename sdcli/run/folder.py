@@ -128,7 +128,8 @@ def check_output(folder: Path, dataset: str) -> None:
     Nothing is ever overwritten, except the leftovers of a run that died before it saved its first state.
     """
     data = Path(dataset)
-    if data.is_absolute() and data.is_dir():
+    # The whole disk is no data set, which is said where it is opened.
+    if data.is_absolute() and data != data.parent and os.path.isdir(data):
         _check_apart(folder, data.resolve())
     if (lock := lock_file(folder)).exists():
         probe = Lock(lock)

@@ -12,7 +12,7 @@ from sdcli.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover (Windows)
+except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
 HELD = (errno.EACCES, errno.EAGAIN)

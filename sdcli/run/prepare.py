@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from sdcli.extensions import digests, load_imports
 from sdcli.method.catalogue import completed
 from sdcli.method.check import check_files, check_names, check_with_model, idle_losses, remarks
 from sdcli.method.learner import Learner, build_objectives
+from sdcli.method.losses import LOSSES
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import Description, TrainedOn
@@ -86,7 +88,7 @@ def settled(recipe: Recipe) -> Recipe:
     networks = {
         name: network
         if network.weights in ("random", "pretrained")
-        else network.model_copy(update={"weights": str(Path(network.weights).expanduser().resolve())})
+        else network.model_copy(update={"weights": os.path.realpath(os.path.expanduser(network.weights))})
         for name, network in recipe.networks.items()
     }
     return completed(recipe).model_copy(update={"networks": networks})
@@ -249,7 +251,14 @@ def _build_networks(
 
 def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:
     """Raises UserError if a loss reads a randomly initialised classifier of a network that does not learn."""
-    read = {address.point for address in recipe.addresses() if address.network == name}
+    kinds = {loss: LOSSES.find(table.kind).reads for loss, table in recipe.losses.items()}
+    # Maps and the last embedding come from the backbone, whose weights are those of the file.
+    read = {
+        address.point
+        for loss, kind in kinds.items()
+        for address in recipe.addresses([loss])
+        if address.network == name and (kind == "logits" or (kind == "embedding" and address.point != FINAL))
+    }
     for module in loaded.fresh:
         point = module.removeprefix("heads.") if module.startswith("heads.") else FINAL
         if point in read or "all" in read or (point != FINAL and "exits" in read):

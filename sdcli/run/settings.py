@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
@@ -53,8 +53,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         # A run can be resumed from any working directory.
-        if self.dataset not in NAMED and Path(self.dataset).expanduser().is_dir():
-            object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
+        path = os.path.expanduser(self.dataset)
+        if self.dataset not in NAMED and os.path.isdir(path):
+            object.__setattr__(self, "dataset", os.path.realpath(path))
 
 
 def unchanging(settings: Settings, recipe: Recipe) -> dict[str, Any]:

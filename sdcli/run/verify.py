@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -111,6 +112,25 @@ def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim
             raise _misfit(path, f"optimizer.state.{index} belongs to no parameter")
         if fused:
             _check_entry(path, f"optimizer.state.{index}", entry, *parameters[index])
+    if not fused:
+        _try_step(path, saved, optimizer)
+
+
+def _try_step(path: Path, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError where an update fails with the saved state: what belongs into it only the optimizer knows.
+
+    It is tried on copies, which take the memory of the weights and their state for a moment.
+    """
+    trial = copy.deepcopy(optimizer)
+    try:
+        trial.load_state_dict(copy.deepcopy(dict(saved)))
+        for group in trial.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        trial.step()
+    except Exception as error:  # optimizers raise whatever comes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise _misfit(path, f"the optimizer cannot take a step with it: {reason}") from None
 
 
 def check_scaler(path: Path, saved: Mapping[str, float] | None, scaler: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from sdcli.data.batch import Batch
 from sdcli.devices import memory_wanted
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report
+from sdcli.extensions import line_in
 from sdcli.run.state import Position
 from sdcli.run.training import Training
 
@@ -191,4 +193,11 @@ def explained(error: Exception, training: Training) -> UserError | None:
             "free space for the run's files",
             f"free some space and resume: sdcli train --resume {training.run.folder}",
         )
+    for file in training.settings.imports:
+        if line := line_in(Path(file), error):
+            return UserError(
+                f"{file}{line}: {type(error).__name__}: {text}",
+                "losses, signals and heads that run on what this network returns",
+                f"correct it, then: sdcli train --resume {training.run.folder} --import {file}",
+            )
     return None

@@ -1,0 +1,220 @@
+"""`sdcli calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from sdcli.cli.usage import Command
+from sdcli.errors import UserError
+from sdcli.extensions import load_imports
+
+if TYPE_CHECKING:
+    from sdcli.evaluation.calibrate import Calibrated
+    from sdcli.network.calibration import Promise
+
+EPILOG = """
+Example:  sdcli calibrate runs/first --max-drop 1
+
+Example:  sdcli calibrate runs/first --budget 0.5 --output half.safetensors --plot half.png
+"""
+
+DEFAULT_DROP = 1.0
+_LEGEND = (
+    "MACs: shares of the plain model's, heads included. ≤: upper bound at {:.0%} confidence for this row alone, in "
+    "points. exit1, …, final: where images leave."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("calibrate", cls=Command, epilog=EPILOG)(calibrate)
+
+
+def calibrate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder (its best checkpoint), or a .safetensors file.")
+    ],
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=100, metavar="POINTS", help="Lose at most this much top-1 accuracy. [default: 1]"),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SHARE", help="Mean MACs of at most this share of the plain model's."),
+    ] = None,
+    latency_ms: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="MS", help="A mean of at most this many milliseconds per image, on this device."),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.9999, metavar="P", help="How certain --max-drop has to be.")
+    ] = 0.9,
+    consistency: Annotated[
+        bool,
+        typer.Option(
+            "--consistency",
+            metavar="",
+            help="Limit the share of answers that change, not the accuracy: needs no labels.",
+        ),
+    ] = False,
+    test: Annotated[
+        Literal["clopper-pearson", "betting"],
+        typer.Option(help="How --max-drop is tested. Betting is sharper, and depends on the order of the images."),
+    ] = "clopper-pearson",
+    no_guarantee: Annotated[
+        bool,
+        typer.Option(
+            "--no-guarantee", metavar="", help="The cheapest setting that kept --max-drop, without a promise."
+        ),
+    ] = False,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How sure an exit is: ensemble, confidence, margin or entropy. [default: the best of them]",
+        ),
+    ] = None,
+    agreement: Annotated[
+        bool | None,
+        typer.Option(
+            "--agreement/--no-agreement",
+            help="Images leave only where an exit agrees with the one before. [default: what is better]",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write another checkpoint. [default: the same file]"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw accuracy against MACs into a .png, .svg or .pdf file.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Other data with a validation split; with --consistency also a folder of unlabelled images. "
+            "[default: the data it was trained on]",
+        ),
+    ] = None,
+    image_key: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of images. [default: found by type and name]")
+    ] = None,
+    label_key: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of labels. [default: found by type and name]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="IMAGES", help="Use only this many images.")] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, metavar="IMAGES", help="Images in a batch.")
+    ] = 256,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-j", min=0, metavar="N", help="Processes that load images. [default: chosen]"),
+    ] = None,
+    import_: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+) -> None:
+    """Find out when images may leave early, and what that costs.
+
+    Half of the validation images choose temperatures, a policy and thresholds; the other half measures, and certifies
+    --max-drop. The result is stored in the checkpoint: predict, bench, export and eval --dynamic use it. Test images
+    play no part.
+    """
+    given = {"--max-drop": max_drop, "--budget": budget, "--latency-ms": latency_ms}
+    goals = [flag for flag, value in given.items() if value is not None]
+    if len(goals) > 1:
+        raise UserError(f"{' and '.join(goals)} exclude each other", "one goal", f"leave out {goals[-1]}")
+    if no_guarantee and max_drop is None and goals:
+        raise UserError(f"--no-guarantee has no effect with {goals[0]}", "it goes with --max-drop", "leave it out")
+
+    from sdcli.cli import plots, talk
+    from sdcli.cli.talk import note, only_results, print_json, stages
+
+    if plot is not None:
+        plots.check(plot)
+    with stages(), only_results():
+        from sdcli.cli import tables
+        from sdcli.cli.progress import scoring
+        from sdcli.evaluation.calibrate import Goal
+        from sdcli.evaluation.held_out import calibrate_checkpoint
+        from sdcli.network.checkpoint import find_checkpoint
+        from sdcli.network.policies import POLICIES
+
+        if policy is not None:
+            POLICIES.find(policy)
+        path = find_checkpoint(checkpoint)
+        load_imports(import_ or [])
+        goal = Goal(
+            max_drop=max_drop if goals else DEFAULT_DROP,
+            budget=budget,
+            latency_ms=latency_ms,
+            confidence=confidence,
+            loss="change" if consistency else "drop",
+            test=test,
+            guarantee=not no_guarantee,
+        )
+        with scoring() as progress:
+            found = calibrate_checkpoint(
+                path,
+                goal,
+                output=output or path,
+                kind=policy,
+                agreement=agreement,
+                dataset=dataset,
+                image_key=image_key,
+                label_key=label_key,
+                limit=limit,
+                batch_size=batch_size,
+                device=device,
+                workers=workers,
+                progress=progress,
+            )
+    if as_json:
+        print_json({**asdict(found), "checkpoint": str(output or path)})
+    else:
+        talk.output().print(tables.exits_table(found, found.calibration.num_images // 2))
+        talk.output().print(tables.trade_off_table(found, goal.confidence, change=consistency))
+        talk.output().print(_LEGEND.format(goal.confidence), soft_wrap=True)
+        talk.output().print(_summary(found), soft_wrap=True)
+    if plot is not None:
+        plots.save_trade_off(found, plot)
+        note(f"wrote {plot}")
+    for text in found.notes:
+        note(text)
+    note(f"stored in {output or path}")
+
+
+def _summary(found: Calibrated) -> str:
+    """The setting that was chosen, and its promise, in words."""
+    calibration = found.calibration
+    chosen = next(row for row in found.trade_offs if row.chosen)
+    if not calibration.policy.exits:
+        return "Nobody leaves early: the plain network is kept."
+    limits = [f"{point} at {limit:.3f}" for point, limit in calibration.policy.thresholds.items() if limit is not None]
+    agreeing = " and agrees with the exit before" if calibration.policy.agreement else ""
+    text = (
+        f"Images leave where the {calibration.policy.kind} score reaches its threshold{agreeing}: {', '.join(limits)}. "
+        f"They cost {chosen.cost:.3f} of the plain model's MACs on average."
+    )
+    return text + (f"\n{promised(calibration.promise, calibration.data)}" if calibration.promise else "")
+
+
+def promised(promise: Promise, data: str) -> str:
+    """A promise in a sentence."""
+    limit = f"{promise.limit:g}"
+    what = f"at most {limit} points of top-1 accuracy are lost"
+    if promise.loss == "change":
+        what = f"at most {limit} % of the answers differ from the plain model's"
+    return (
+        f"Certified with {promise.confidence:.0%} confidence: {what}, for images like those of {data} "
+        f"({promise.num_images:,} images; measured there: {promise.measured:.2f})."
+    )

@@ -1,0 +1,58 @@
+"""How long one image takes to each exit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from sdcli.network.multi_exit import MultiExit
+from sdcli.network.signals import signal_at
+from sdcli.recipe.address import FINAL
+
+ROUNDS, WARM_UP = 30, 3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds at one point, at batch size 1."""
+
+    reach: float
+    """From the image to the stage's tensor; for `final`, to the logits."""
+    head: float
+    """Of the exit's head; 0 for `final`."""
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds when all that the device was asked for is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def measure_latencies(network: MultiExit, exits: Sequence[str], device: torch.device) -> dict[str, Latency]:
+    """The medians of `exits` and `final`, at batch size 1, in rounds that take all of them in turn."""
+    image = torch.randn(1, *network.plan.input_size, device=device)
+    parts: dict[str, Callable[[], object]] = {FINAL: lambda: network.plain(image)}
+    kept = network.tensors(image)
+    for point in exits:
+        alone = network.upto(point)
+        parts[point] = lambda alone=alone: alone(image)  # type: ignore[misc]
+        stage, head, tensor = network.stages[point], network.heads[point], kept[point]
+        parts[f"{point} head"] = lambda stage=stage, head=head, tensor=tensor: signal_at(stage, head, tensor)  # type: ignore[misc]
+    taken: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(WARM_UP + ROUNDS):
+        for name, run in parts.items():
+            start = now(device)
+            run()
+            if number >= WARM_UP:
+                taken[name].append(1000 * (now(device) - start))
+    middle = {name: median(times) for name, times in taken.items()}
+    heads = {point: middle[f"{point} head"] for point in exits} | {FINAL: 0.0}
+    return {point: Latency(max(middle[point] - heads[point], 0.0), heads[point]) for point in (*exits, FINAL)}

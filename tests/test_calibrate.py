@@ -1,0 +1,383 @@
+"""When images may leave early: thresholds against loops, promises against simulation, and the command on real runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdcli.cli import main
+from sdcli.errors import UserError
+from sdcli.evaluation.calibrate import Goal, calibrate, losses, temperature_of
+from sdcli.evaluation.metrics import auroc
+from sdcli.evaluation.outputs import Outputs
+from sdcli.evaluation.promise import betting, bound_of, clopper_pearson, fixed_sequence, least_images
+from sdcli.evaluation.search import Costs, best_policy, safest_path
+from sdcli.evaluation.thresholds import Exits, Setting, area, frontier, geometric, lagrangian, measure
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.checkpoint import load_checkpoint
+from sdcli.network.policies import decide
+from sdcli.recipe.schema import Network
+
+EXITS = ["exit1", "exit2"]
+
+
+@pytest.fixture(scope="module")
+def blueprint() -> Blueprint:
+    table = Network(exits=3, head="linear")
+    return Blueprint.draft(table, "test_resnet", [str(number) for number in range(10)], image_size=32)
+
+
+def population(num: int, seed: int = 0, strengths: tuple[float, ...] = (1.6, 2.2, 2.6)) -> Outputs:
+    """Answers of three exits to images that are easy or hard for all of them alike."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (num,), generator=generator)
+    ease, shared = torch.randn(num, 1, generator=generator), torch.randn(num, 10, generator=generator)
+    logits = {}
+    for point, strength in zip([*EXITS, "final"], strengths, strict=True):
+        own = torch.randn(num, 10, generator=generator)
+        signal = torch.nn.functional.one_hot(labels, 10) * (strength + ease)
+        logits[point] = signal + shared + 0.7 * own
+    return Outputs(logits, labels)
+
+
+def small_exits(seed: int, num_exits: int = 2, num_images: int = 7) -> Exits:
+    generator = np.random.default_rng(seed)
+    scores = generator.choice(np.linspace(0.1, 0.9, 6), size=(num_exits, num_images))
+    right = generator.integers(0, 2, size=(num_exits + 1, num_images)).astype(float)
+    return Exits(scores, right, np.linspace(0.3, 1.0, num_exits + 1))
+
+
+def by_loop(exits: Exits, limits: np.ndarray) -> tuple[float, float]:
+    """Accuracy and mean cost, image by image."""
+    right = cost = 0.0
+    num_exits, num_images = exits.scores.shape
+    for image in range(num_images):
+        leaves = next((k for k in range(num_exits) if exits.scores[k, image] >= limits[k]), num_exits)
+        right += exits.right[leaves, image]
+        cost += exits.costs[leaves]
+    return right / num_images, cost / num_images
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_settings_are_measured_as_a_loop_over_images_does(seed):
+    exits = small_exits(seed)
+    for limits in itertools.product([0.0, 0.3, 0.55, math.inf], repeat=2):
+        setting = measure(exits, np.array(limits))
+        assert (setting.top1, setting.cost) == pytest.approx(by_loop(exits, np.array(limits)))
+
+
+@pytest.mark.parametrize("price", [0.0, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize("seed", range(20))
+def test_no_exit_of_the_lagrangian_can_do_better_by_itself(seed, price):
+    exits = small_exits(seed)
+    limits = lagrangian(exits, price)
+
+    def worth(limits: np.ndarray) -> float:
+        right, cost = by_loop(exits, limits)
+        return right - price * cost
+
+    for k, other in itertools.product(range(2), [0.0, *np.linspace(0.05, 0.95, 19), math.inf]):
+        tried = limits.copy()
+        tried[k] = other
+        assert worth(tried) <= worth(limits) + 1e-9
+
+
+@pytest.mark.parametrize("ratio", [0.2, 1.0, 1.7])
+def test_geometric_shares_leave_the_surest_first(ratio):
+    generator = np.random.default_rng(0)
+    exits = Exits(generator.random((3, 200)), np.ones((4, 200)), np.linspace(0.3, 1.0, 4))
+    shares = ratio ** np.arange(4) / (ratio ** np.arange(4)).sum()
+    left, expected = np.ones(200, dtype=bool), []
+    for k in range(3):
+        surest = [image for image in np.argsort(-exits.scores[k]) if left[image]][: math.floor(200 * shares[k])]
+        left[surest] = False
+        expected.append(len(surest))
+    where = exits.leaving(geometric(exits, ratio))
+    assert np.bincount(where, minlength=4)[:3].tolist() == expected
+
+
+def test_thresholds_lie_between_two_scores():
+    exits = Exits(np.array([[0.9, 0.5, 0.5, 0.1]]), np.ones((2, 4)), np.array([0.5, 1.0]))
+    assert exits.limits[0].tolist()[0] == pytest.approx(0.7)
+    assert math.isnan(exits.limits[0, 1]), "images that are equally sure leave together"
+    assert exits.limits[0, 2:].tolist() == pytest.approx([0.3, 0.0])
+
+
+def test_the_frontier_has_what_nothing_beats():
+    a, b, c = Setting((), 0.5, 0.41), Setting((), 0.6, 0.71), Setting((), 0.55, 0.8)
+    assert frontier([c, b, a]) == [a, b]
+    # 40 budgets from 0.025 in equal steps.
+    assert area([a, b, c]) == pytest.approx((12 * 0.5 + 12 * 0.6) / 40)
+
+
+def test_the_exact_bound_without_a_change_is_the_rule_of_three():
+    assert clopper_pearson(0, 0, 100, 0.1) == pytest.approx(1 - 0.05 ** (1 / 100))
+    assert clopper_pearson(100, 0, 100, 0.1) == 1.0
+    needed = least_images(0.01, 0.1)
+    assert clopper_pearson(0, 0, needed, 0.1) <= 0.01 < clopper_pearson(0, 0, needed - 1, 0.1)
+
+
+def test_images_that_were_won_lower_the_bound():
+    assert clopper_pearson(20, 18, 1000, 0.1) < clopper_pearson(20, 0, 1000, 0.1)
+    values = np.array([1] * 20 + [-1] * 18 + [0] * 962)
+    assert bound_of(values, 0.1) == clopper_pearson(20, 18, 1000, 0.1)
+
+
+def test_betting_equals_its_formula_written_as_a_loop():
+    values = np.array([1] * 4 + [-1] * 3 + [0] * 593)
+    for limit in (0.002, 0.005, 0.008, 0.01, 0.02, 0.05):
+        order = np.random.default_rng(0).permutation(values)
+        total, squares, variance, capital, best = 0.5, 0.25, 0.25, 1.0, 1.0
+        for number, loss in enumerate(order, 1):
+            stake = min(math.sqrt(2 * math.log(10) / (len(order) * variance)), 0.75 / (1 - limit))
+            capital *= 1 - stake * (loss - limit)
+            best = max(best, capital)
+            total += loss
+            squares += (loss - total / (number + 1)) ** 2
+            variance = squares / (number + 1)
+        assert betting(values, 0.1, limit) == (best >= 10), limit
+
+
+def test_the_sequence_ends_before_the_first_step_that_fails():
+    steps = [np.array([number]) for number in (0, 0, 1, 0)]
+    assert fixed_sequence(steps, lambda loss: loss[0] == 0) == 2
+    assert fixed_sequence(steps[2:], lambda loss: loss[0] == 0) == 0
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [lambda loss: bound_of(loss, 0.1) <= 0.02, lambda loss: betting(loss, 0.1, 0.02)],
+    ids=["clopper-pearson", "betting"],
+)
+def test_a_promise_is_broken_no_more_often_than_it_says(blueprint, kept):
+    """200 draws of 1,000 images; the cheapest setting that kept the drop on the same images breaks it far more often."""
+    everyone = population(30_000)
+    first = population(1000, seed=1)
+    temperatures = {point: temperature_of(logits, first.labels) for point, logits in first.logits.items()}
+    found, _ = best_policy(first, tuple(EXITS), temperatures, Costs(blueprint, None), "confidence", False)
+    path = safest_path(found, len(first), 0.1)[1:]
+    loss = np.stack([losses(step.policy, everyone) for step in path])
+    truth = loss.mean(axis=1)
+    assert truth.min() < 0.02 < truth.max(), "some settings keep the promise and some do not"
+    generator = np.random.default_rng(2)
+    broken = naive = made = 0
+    for _ in range(200):
+        drawn = loss[:, generator.choice(len(everyone), 1000, replace=False)]
+        passed = fixed_sequence(drawn, kept)
+        made += passed > 0
+        broken += passed > 0 and truth[passed - 1] > 0.02
+        measured = np.flatnonzero(drawn.mean(axis=1) <= 0.02)
+        naive += len(measured) > 0 and truth[measured[-1]] > 0.02
+    # At most 20 are expected; a fair promise is above 29 in 2 % of such tests.
+    assert broken <= 29
+    assert made > 150
+    assert naive > 40
+
+
+def test_the_temperature_minimises_the_negative_log_likelihood():
+    outputs = population(2000)
+    assert temperature_of(3 * outputs.logits["final"], outputs.labels) == pytest.approx(
+        3 * temperature_of(outputs.logits["final"], outputs.labels), rel=1e-2
+    )
+
+
+def test_auroc_counts_pairs():
+    confidence, correct = torch.tensor([0.9, 0.8, 0.7, 0.7]), torch.tensor([True, False, True, False])
+    assert auroc(confidence, correct) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert math.isnan(auroc(confidence, torch.ones(4, dtype=torch.bool)))
+
+
+def test_a_budget_is_kept_and_chosen_on_one_half_alone(blueprint):
+    outputs = population(2000)
+    found = calibrate(outputs, blueprint, EXITS, Goal(budget=0.8), data="")
+    policy = found.calibration.policy
+    first, second = outputs.halves()
+    passing = blueprint.passing(policy.exits)
+    for half in (first, second):
+        decided = decide(policy, half.logits)
+        cost = np.mean([passing[decided.points[place]] for place in decided.exits]) / blueprint.plan.macs
+        assert cost <= 0.8 + (0.02 if half is second else 0.0)
+    chosen = next(row for row in found.trade_offs if row.chosen)
+    assert chosen.cost == pytest.approx(cost), "what is reported was measured on the other half"
+    other = Outputs(outputs.logits, outputs.labels.clone())
+    other.labels[1::2] = outputs.labels[1::2].flip(0)
+    assert calibrate(other, blueprint, EXITS, Goal(budget=0.8), data="").calibration.policy == policy
+
+
+def test_a_budget_below_the_cheapest_exit_names_it(blueprint):
+    with pytest.raises(UserError, match=r"a budget of 0\.01 cannot be met: the cheapest exit costs 0\.\d+") as error:
+        calibrate(population(200), blueprint, EXITS, Goal(budget=0.01), data="")
+    least = float(error.value.fix.split()[1].rstrip(","))
+    assert calibrate(population(200), blueprint, EXITS, Goal(budget=least), data="").calibration.policy.exits
+
+
+def test_a_promise_that_cannot_be_kept_keeps_the_plain_network_and_says_what_would_do(blueprint):
+    found = calibrate(population(100), blueprint, EXITS, Goal(max_drop=0.5), data="")
+    assert found.calibration.policy.exits == () and found.calibration.promise is None
+    assert "no saving can be certified at 0.5 points with 50 images: the plain network is kept" in found.notes
+    assert any("held-out images would certify" in note or "needed" in note for note in found.notes)
+
+
+def test_without_labels_the_answers_of_the_plain_network_count(blueprint):
+    outputs = population(4000)
+    unknown = Outputs(outputs.logits, torch.zeros_like(outputs.labels))
+    found = calibrate(unknown, blueprint, EXITS, Goal(max_drop=3, loss="change"), data="")
+    assert found == calibrate(outputs, blueprint, EXITS, Goal(max_drop=3, loss="change"), data="")
+    policy, second = found.calibration.policy, outputs.halves()[1]
+    changed = decide(policy, second.logits).answers.argmax(dim=1) != second.logits["final"].argmax(dim=1)
+    assert found.calibration.promise.measured == pytest.approx(100 * float(changed.double().mean()))
+    assert 0 < found.calibration.promise.measured <= 3
+
+
+def test_too_few_images_are_refused(blueprint):
+    with pytest.raises(UserError, match="only 19 held-out images"):
+        calibrate(population(19), blueprint, EXITS, Goal(budget=0.5), data="")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on digits with 287 validation images."""
+    folder = tmp_path_factory.mktemp("calibrate") / "run"
+    options = "--dataset digits --recipe quick --epochs 2 --val-fraction 0.2 --workers 0 --device cpu --image-size 16"
+    options += " --head linear --unset losses.hint --limit-train 300"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sdcli", "train", "test_resnet", *options.split(), "--output", str(folder)])
+        with pytest.raises(SystemExit) as end:
+            main()
+            sys.exit(0)
+    assert not end.value.code
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_calibrate_writes_policy_and_promise_beside_the_same_tensors(sdcli, run):
+    path = run / "best.safetensors"
+    before = load_file(path)
+    result = sdcli("calibrate", run, "--max-drop", "4", "--device", "cpu")
+    assert result.code == 0, result.err
+    tensors, about = load_checkpoint(path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+    calibration = about.early_exit
+    assert calibration is not None and calibration.data == "digits (validation)"
+    assert set(calibration.policy.temperatures) == {"exit1", "exit2", "exit3", "final"}
+    assert [point.cost for point in calibration.curve] == sorted(point.cost for point in calibration.curve)
+    promised = "Certified with 90% confidence: at most 4 points of top-1 accuracy are lost" in result.out
+    assert promised == (calibration.promise is not None)
+    assert "test split" not in result.out and f"stored in {path}" in result.err
+
+
+def test_another_file_is_written_and_the_first_one_stays(sdcli, run, tmp_path):
+    before = (run / "best.safetensors").read_bytes()
+    other = tmp_path / "half.safetensors"
+    result = sdcli("calibrate", run, "--budget", "0.9", "--output", other, "--plot", tmp_path / "a.png", "--json")
+    assert result.code == 0, result.err
+    assert (run / "best.safetensors").read_bytes() == before
+    found = json.loads(result.out)
+    assert found["checkpoint"] == str(other)
+    assert found["calibration"] == json.loads(json.dumps(load_checkpoint(other)[1].early_exit.to_dict()))
+    chosen = next(row for row in found["trade_offs"] if row["chosen"])
+    assert sum(chosen["shares"].values()) == pytest.approx(1)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 500
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "half.safetensors", "run"]
+
+
+def test_a_latency_is_measured_on_this_device(sdcli, run):
+    found = json.loads(sdcli("calibrate", run, "--latency-ms", "10000", "--json").out)
+    assert all(row["latency_ms"] > 0 for row in found["trade_offs"])
+    refusal = sdcli("calibrate", run, "--latency-ms", "0.000001")
+    assert refusal.code == 2 and "the cheapest exit takes" in refusal.err
+
+
+def test_early_exit_is_scored_beside_the_exits_as_calibrated(sdcli, run):
+    assert sdcli("eval", run, "--dynamic").err.count("sdcli calibrate") == 1
+    assert sdcli("calibrate", run, "--max-drop", "100", "--no-guarantee").code == 0
+    result = sdcli("eval", run, "--dynamic", "--json")
+    scored = json.loads(result.out)
+    early = scored["early_exit"]
+    assert sum(row["share"] for row in early["exits"]) == pytest.approx(1)
+    mean = sum(row["share"] * (row["top1"] or 0) for row in early["exits"])
+    assert early["result"]["top1"] == pytest.approx(mean)
+    plain = sum(row["share"] * (row["plain_top1"] or 0) for row in early["exits"])
+    assert scored["exits"][-1]["top1"] == pytest.approx(plain)
+    assert early["result"]["macs"] < scored["exits"][-1]["macs"]
+    table = sdcli("eval", run, "--dynamic").out
+    assert "early exit" in table and "of the plain model's MACs and" in table
+    assert sdcli("eval", run, "--dynamic", "--csv").out.splitlines()[-1].split(",")[4] == "early exit"
+    assert sdcli("eval", run, "--dynamic", "--markdown").out.splitlines()[-1].startswith("| early exit |")
+
+
+def test_a_budget_of_eval_chooses_among_the_settings(sdcli, run):
+    assert sdcli("calibrate", run, "--max-drop", "100", "--no-guarantee").code == 0
+    curve = load_checkpoint(run / "best.safetensors")[1].early_exit.curve
+    scored = json.loads(sdcli("eval", run, "--dynamic", "--budget", "1.0", "--split", "val", "--json").out)
+    assert scored["early_exit"]["result"]["speedup"] == pytest.approx(1.0)
+    refused(
+        sdcli("eval", run, "--dynamic", "--budget", "0.001"),
+        f"a budget of 0.001 cannot be met\n  expected: {math.ceil(1000 * curve[0].cost) / 1000:g} or more",
+    )
+
+
+def test_photos_without_labels_are_enough_for_consistency(sdcli, run, tmp_path):
+    photos = tmp_path / "photos" / "mixed"
+    photos.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    result = sdcli("calibrate", run, "--consistency", "--dataset", photos, "--max-drop", "50")
+    assert result.code == 0, result.err
+    assert load_checkpoint(run / "best.safetensors")[1].early_exit.num_images == 40
+
+
+def test_a_run_that_trained_on_everything_cannot_be_calibrated(sdcli, tmp_path):
+    options = (
+        "--dataset digits --recipe quick --epochs 1 --limit-train 60 --val-fraction 0 --device cpu --image-size 32"
+    )
+    assert sdcli("train", "test_resnet", *options.split(), "--output", tmp_path / "run").code == 0
+    path = tmp_path / "run" / "last.safetensors"
+    before = path.read_bytes()
+    refused(
+        sdcli("calibrate", tmp_path / "run"),
+        f"'{path}' was trained on all images of digits: none is left to calibrate on\n"
+        "  expected: images that it has not seen, other than the test split, which only measures\n"
+        "  fix:      train with --val-fraction 0.1, or name other data with --dataset",
+    )
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-drop", "1", "--budget", "0.5"), "--max-drop and --budget exclude each other"),
+        (("--budget", "0.5", "--no-guarantee"), "--no-guarantee has no effect with --budget"),
+        (("--policy", "sureness"), "unknown policy 'sureness'"),
+        (("--output", "nowhere/x.safetensors"), "'nowhere/x.safetensors' cannot be written: No such file or directory"),
+        (("--plot", "a.txt"), "'a.txt' is not the name of a picture"),
+        (("--limit", "5"), "only 5 held-out images"),
+    ],
+)
+def test_a_mistake_of_calibrate_is_one_message(sdcli, run, options, message):
+    before = (run / "best.safetensors").read_bytes()
+    result = sdcli("calibrate", run, *options)
+    assert (result.code, result.out) == (2, "")
+    assert f"error: {message}" in result.err and "Traceback" not in result.err
+    assert (run / "best.safetensors").read_bytes() == before
