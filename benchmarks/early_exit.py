@@ -8,7 +8,12 @@ Per batch size and number of threads four ways through one network take turns on
 without taps and heads), early exit, early exit with thresholds that nobody reaches, and early exit where a batch leaves
 only once all of its images are sure (as earlyon does it). Thresholds of random weights are chosen so that `--shares` of
 all images leave at each exit; a checkpoint's are those of sdcli calibrate, or else `--shares` of its images leave.
-Times are medians over the rounds of the time divided by the plain network's in the same round.
+Times are medians over the rounds of the time divided by the plain network's in the same round. `saved, cpu` and
+`over, cpu` are the same of processor time, which other programs on the machine disturb less; with several threads it
+counts all of them.
+
+MACs are not time: the first stages of a convolutional network take more time per MAC. `possible` is what could be saved
+at best, time / MACs, if each image went through the exit alone at which it leaves (`upto`, timed in the same rounds).
 
 Wanted: time saved / MACs saved of at least 0.85, and when nobody can leave at most 3 % above the plain network plus the
 MACs of its heads.
@@ -118,32 +123,39 @@ def measure(
         "nobody": lambda batch: network.route(batch, nobody),
         "whole": lambda batch: route_whole_batch(network, batch, policy),
     }
+    points = (*policy.exits, FINAL)
+    alone = {point: network.upto(point) for point in policy.exits}
+    ways |= alone
     batches = [part for part in images.split(batch_size) if len(part) == batch_size]
     for way in ways.values():
         for _ in range(2):
             timed(way, batches[0], device)
     passing, full = network.blueprint.passing(policy.exits), network.plan.macs
     times: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     macs: dict[str, list[float]] = {"early": [], "whole": []}
-    points = (*policy.exits, FINAL)
-    start, number = time.perf_counter(), 0
+    left = dict.fromkeys(points, 0)
+    names, start, number = list(ways), time.perf_counter(), 0
     # As many rounds for each batch: they differ in how many leave.
     while number % len(batches) or number < 5 or time.perf_counter() - start < seconds:
         batch = batches[number % len(batches)]
-        for name in [*list(ways)[number % 4 :], *list(ways)[: number % 4]]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            before = time.process_time()
             taken, found = timed(ways[name], batch, device)
+            cpu[name].append(time.process_time() - before)
             times[name].append(taken)
             if name == "early":
+                for place in found.exits.tolist():
+                    left[points[place]] += 1
                 macs[name].append(statistics.mean(passing[points[place]] for place in found.exits.tolist()) / full)
             elif name == "whole":
                 macs[name].append(passing[points[found]] / full)
         number += 1
-    ratios = {
-        name: statistics.median(own / reference for own, reference in zip(times[name], times["plain"], strict=True))
-        for name in ways
-    }
+    ratios, cpu_ratios = ratios_of(times), ratios_of(cpu)
     means = {name: statistics.mean(own) for name, own in macs.items()}
     heads = passing[FINAL] / full
+    total = sum(left.values())
+    possible = 1 - sum(count / total * (ratios[point] if point in alone else 1.0) for point, count in left.items())
     return {
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
@@ -152,11 +164,22 @@ def measure(
         "early_time": ratios["early"],
         "early_macs": means["early"],
         "saved": (1 - ratios["early"]) / (1 - means["early"]) if means["early"] < 1 else None,
+        "saved_cpu": (1 - cpu_ratios["early"]) / (1 - means["early"]) if means["early"] < 1 else None,
+        "possible": possible / (1 - means["early"]) if means["early"] < 1 else None,
         "nobody_time": ratios["nobody"],
         "nobody_macs": heads,
         "overhead": ratios["nobody"] / heads,
+        "overhead_cpu": cpu_ratios["nobody"] / heads,
         "whole_time": ratios["whole"],
         "whole_macs": means["whole"],
+    }
+
+
+def ratios_of(times: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the rounds of each way's time divided by the plain network's."""
+    return {
+        name: statistics.median(own / plain for own, plain in zip(times[name], times["plain"], strict=True))
+        for name in times
     }
 
 
@@ -171,6 +194,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each batch size and number of threads")
+    parser.add_argument("--channels-last", action="store_true", help="faster on most CPUs, the first stages above all")
     parser.add_argument("--quick", action="store_true", help="small batches, five rounds: the figures mean nothing")
     options = parser.parse_args()
     if options.quick:
@@ -185,6 +209,9 @@ def main() -> None:
         network = random_network(options.model, options.head)
         images, name = varied_images(network, options.images), "noise"
     network, images = network.to(device), images.to(device)
+    if options.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.to(memory_format=torch.channels_last)
     if network.calibration is not None and network.calibration.policy.exits:
         policy = network.calibration.policy
     else:
@@ -192,8 +219,8 @@ def main() -> None:
     plain = network.upto(FINAL)
     model = network.blueprint.architecture.model
     print(f"{model}, {'x'.join(map(str, network.plan.input_size))}, {name}, on {device_name(device)}; load {load}")
-    titles = ("batch", "threads", "plain ms", "early: time", "MACs", "saved", "nobody: time", "MACs", "over",
-              "whole batch: time", "MACs")  # fmt: skip
+    titles = ("batch", "threads", "plain ms", "early: time", "MACs", "saved", "saved, cpu", "possible",
+              "nobody: time", "MACs", "over", "over, cpu", "whole batch: time", "MACs")  # fmt: skip
     print("  ".join(titles))
     rows = []
     for threads in options.threads:

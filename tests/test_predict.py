@@ -136,7 +136,7 @@ def test_a_calibrated_checkpoint_lets_images_leave_and_says_what_is_promised(sdc
     assert len({row["exit"] for row in records(result.out)}) > 1
     first, last = said(result.err)
     assert first == (
-        "note: early exit as calibrated on digits (validation); promise: at most 1 points of top-1 accuracy lost against"
+        "note: early exit as calibrated on digits (validation); promise: at most 1 point of top-1 accuracy lost against"
         " the plain network, with 90% confidence"
     )
     assert "times the plain network's MACs" in last

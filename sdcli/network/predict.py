@@ -140,7 +140,8 @@ def _within(calibration: Calibration | None, budget: float) -> Policy:
 
 def promised(promise: Promise) -> str:
     """A promise in a short sentence."""
-    what = f"at most {promise.limit:g} points of top-1 accuracy lost"
+    points = "point" if promise.limit == 1 else "points"
+    what = f"at most {promise.limit:g} {points} of top-1 accuracy lost"
     if promise.loss == "change":
         what = f"at most {promise.limit:g} % of the answers changed"
     return f"{what} against the plain network, with {promise.confidence:.0%} confidence"
