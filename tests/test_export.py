@@ -176,7 +176,7 @@ def test_the_manifest_has_the_policy_the_promise_and_the_costs(staged, resnet):
     manifest, blueprint = manifest_of(staged.output), load_checkpoint(resnet)[1].blueprint
     own = {entry["exit"]: entry for entry in manifest["sections"]}
     assert manifest["policy"] == {"kind": "confidence", "agreement": False}
-    assert manifest["calibration"]["promise"]["bound"] == 0.8 and manifest["calibration"]["num_images"] == 500
+    assert manifest["calibration"]["promise"]["measured"] == 0.8 and manifest["calibration"]["num_images"] == 500
     assert {exit: entry["threshold"] for exit, entry in own.items()} == {
         "exit1": 0.6,
         "exit2": None,
