@@ -279,7 +279,10 @@ def test_calibrate_writes_policy_and_promise_beside_the_same_tensors(sdcli, run)
     assert calibration is not None and calibration.data == "digits (validation)"
     assert set(calibration.policy.temperatures) == {"exit1", "exit2", "exit3", "final"}
     assert [point.cost for point in calibration.curve] == sorted(point.cost for point in calibration.curve)
-    promised = "Certified with 90% confidence: at most 4 points of top-1 accuracy are lost" in result.out
+    promised = (
+        "Certified: at most 4 points of top-1 accuracy lost against the plain network, with 90% confidence"
+        in result.out
+    )
     assert promised == (calibration.promise is not None)
     assert "test split" not in result.out and f"stored in {path}" in result.err
 

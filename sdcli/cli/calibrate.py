@@ -14,7 +14,6 @@ from sdcli.extensions import load_imports
 
 if TYPE_CHECKING:
     from sdcli.evaluation.calibrate import Calibrated
-    from sdcli.network.calibration import Promise
 
 EPILOG = """
 Example:  sdcli calibrate runs/first --max-drop 1
@@ -195,6 +194,8 @@ def calibrate(
 
 def _summary(found: Calibrated) -> str:
     """The setting that was chosen, and its promise, in words."""
+    from sdcli.network.predict import promised
+
     calibration = found.calibration
     chosen = next(row for row in found.trade_offs if row.chosen)
     if not calibration.policy.exits:
@@ -205,16 +206,9 @@ def _summary(found: Calibrated) -> str:
         f"Images leave where the {calibration.policy.kind} score reaches its threshold{agreeing}: {', '.join(limits)}. "
         f"They cost {chosen.cost:.3f} of the plain model's MACs on average."
     )
-    return text + (f"\n{promised(calibration.promise, calibration.data)}" if calibration.promise else "")
-
-
-def promised(promise: Promise, data: str) -> str:
-    """A promise in a sentence."""
-    limit = f"{promise.limit:g}"
-    what = f"at most {limit} points of top-1 accuracy are lost"
-    if promise.loss == "change":
-        what = f"at most {limit} % of the answers differ from the plain model's"
-    return (
-        f"Certified with {promise.confidence:.0%} confidence: {what}, for images like those of {data} "
-        f"({promise.num_images:,} images; measured there: {promise.measured:.2f})."
-    )
+    if promise := calibration.promise:
+        text += (
+            f"\nCertified: {promised(promise)}, for images like those of {calibration.data} "
+            f"({promise.num_images:,} images; measured there: {promise.measured:.2f})."
+        )
+    return text
