@@ -156,7 +156,7 @@ def _traced(module: nn.Module, images: Tensor, fixed: bool) -> ExportedProgram:
     try:
         shapes = None if fixed else ({0: Dim.DYNAMIC},)
         with warnings.catch_warnings():
-            # Such as LeViT's, which keeps its attention biases at its first pass: a copy is traced, and its graph compared.
+            # LeViT keeps its attention biases at its first pass: a copy is traced, and what is written is compared.
             warnings.simplefilter("ignore")
             program = torch.export.export(module.eval(), (images,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of dozens of kinds
