@@ -21,13 +21,11 @@ def prepare(network: MultiExit) -> tuple[MultiExit, list[str]]:
     same up to rounding, which is checked here; where it does not hold they stay as they were trained.
     """
     plain = copy.deepcopy(network).eval().requires_grad_(False)
-    images = torch.randn(3, *network.plan.input_size, generator=torch.Generator().manual_seed(0))
-    # Some models (LeViT) keep what they compute in their first pass, and tracing must not be the first.
-    wanted = logits_of(plain, images)
     if not any(hasattr(module, name) for module in network.modules() for name in FUSES):
         return plain, []
     fused = copy.deepcopy(plain)
-    reason = _fuse(fused, images, wanted)
+    images = torch.randn(3, *network.plan.input_size, generator=torch.Generator().manual_seed(0))
+    reason = _fuse(fused, images, logits_of(plain, images))
     if reason:
         return plain, [f"blocks are not fused: {reason}"]
     before, after = (sum(p.numel() for p in one.parameters()) for one in (plain, fused))
