@@ -584,7 +584,7 @@ def test_an_exit_in_the_stem_gets_a_note(sdcli):
 def test_a_classifier_that_does_most_of_the_work_is_refused(sdcli):
     refused(
         sdcli("inspect", "mobilenetv3_small_050", "--num-classes", 100_000),
-        "82% of the MACs of mobilenetv3_small_050 at 32 pixels come after its last map, in the classifier\n"
+        "82% of the MACs of mobilenetv3_small_050 at 224 pixels come after its last map, in the classifier\n"
         "  expected: a network with most of its MACs in its stages\n"
         "  fix:      fewer classes, a larger image, or name the modules to attach exits to: --exits MODULE,MODULE",
     )
