@@ -1056,8 +1056,8 @@ def test_a_frozen_network_whose_classifier_is_fresh_is_refused_as_a_teacher(
     with pytest.raises(UserError) as error:
         prepare(replace(QUICK, limit_train=48), load(recipe, *begins), tmp_path / "run")
     assert error.value.wrong == (
-        "networks.teacher does not learn, and its classifier at final has random weights: the file has none for these "
-        "classes"
+        "networks.teacher does not learn, but its classifier at final has random weights: the file has no weights for "
+        "these classes"
     )
     assert not (tmp_path / "run").exists()
     # Its maps are those of the file: a loss on them may read it.
