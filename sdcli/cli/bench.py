@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdcli.cli.options import Device, Import, Json, MeanCost, Threshold
 from sdcli.cli.usage import Command
 from sdcli.errors import UserError, counted
 from sdcli.extensions import load_imports
@@ -43,32 +44,17 @@ def bench(
     compile_: Annotated[
         bool, typer.Option("--compile", metavar="", help="Measure compiled networks too, beside eager ones.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
-    ] = None,
+    device: Device = None,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads on a CPU. [default: torch's, one per core]")
     ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Early exit at this mean cost, as a share of the plain network's MACs: 0.5."
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=1.0, metavar="T", help="Early exit: an image leaves at the first exit that is as sure as this."
-        ),
-    ] = None,
+    budget: MeanCost = None,
+    threshold: Threshold = None,
     seconds: Annotated[
         float, typer.Option(min=0.0, metavar="S", help="How long each batch size is measured; at least five rounds.")
     ] = 10.0,
-    import_: Annotated[
-        list[Path] | None,
-        typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    import_: Import = None,
+    as_json: Json = False,
 ) -> None:
     """Measure latency and throughput of every exit, the plain network and early exit.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from sdcli.cli.options import BatchSize, Device, ImageKey, Import, Json, LabelKey, Run, Workers
 from sdcli.cli.usage import Command
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
@@ -34,9 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder (its best checkpoint), or a .safetensors file.")
-    ],
+    checkpoint: Run,
     max_drop: Annotated[
         float | None,
         typer.Option(min=0.001, max=100, metavar="POINTS", help="Lose at most this much top-1 accuracy. [default: 1]"),
@@ -99,28 +98,14 @@ def calibrate(
             "[default: the data it was trained on]",
         ),
     ] = None,
-    image_key: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column of images. [default: found by type and name]")
-    ] = None,
-    label_key: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column of labels. [default: found by type and name]")
-    ] = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="IMAGES", help="Use only this many images.")] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=1, metavar="IMAGES", help="Images in a batch.")
-    ] = 256,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", "-j", min=0, metavar="N", help="Processes that load images. [default: chosen]"),
-    ] = None,
-    import_: Annotated[
-        list[Path] | None,
-        typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    batch_size: BatchSize = 256,
+    device: Device = None,
+    workers: Workers = None,
+    import_: Import = None,
+    as_json: Json = False,
 ) -> None:
     """Find out when images may leave early, and what that costs.
 

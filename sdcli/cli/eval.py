@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sdcli.cli.options import BatchSize, Device, ImageKey, Import, Json, LabelKey, Run, Workers
 from sdcli.cli.usage import Command
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
@@ -27,13 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="A run folder (its best checkpoint, or the last one where none was chosen), or a .safetensors file.",
-        ),
-    ],
+    checkpoint: Run,
     exits: Annotated[str, typer.Option(metavar="NAMES", help="all, final, or some of the exits: exit1,exit3.")] = "all",
     dataset: Annotated[
         str | None,
@@ -45,32 +39,16 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAME", help="test, validation (val) or train. [default: test, else validation]"),
     ] = None,
-    image_key: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column of images. [default: found by type and name]")
-    ] = None,
-    label_key: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column of labels. [default: found by type and name]")
-    ] = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, metavar="IMAGES", help="Score only this many images, the same share of each class."),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=1, metavar="IMAGES", help="Images in a batch.")
-    ] = 256,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", "-j", min=0, metavar="N", help="Processes that load images. [default: chosen by image size]"
-        ),
-    ] = None,
-    import_: Annotated[
-        list[Path] | None,
-        typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
-    ] = None,
+    batch_size: BatchSize = 256,
+    device: Device = None,
+    workers: Workers = None,
+    import_: Import = None,
     dynamic: Annotated[
         bool,
         typer.Option("--dynamic", metavar="", help="Score early exit too, as sdcli calibrate has set it up."),
@@ -81,7 +59,7 @@ def evaluate(
             min=0, metavar="SHARE", help="With --dynamic: mean MACs of at most this share of the plain model."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print CSV.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", metavar="", help="Print a Markdown table.")] = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sdcli.cli.options import Import, Json, Run
 from sdcli.cli.usage import Command
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
@@ -25,13 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="A run folder (its best checkpoint, or the last one where none was chosen), or a .safetensors file.",
-        ),
-    ],
+    checkpoint: Run,
     to: Annotated[
         str, typer.Option("--to", metavar="FORMAT", help="timm, safetensors, pt2, onnx, openvino or executorch.")
     ],
@@ -62,11 +57,8 @@ def export(
         bool, typer.Option("--private", metavar="", help="Create that repository as a private one.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", metavar="", help="Replace an earlier export.")] = False,
-    import_: Annotated[
-        list[Path] | None,
-        typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    import_: Import = None,
+    as_json: Json = False,
 ) -> None:
     """Write a network, or one of its exits, in the format of another program.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdcli.cli.options import BatchSize, Device, Import, MeanCost, Run, Threshold, Workers
 from sdcli.cli.usage import Command
 from sdcli.errors import UserError, counted
 from sdcli.extensions import load_imports
@@ -30,13 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def predict(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="A run folder (its best checkpoint, or the last one where none was chosen), or a .safetensors file.",
-        ),
-    ],
+    checkpoint: Run,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -50,39 +45,19 @@ def predict(
     ensemble: Annotated[
         bool, typer.Option("--ensemble", metavar="", help="The mean of all exits' logits answers.")
     ] = False,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Early exit at this mean cost, as a share of the plain network's MACs: 0.5."
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=1.0, metavar="T", help="Early exit: an image leaves at the first exit that is as sure as this."
-        ),
-    ] = None,
+    budget: MeanCost = None,
+    threshold: Threshold = None,
     no_early_exit: Annotated[
         bool, typer.Option("--no-early-exit", metavar="", help="The final exit answers, also of a calibrated network.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="How many of the likeliest classes are listed.")] = 5,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=1, metavar="IMAGES", help="Images in a batch.")
-    ] = 64,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", "-j", min=0, metavar="N", help="Processes that load images. [default: chosen]"),
-    ] = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    workers: Workers = None,
     strict: Annotated[
         bool, typer.Option("--strict", metavar="", help="Stop at the first image that cannot be read.")
     ] = False,
-    import_: Annotated[
-        list[Path] | None,
-        typer.Option("--import", metavar="FILE.py", help="Your heads, if it was trained with them; repeatable."),
-    ] = None,
+    import_: Import = None,
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object per line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print CSV.")] = False,
     parquet: Annotated[
