@@ -56,11 +56,12 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
 def units(training: Training) -> float:
     """MACs of all passes for one image, three times for passes with gradients."""
     total = 0.0
-    for (name, _), learns in training.learner.passes.items():
+    for (name, _), points in training.learner.passes.items():
         network = training.learner.networks[name]
         assert isinstance(network, MultiExit)
-        macs = network.blueprint.costs()["ensemble"].macs
-        total += macs * (3 if learns else 1)
+        heads = network.blueprint.head_costs()
+        macs = network.plan.macs + sum(heads[point].macs for point in points if point in network.heads)
+        total += macs * (3 if any(points.values()) else 1)
     return total
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sdcli.data.batch import Batch
 from sdcli.errors import UserError
-from sdcli.method.learner import Learner, build_objectives
+from sdcli.method.learner import Learner, build_objectives, what_trains
 from sdcli.method.objective import Objective
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.heads import HEADS, PatchConv
@@ -82,8 +82,9 @@ def test_every_trained_parameter_gets_a_gradient(name, recipe):
     frozen = [who for who, learns in loaded.taking_part.items() if not learns]
     images = images_for(networks["student"])
     batch = Batch(images, torch.tensor([0, 1]), torch.arange(2), dict.fromkeys(loaded.batch.views, images))
-    for objective in objectives:
+    for number, objective in enumerate(objectives):
         learner = Learner(networks, objective, frozen, making)
+        learner.teach(objective, what_trains(loaded, number))
         objective.set_time(1.0, 1.0)
         learner.zero_grad()
         learner(batch)[0].backward()

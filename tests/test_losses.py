@@ -7,6 +7,7 @@ import torch
 from conftest import batch_of, tensor
 
 from sdcli.errors import UserError
+from sdcli.method.learner import build_objectives
 from sdcli.method.losses import LOSSES
 from sdcli.method.losses.features import Hint
 from sdcli.method.losses.labels import cross_entropy
@@ -235,7 +236,7 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
 )
 def test_a_mistake_in_a_loss_is_explained(overrides, message):
     with pytest.raises(UserError) as error:
-        Objective(load_recipe(["byot"], overrides).losses, WIDTHS)
+        build_objectives(load_recipe(["byot"], overrides), WIDTHS, 2, 1)
     assert str(error.value) == message
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdcli.data.batch import Batch
 from sdcli.data.dataset import Split
@@ -22,6 +22,7 @@ from sdcli.method.catalogue import completed
 from sdcli.method.check import remarks
 from sdcli.method.signals import Memory, SignalContext
 from sdcli.network.signals import Signal
+from sdcli.network.weights import rebuild
 from sdcli.recipe.load import load_recipe, recipe_names, to_toml
 from sdcli.recipe.schema import WeightSchedule
 from sdcli.run.events import Epoch, Finished, Stopped
@@ -40,8 +41,20 @@ def settings(model: str) -> Settings:
     return Settings(MODELS[model], "digits", limit_train=64, limit_val=20, device="cpu", workers=0)
 
 
-def recipe_of(name: str) -> Any:
-    return load_recipe([name], SHORT)
+def recipe_of(name: str, weights: Path | None = None) -> Any:
+    """A recipe cut short; one that starts from trained weights starts from `weights`."""
+    recipe = load_recipe([name], SHORT)
+    if weights is not None and recipe.student.weights == "pretrained":
+        recipe = load_recipe([name], [*SHORT, f"networks.student.weights={weights}"])
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A plain trained network of every model."""
+    folder = tmp_path_factory.mktemp("finished")
+    runs = {model: list(fit(prepare(settings(model), recipe_of("baseline"), folder / model))) for model in MODELS}
+    return {model: events[-1].checkpoint for model, events in runs.items()}
 
 
 def after(questions: int) -> Callable[[], int | None]:
@@ -56,8 +69,8 @@ def outcome(folder: Path) -> Any:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, tmp_path: Path) -> None:
-    recipe = recipe_of(name)
+def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, finished: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of(name, finished[model])
     whole = list(fit(prepare(settings(model), recipe, tmp_path / "whole")))
     assert isinstance(whole[-1], Finished)
     log = outcome(tmp_path / "whole")
@@ -137,7 +150,8 @@ def test_views_are_the_same_images_varied_anew_and_mates_are_of_the_same_class(t
     assert (loader.split.labels[mates] == loader.split.labels).all()
     assert 0 < (mates == np.arange(len(mates))).mean() < 0.6, "some are their own mates, by chance"
     # The mate is a constant: its pass has no gradient, and the network is the same.
-    assert training.learner.passes == {("student", ""): True, ("student", "view"): False, ("student", "mate"): False}
+    passes = {images: set(points.values()) for (_, images), points in training.learner.passes.items()}
+    assert passes == {"": {True}, "view": {False}, "mate": {False}}
 
 
 def test_groups_of_a_class_stay_together_whatever_shares_them() -> None:
@@ -385,7 +399,8 @@ def test_a_run_goes_on_exactly_from_within_a_later_phase_and_round(tmp_path: Pat
 
 def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
     training = prepare(settings("convnet"), recipe_of("ema-teacher"), tmp_path / "run")
-    assert training.learner.passes == {("student", ""): True, ("ema", "view"): False}
+    passes = {shown: set(points.values()) for shown, points in training.learner.passes.items()}
+    assert passes == {("student", ""): {True}, ("ema", "view"): {False}}
     assert training.learner.networks["ema"] is training.ema.module
     list(fit(training))
     assert all(parameter.grad is None for parameter in training.ema.module.parameters())
@@ -437,3 +452,51 @@ def test_a_mistake_in_a_method_is_explained(tables: str, message: str, tmp_path:
     with pytest.raises(UserError) as error:
         losses_of('extends = "baseline"\n' + tables, tmp_path)
     assert str(error.value).endswith(message)
+
+
+def logits_of(checkpoint: Path, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return rebuild(checkpoint)[0].eval()(images)["final"].logits
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_exits_on_a_finished_network_leave_its_answers_bit_for_bit(
+    model: str, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(
+        ["exits-only"],
+        [*SHORT, f"networks.student.weights={finished[model]}", "ema.decay=0.5", "epochs=5", "optimizer.lr=0.1"],
+    )
+    list(fit(prepare(settings(model), recipe, tmp_path / "run")))
+    images = torch.randn(4, 3, 8, 8)
+    before = logits_of(finished[model], images)
+    assert torch.equal(logits_of(tmp_path / "run/last.safetensors", images), before)
+    assert torch.equal(logits_of(tmp_path / "run/best.safetensors", images), before)
+    first, last = (load_file(path) for path in (finished[model], tmp_path / "run/last.safetensors"))
+    assert all(torch.equal(last[name], first[name]) for name in last if name.startswith("backbone."))
+    log = outcome(tmp_path / "run")
+    assert log[-1]["losses"]["exits"] < log[0]["losses"]["exits"]
+
+
+def test_exits_need_a_network_that_knows_the_classes(finished: dict[str, Path], tmp_path: Path) -> None:
+    weights = tmp_path / "others.safetensors"
+    tensors = load_file(finished["convnet"])
+    save_file({name: tensor for name, tensor in tensors.items() if ".fc." not in name}, weights)
+    recipe = load_recipe(["exits-only"], [*SHORT, f"networks.student.weights={weights}"])
+    with pytest.raises(UserError, match="no loss teaches the final classifier, which has random weights"):
+        prepare(settings("convnet"), recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="the exits would read noise"):
+        prepare(settings("convnet"), load_recipe(["exits-only"], ["networks.student.weights=random"]), tmp_path / "run")
+
+
+def test_mixed_training_begins_without_its_exits(tmp_path: Path) -> None:
+    training = prepare(settings("convnet"), recipe_of("exits-then-all"), tmp_path / "run")
+    network = training.learner.student
+    before = {name: tensor.clone() for name, tensor in network.heads.state_dict().items()}
+    events = fit(training)
+    while training.position.epoch < 3:
+        next(events)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.heads.state_dict().items())
+    list(events)
+    assert not any(torch.equal(p, before[name]) for name, p in network.heads.named_parameters())

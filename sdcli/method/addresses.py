@@ -84,6 +84,23 @@ class Addresses:
                 key=key,
             )
 
+    def check_taught(self, names: Iterable[str], part: str, key: str) -> None:
+        """Raises UserError for a point at which no gradient of this part of its signal reaches a weight."""
+        for name in names:
+            if part not in self.spec(name).learns and name not in self.derived:
+                address = Address.parse(name)
+                network, what = address.network, {"logits": "predictions", "features": "map"}.get(part, part)
+                if address.point == FINAL or part == "logits":
+                    wrong = f'{key} is on the {what} of {name}, which trains = "heads" leaves as it is'
+                else:
+                    wrong = f"{key} is on the {what} of {name}, and no gradient passes on to the stages before it"
+                raise UserError(
+                    wrong,
+                    'losses on the logits of exits, or a backbone that is trained: trains = "all", gradients = "sum"',
+                    f'--set networks.{network}.trains="all" --set networks.{network}.gradients="sum"',
+                    key=f"{key}.on",
+                )
+
     def check_classifies(self, names: Iterable[str], key: str) -> None:
         """Raises UserError for a point without logits."""
         for name in names:

@@ -62,6 +62,7 @@ def check_names(recipe: Recipe) -> None:
                 "leave in_chans out",
                 key=f"networks.{name}.model_args.in_chans",
             )
+    _check_finished(recipe)
     for name, network in recipe.others.items():
         if not network.learns and network.weights == "random" and recipe.reads(name):
             raise UserError(
@@ -81,6 +82,23 @@ def check_names(recipe: Recipe) -> None:
     check_optimizer(recipe.optimizer)
     for epochs in recipe.phase_epochs:
         check_schedule(recipe.schedule, epochs)
+
+
+def _check_finished(recipe: Recipe) -> None:
+    """Raises UserError where only the heads of a network with random weights would be trained."""
+    student = recipe.student
+    trained = {name: table.trains for name, table in recipe.others.items() if table.learns}
+    first = recipe.all_phases[0].trains or student.trains
+    for name, trains in {STUDENT: first, **trained}.items():
+        if trains == "heads" and recipe.networks.get(name, student).weights == "random":
+            raise UserError(
+                f'networks.{name}: trains = "heads" with random weights: the exits would read noise',
+                "the weights of a trained network",
+                "--weights CHECKPOINT or --pretrained"
+                if name == STUDENT
+                else f"--set networks.{name}.weights=CHECKPOINT",
+                key="phases.0.trains" if recipe.phases and recipe.phases[0].trains else f"networks.{name}.trains",
+            )
 
 
 def check_files(recipe: Recipe) -> None:
@@ -150,6 +168,7 @@ def idle_losses(objectives: Iterable[Objective]) -> list[str]:
 def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
     blueprint = Blueprint.draft(table, model, image_size=image_size)
     network = build(blueprint, device="meta")
+    network.gradients = table.gradients
     for point, kind in blueprint.heads.items():
         if kind in HEADS.entries:
             check_head(kind, network.heads[point], network.stages[point], len(blueprint.classes))

@@ -18,10 +18,10 @@ from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.objective import Objective
 from sdcli.method.signals import SIGNALS, SignalContext
-from sdcli.network.multi_exit import MultiExit, PointSpec
+from sdcli.network.multi_exit import PARTS, MultiExit, PointSpec
 from sdcli.network.signals import Signal
 from sdcli.recipe.address import FINAL, STUDENT, Address
-from sdcli.recipe.schema import Derived, Recipe
+from sdcli.recipe.schema import Derived, Recipe, Trains
 from sdcli.registry import Entry
 
 
@@ -102,8 +102,9 @@ def build_signals(
         own = [addresses.spec(point) for point in of]
         context = SignalContext([spec.num_chs for spec in own], num_classes, num_images)
         made[name] = DerivedSignal(of, entry, context, options)
-        learns = not entry.constant and any(point.network not in frozen for point in points)
-        known[name] = replace(own[0], learns=learns)
+        taught = [point for point, spec in zip(points, own, strict=True) if "logits" in spec.learns]
+        learns = not entry.constant and any(point.network not in frozen for point in taught)
+        known[name] = replace(own[0], learns=PARTS if learns else frozenset())
     return made, known
 
 
@@ -117,16 +118,16 @@ def build_objectives(
     """
     frozen = [name for name, learns in recipe.taking_part.items() if not learns]
     making, made = build_signals(recipe.signals, specs, num_classes, num_images, frozen)
-    objectives = [
-        Objective(
-            {name: recipe.losses[name] for name in phase.losses or ()},
-            specs,
-            frozen=frozen,
-            derived=made,
-            mixes=recipe.batch.mixes,
-        )
-        for phase in recipe.all_phases
-    ]
+    objectives = []
+    for number, phase in enumerate(recipe.all_phases):
+        losses = {name: recipe.losses[name] for name in phase.losses or ()}
+        trains = what_trains(recipe, number)
+        own = {
+            name: replace(spec, learns=spec.learns_alone) if trains[Address.parse(name).network] == "heads" else spec
+            for name, spec in specs.items()
+        }
+        objectives.append(Objective(losses, own, frozen=frozen, derived=made, mixes=recipe.batch.mixes))
+    check_taught(objectives, recipe, specs, frozen)
     for name, make in making.items():
         read = [objective.reads[name] for objective in objectives if name in objective.reads]
         if read and not any(read) and any(True for _ in make.parameters()):
@@ -135,6 +136,47 @@ def build_objectives(
                 f'a loss on it: on = ["all", "{name}"]',
             )
     return objectives, making
+
+
+def what_trains(recipe: Recipe, phase: int) -> dict[str, Trains]:
+    """What is trained of each network in a phase."""
+    trains: dict[str, Trains] = {name: "all" for name in recipe.taking_part}
+    trains |= {name: table.trains for name, table in recipe.others.items()}
+    return trains | {STUDENT: recipe.all_phases[phase].trains or "all"}
+
+
+def check_taught(
+    objectives: Sequence[Objective], recipe: Recipe, specs: Mapping[str, PointSpec], frozen: Collection[str]
+) -> None:
+    """Raises UserError for a classifier that no phase teaches: it would be scored untrained. And for one that a phase
+    leaves out while the backbone before it is trained: its last stages would get no gradient.
+
+    Where only heads are trained, `final` is what it was.
+    """
+    trains = [what_trains(recipe, number) for number in range(len(objectives))]
+    taught = {address for objective in objectives for address in objective.taught}
+    for name, spec in specs.items():
+        address = Address.parse(name)
+        if address.network in frozen or not spec.classifies:
+            continue
+        if address.point != FINAL:
+            if address not in taught:
+                raise _untaught(address)
+            continue
+        trained = [number for number, own in enumerate(trains) if own[address.network] == "all"]
+        if trained and address not in taught:
+            raise _untaught(address)
+        for number in trained:
+            teaches = objectives[number].taught
+            if address not in teaches and any(other.network == address.network for other in teaches):
+                raise _untaught(address, f"phases.{number}: ")
+
+
+def _untaught(address: Address, where: str = "") -> UserError:
+    fix = f'add a loss with on = "{address.at("all")}"'
+    if address.point != FINAL:
+        fix += f', or set networks.{address.network}.exits = "none"'
+    return UserError(f"{where}no loss teaches the classifier of {address}", "a loss on the logits of every point", fix)
 
 
 def read_densely(networks: Mapping[str, MultiExit], derived: Mapping[str, DerivedSignal]) -> None:
@@ -165,15 +207,11 @@ class Learner(nn.Module):
         for name in self.frozen:
             self.networks[name].requires_grad_(False)
         read_densely(networks, derived or {})
-        self._trained = {
-            name: [parameter for parameter in part.parameters() if parameter.requires_grad]
-            for name, part in [*self.networks.items(), *self.derived.items()]
-        }
         self.teach(objective)
 
-    def teach(self, objective: Objective) -> None:
-        """Sets the objective and finds out what it needs: which networks see which images, and with gradients or
-        not."""
+    def teach(self, objective: Objective, trains: Mapping[str, Trains] | None = None) -> None:
+        """Sets the objective and what is trained of each network (by default all of it), and finds out what the
+        objective needs: which networks see which images, and with gradients or not."""
         self.objective = objective
         reads = dict(objective.reads)
         self.makes = [name for name in self.derived if name in reads]
@@ -183,18 +221,22 @@ class Learner(nn.Module):
             assert isinstance(made, DerivedSignal)
             for point in made.of:
                 reads[point] = reads.get(point, False) or learns
-        self.passes: dict[tuple[str, str], bool] = {}
+        self.passes: dict[tuple[str, str], dict[str, bool]] = {}
         for name, learns in reads.items():
             address = Address.parse(name)
-            learns = learns and address.network not in self.frozen
-            shown = (address.network, address.images)
-            self.passes[shown] = self.passes.get(shown, False) or learns
+            points = self.passes.setdefault((address.network, address.images), {})
+            points[address.point] = learns and address.network not in self.frozen
         # What this phase does not train must not require a gradient: DistributedDataParallel would wait for it.
-        taught = {name for (name, _), learns in self.passes.items() if learns}
-        taught |= {name for name in self.makes if objective.reads[name]}
-        for name, parameters in self._trained.items():
-            for parameter in parameters:
-                parameter.requires_grad_(name in taught)
+        for name, network in self.networks.items():
+            if name not in self.frozen:
+                assert isinstance(network, MultiExit)
+                passes = [points for (shown, _), points in self.passes.items() if shown == name]
+                network.train_only(
+                    [point for points in passes for point, learns in points.items() if learns],
+                    trains[name] if trains else "all",
+                )
+        for name, made in self.derived.items():
+            made.requires_grad_(name in self.makes and objective.reads[name])
 
     @property
     def student(self) -> MultiExit:
@@ -217,15 +259,15 @@ class Learner(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Runs every network on the batch and every loss on their outputs; returns the loss (a scalar) and its parts by
-        name.
+        """Runs every network on the batch, with those exits that a loss reads, and every loss on their outputs; returns
+        the loss (a scalar) and its parts by name.
 
         The parts keep their graphs too, so that the gradient of each can be computed on its own.
         """
         signals: dict[str, Signal] = {}
-        for (name, images), learns in self.passes.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                said = self.networks[name](batch.views[images] if images else batch.images)
+        for (name, images), points in self.passes.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and any(points.values())):
+                said = self.networks[name](batch.views[images] if images else batch.images, points)
             signals |= {str(Address(name, point, images)): signal for point, signal in said.items()}
         for name in self.makes:
             signals[name] = self.derived[name](signals, batch)

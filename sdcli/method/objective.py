@@ -18,7 +18,7 @@ from sdcli.method.losses import LOSSES
 from sdcli.method.terms import Term, check_mixing, needs_target
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
-from sdcli.recipe.address import FINAL, Address
+from sdcli.recipe.address import Address
 from sdcli.recipe.schema import Loss
 from sdcli.registry import Entry
 
@@ -41,8 +41,8 @@ class Objective(nn.Module):
 
         `frozen` names the networks that do not learn, `derived` holds the predictions that are made from others;
         `mixes` is true if labels are mixtures of several classes. Raises UserError for an unknown loss or key, a point
-        that does not exist, does not learn or has no classifier, weights or targets that do not match the points, exits
-        that no term teaches, and a loss that needs one class per image where classes are mixed.
+        that does not exist, does not learn or has no classifier, weights or targets that do not match the points, and a
+        loss that needs one class per image where classes are mixed. `check_taught` finds points that nothing teaches.
         """
         super().__init__()
         self.terms: list[Term] = []
@@ -52,7 +52,7 @@ class Objective(nn.Module):
         self._losses = [name for name, loss in losses.items() if any(w.varies or w.value for w in loss.weights)]
         for name, loss in losses.items():
             self._add(name, loss)
-        self._check_all_taught()
+        self._check_embeddings()
         # The current weights of terms that vary: a tensor, so that a change does not recompile a compiled objective.
         self.register_buffer("now", torch.ones(len(self.terms)), persistent=False)
         self.set_time(0.0, 1.0)
@@ -113,6 +113,7 @@ class Objective(nn.Module):
                 continue
             if entry.reads == "logits":
                 self._addresses.check_classifies([point, *([target] if target else [])], where)
+            self._addresses.check_taught([point], entry.reads, where)
             compare = self._built(entry, options, point, target, where)
             if isinstance(compare, nn.Module):
                 self.trained.append(compare)
@@ -138,18 +139,25 @@ class Objective(nn.Module):
             ) from error
         return built
 
-    def _check_all_taught(self) -> None:
-        """Raises UserError for an exit whose classifier no term reads: it would be scored untrained."""
-        read = [Address.find(term.on) for term in self.terms if term.reads == "logits"]
-        taught = {address.bare for address in read if address is not None}
-        for address, spec in self._addresses.specs.items():
-            network = address.network
-            if spec.classifies and address not in taught and network not in self._addresses.frozen:
-                fix = f'add a loss with on = "{address.at("all")}"'
-                if address.point != FINAL:
-                    fix += f', or set networks.{network}.exits = "none"'
+    @property
+    def taught(self) -> list[Address]:
+        """The points whose classifiers terms teach, those of views left out."""
+        on = [Address.find(term.on) for term in self.terms if term.reads == "logits"]
+        return list(dict.fromkeys(address.bare for address in on if address is not None))
+
+    def _check_embeddings(self) -> None:
+        """Raises UserError for an exit whose embedding is taught and whose classifier is not: a part of its head would
+        get no gradient."""
+        for term in self.terms:
+            address = Address.find(term.on)
+            if term.reads != "embedding" or address is None or address.bare in self.taught:
+                continue
+            if self._addresses.spec(term.on).classifies:
                 raise UserError(
-                    f"no loss teaches the classifier of {address}", "a loss on the logits of every point", fix
+                    f"losses.{term.name} teaches the embedding of {term.on}, and no loss teaches its classifier",
+                    "a loss on the logits of the same point",
+                    f'add a loss with on = "{address.bare}"',
+                    key=f"losses.{term.name}.on",
                 )
 
     @property

@@ -6,7 +6,7 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from sdcli.errors import UserError, unknown
 from sdcli.network.backbones import create
 from sdcli.network.blueprint import BRANCH, Blueprint
 from sdcli.network.calibration import Calibration
+from sdcli.network.gradients import Equilibrium
 from sdcli.network.heads import build_head
 from sdcli.network.policies import Decided, Policy, check_policy
 from sdcli.network.predict import Photo, Prediction, Strategy, batches, choose, ensemble_of, predictions
@@ -30,6 +31,10 @@ from sdcli.network.tail import Branch, DenseClassifier
 from sdcli.network.taps import InputTap, Reached, Store, Tap
 from sdcli.network.truncated import Truncated
 from sdcli.recipe.address import FINAL
+from sdcli.recipe.schema import Gradients, Trains
+
+PARTS = frozenset({"features", "embedding", "logits"})
+"""The parts of a signal that a loss may teach."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,10 @@ class PointSpec:
     embedding_dim: int
     classifies: bool = True
     """Whether it has logits; a tap without a head has none."""
-    learns: bool = True
-    """Whether gradients pass; through some derived signals none do."""
+    learns: frozenset[str] = PARTS
+    """The parts through which gradients reach a weight; for some derived signals none."""
+    learns_alone: frozenset[str] = PARTS - {"features"}
+    """The same where only heads learn (`trains = "heads"`)."""
 
 
 class MultiExit(nn.Module):
@@ -62,6 +69,9 @@ class MultiExit(nn.Module):
         self._dense: DenseClassifier | None = None
         self._hooks: list[Any] = []
         self._why_not: dict[str, str] | None = None
+        self.gradients: Gradients = "sum"
+        """What of the exits' gradients passes on to the stages before them."""
+        self.trains: Trains = "all"
         self.calibration: Calibration | None = None
         """When images leave early, if `sdcli calibrate` has found that out for the checkpoint it was loaded from."""
         for point, stage in self.stages.items():
@@ -75,6 +85,30 @@ class MultiExit(nn.Module):
         for name, parameter in backbone.named_parameters():
             if name in set(plan.unused):
                 parameter.requires_grad_(False)
+        self._can_learn = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def train_only(self, points: Collection[str], trains: Trains) -> None:
+        """From now on only the heads of `points` learn, and the backbone where `trains` is "all".
+
+        With "heads" the backbone is frozen and stays in eval mode, but its classifier learns if `final` is among
+        `points`. What did not learn when this object was made never does.
+        """
+        self.trains = trains
+        classifier = f"backbone.{self.plan.classifier}."
+        for name, parameter in self.named_parameters():
+            if name.startswith("heads."):
+                learns = name.split(".")[1] in points
+            else:
+                learns = bool(points) if trains == "all" else FINAL in points and name.startswith(classifier)
+            parameter.requires_grad_(learns and name in self._can_learn)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> MultiExit:
+        """A frozen backbone stays in eval mode: its batch norms keep their statistics."""
+        super().train(mode)
+        if self.trains == "heads":
+            self.backbone.eval()
+        return self
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -93,18 +127,24 @@ class MultiExit(nn.Module):
 
     @property
     def specs(self) -> dict[str, PointSpec]:
-        """The widths of each point's signal."""
+        """The widths of each point's signal, and which parts of it can be taught."""
         specs = {}
         for point in self.points:
             stage = self.stages[point]
             dim = self.plan.embedding_dim
+            alone = PARTS - {"features"}
+            if point == FINAL:
+                alone = frozenset({"logits"} if point in self.heads or self.plan.classifier else ())
+            elif point not in self.heads:
+                alone = frozenset()
             if point in self.heads and not isinstance(self.heads[point], Branch):
                 classifier = self.heads[point].classifier
                 assert isinstance(classifier, nn.Linear)
                 dim = classifier.in_features
             elif point not in self.classifiers:
                 dim = stage.num_chs
-            specs[point] = PointSpec(stage.num_chs, dim, point in self.classifiers)
+            learns = alone if self.gradients == "detached" and point != FINAL else PARTS
+            specs[point] = PointSpec(stage.num_chs, dim, point in self.classifiers, learns, alone)
         return specs
 
     @property
@@ -122,16 +162,29 @@ class MultiExit(nn.Module):
         """Its own preprocessing: any PIL image to a normalised tensor [3, H, W]."""
         return Prepared.of(self.blueprint.preprocess)
 
-    def forward(self, images: Tensor) -> dict[str, Signal]:
-        """One forward pass: images [B, 3, H, W] to the signal of every point."""
+    def forward(self, images: Tensor, points: Mapping[str, bool] | None = None) -> dict[str, Signal]:
+        """One forward pass: images [B, 3, H, W] to the signal of every point.
+
+        `points` are those that are wanted, by default all, and whether each of them teaches; other exits' heads are
+        not run.
+        """
+        wanted = dict.fromkeys(self.points, True) if points is None else points
+        trunk = Equilibrium([point for point in self.points if wanted.get(point)])
+        shared = self.gradients == "equilibrium" and torch.is_grad_enabled()
+        self._store.visit = trunk.visit if shared else None
         self._store.open = True
         logits = averaged(self.backbone(images))
-        self._store.open = False
+        self._store.open, self._store.visit = False, None
         # Tensors that stay here would keep their graphs alive, and cannot be deep-copied.
         store, self._store.tensors = self._store.tensors, {}
+        store |= trunk.read
         # One by one from `items`: torch.compile cannot look up a module by a name that varies.
         heads = dict(self.heads.items())
-        signals = {point: signal_at(self.stages[point], heads.get(point), store[point]) for point in self.points[:-1]}
+        signals = {}
+        for point in self.points[:-1]:
+            if point in wanted:
+                tensor = store[point].detach() if self.gradients == "detached" else store[point]
+                signals[point] = signal_at(self.stages[point], heads.get(point), tensor)
         signals[FINAL] = self._final(store, logits)
         if self._dense is not None:
             signals[FINAL].dense = self._dense.logits(self.backbone, store["places"])

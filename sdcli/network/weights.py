@@ -35,6 +35,7 @@ def build_network(table: Network, blueprint: Blueprint, *, begins: bool = True) 
     """
     _LOG.info("building %s", blueprint.architecture.model)
     network = build(blueprint, pretrained=begins and table.weights == "pretrained")
+    network.gradients = table.gradients
     if not begins or table.weights == "random":
         return network, Loaded()
     if table.weights == "pretrained":

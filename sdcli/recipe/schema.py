@@ -17,6 +17,8 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
 """The name of a network or a view; addresses are made of these."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
 """The name of a loss or a signal."""
+Trains = Literal["all", "heads"]
+Gradients = Literal["sum", "equilibrium", "detached"]
 MEAN = "mean"
 MOST_EPOCHS = 1_000_000
 MOST_IMAGES = 1_000_000
@@ -56,6 +58,12 @@ class Network(Table):
     """`cifar` keeps the resolution that an ImageNet stem discards; `auto` uses it for small images."""
     model_args: dict[str, Any] = {}
     """Further arguments for `timm.create_model`."""
+    trains: Trains = "all"
+    """What is trained: `all`, or the `heads` of the exits on a finished network. The backbone is then frozen and runs
+    in eval mode; only its own classifier is trained too if a loss is on the logits of `final`."""
+    gradients: Gradients = "sum"
+    """What the stages hear of the exits behind them: the `sum` of their gradients, the mean (`equilibrium`, Li et al.
+    2019, arXiv:1908.06294), or nothing (`detached`: heads learn from the trunk, and the trunk only from `final`)."""
 
 
 class Augment(Table):
@@ -263,6 +271,8 @@ class Phase(Table):
     """The length of the phase; by default the recipe's `epochs`."""
     losses: Annotated[list[str], Field(min_length=1)] | None = None
     """The losses that apply in this phase; by default all."""
+    trains: Trains | None = None
+    """What is trained of the student in this phase; by default what `[networks.student]` says."""
     teacher: bool = False
     """Whether a frozen copy of the student at the start of this phase (with `[ema]`, of its average) teaches from then
     on, as `teacher.final`."""
@@ -314,12 +324,16 @@ class Recipe(Table):
 
     @property
     def all_phases(self) -> list[Phase]:
-        """The phases in order, with their rounds, each with its epochs and losses; a single phase if the recipe has
-        none."""
+        """The phases in order, with their rounds, each with its epochs, its losses and what it trains; a single phase
+        if the recipe has none."""
         phases = self.phases or [Phase(name="")]
         return [
             phase.model_copy(
-                update={"epochs": phase.epochs or self.epochs, "losses": phase.losses or list(self.losses)}
+                update={
+                    "epochs": phase.epochs or self.epochs,
+                    "losses": phase.losses or list(self.losses),
+                    "trains": phase.trains or self.student.trains,
+                }
             )
             for phase in phases
             for _ in range(phase.rounds)

@@ -36,7 +36,7 @@ from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import Loaded, build_network
 from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
 from sdcli.recipe.load import to_toml
-from sdcli.recipe.schema import Recipe
+from sdcli.recipe.schema import Recipe, as_list
 from sdcli.run.folder import Run, check_output
 from sdcli.run.settings import Settings
 from sdcli.run.state import digest_of
@@ -242,6 +242,8 @@ def _build_networks(
         networks[name], loaded = build_network(table, blueprint, begins=begins or not table.learns)
         if begins and name != STUDENT and not table.learns:
             _check_knows(name, recipe, loaded)
+        if begins and name == STUDENT:
+            _check_finished(recipe, networks[name], loaded)
         more = [*blueprint.notes, *loaded.notes] if name == STUDENT else loaded.notes
         notes += more if name == STUDENT else [f"{name}: {note}" for note in more]
         # All networks see images of the student's size.
@@ -269,6 +271,24 @@ def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:
                 f"--set networks.{name}.weights=CHECKPOINT, or --set networks.{name}.learns=true",
                 key=f"networks.{name}.weights",
             )
+
+
+def _check_finished(recipe: Recipe, student: MultiExit, loaded: Loaded) -> None:
+    """Raises UserError if a classifier of the student starts with random weights and nothing would train it."""
+    on_final = any(
+        address.point in (FINAL, "all") and address.network == STUDENT
+        for loss in recipe.losses.values()
+        for on in as_list(loss.on)
+        if (address := Address.find(on)) is not None
+    )
+    fresh = any(not module.startswith("heads.") or module == f"heads.{FINAL}" for module in loaded.fresh)
+    if fresh and not on_final:
+        raise UserError(
+            "no loss teaches the final classifier, which has random weights: there are none for these classes",
+            "the weights of a network that was trained on these classes",
+            f"train it first: sdcli train {student.plan.model} --recipe finetune, then --weights its checkpoint",
+            key="networks.student.weights",
+        )
 
 
 def _describe(settings: Settings, recipe: Recipe, splits: Splits, blueprint: Blueprint) -> Description:

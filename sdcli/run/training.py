@@ -19,7 +19,7 @@ from sdcli.data.loaders import Loader
 from sdcli.data.resident import ResidentLoader
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
-from sdcli.method.learner import Learner
+from sdcli.method.learner import Learner, what_trains
 from sdcli.method.objective import Objective
 from sdcli.method.optimizer import complete_momentum, create_optimizer, create_schedule
 from sdcli.network.checkpoint import Description
@@ -137,7 +137,7 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
     objective = training.objectives[number].to(accelerator.device)
     if begins and number and not phase.fresh:
         objective.go_on_from(training.objectives[number - 1])
-    learner.teach(objective)
+    learner.teach(objective, what_trains(training.recipe, number))
     optimizer = create_optimizer([learner], training.recipe.optimizer)
     epochs = training.recipe.phase_epochs[number]
     training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)
