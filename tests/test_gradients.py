@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,11 +11,13 @@ from torch import Tensor, nn
 from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.learner import Learner, build_objectives, what_trains
+from sdcli.method.shares import Shares, is_measured_at
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.gradients import Equilibrium
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.check import check_recipe
-from sdcli.recipe.schema import Network
+from sdcli.recipe.schema import Network, WeightSchedule
+from sdcli.run.still import Stillness
 
 CLASSES = tuple("abcdefg")
 # Maps in every layout: NCHW, tokens, tokens that shrink, NHWC; and branches, whose exits share one tensor.
@@ -231,3 +235,118 @@ def test_the_last_stages_must_be_taught_in_a_phase_that_trains_them() -> None:
     }
     with pytest.raises(UserError, match=r"phases\.1: no loss teaches the classifier of final"):
         learner_of(tables)
+
+
+def shares_of(**shares: float) -> Shares:
+    weights = {name: WeightSchedule(share=share, of="task") for name, share in shares.items()}
+    return Shares(weights).double()
+
+
+def test_a_share_holds_at_the_first_measurement_and_follows_averages_after_it() -> None:
+    shares = shares_of(soft=0.5, hint=0.1)
+    assert shares.found == {"soft": 0.0, "hint": 0.0}
+    shares.see({"task": 3.0, "soft": 7.0, "hint": 2e5, "other": 1.0})
+    assert shares.found["soft"] * 7.0 == pytest.approx(0.5 * 3.0, rel=1e-12)
+    assert shares.found["hint"] * 2e5 == pytest.approx(0.1 * 3.0, rel=1e-12)
+    shares.see({"task": 6.0, "soft": 7.0, "hint": 1e5})
+    task, hint = (math.exp(0.9 * math.log(old) + 0.1 * math.log(new)) for old, new in ((3.0, 6.0), (2e5, 1e5)))
+    assert shares.found["soft"] * 7.0 == pytest.approx(0.5 * task, rel=1e-12)
+    assert shares.found["hint"] * hint == pytest.approx(0.1 * task, rel=1e-12)
+
+
+def test_a_share_moves_by_a_factor_of_two_at_most_and_ignores_what_cannot_be_measured() -> None:
+    shares = shares_of(soft=1.0)
+    for norms in ({"task": 1.0}, {"task": 0.0, "soft": 1.0}, {"task": math.nan, "soft": 1.0}):
+        shares.see(norms)
+    # The task was measured in the first one, the loss in the others.
+    assert shares.found["soft"] == pytest.approx(1.0, rel=1e-12)
+    shares.see({"task": 1e30, "soft": 1.0})
+    assert shares.found["soft"] == pytest.approx(2.0, rel=1e-12)
+    shares.see({"task": 1.0, "soft": 1e200})
+    assert shares.found["soft"] == pytest.approx(1.0, rel=1e-12)
+    tiny = shares_of(soft=1.0)
+    tiny.see({"task": 1e-200, "soft": 1e200})
+    assert tiny.found["soft"] == 1e-8
+
+
+def test_shares_are_measured_early_and_in_the_first_half() -> None:
+    assert [n for n in range(1, 1001) if is_measured_at(n, 1000)] == [1, 10, 25, 50, 250, 450]
+
+
+def test_the_state_of_shares_is_their_buffers() -> None:
+    first, second = shares_of(soft=0.5), shares_of(soft=0.5)
+    first.see({"task": 3.0, "soft": 7.0})
+    second.load_state_dict(first.state_dict())
+    assert second.found == first.found
+    for shares in (first, second):
+        shares.see({"task": 4.0, "soft": 1.0})
+    assert second.found == first.found
+
+
+def test_a_loss_is_held_at_its_share_of_the_gradient_on_the_backbone() -> None:
+    """Measured as a run does, on a network in float64; the heads' gradients do not count."""
+    soft = {**SOFT, "weight": {"share": 0.3, "of": "task"}}
+    learner = learner_of({"losses": {"task": {**TASK, "weight": 2.0}, "labels": LABELS, "soft": soft}})
+    learner.double()
+    objective, network = learner.objective, learner.student
+    batch = Batch(images_for(network), torch.tensor([0, 1]), torch.arange(2))
+    backbone = [p for p in network.backbone.parameters() if p.requires_grad]
+
+    def norms() -> dict[str, float]:
+        _, parts = learner(batch)
+        found = {}
+        for name, part in parts.items():
+            own = torch.autograd.grad(part, backbone, retain_graph=True, allow_unused=True)
+            found[name] = float(nn.utils.get_total_norm([g for g in own if g is not None]))
+        return found
+
+    assert norms()["soft"] == 0
+    with objective.unweighted():
+        measured = norms()
+    objective.shares.see(measured)
+    objective.set_time(0.0, 1.0)
+    held = norms()
+    assert held["task"] == pytest.approx(measured["task"], rel=1e-12)
+    assert held["soft"] == pytest.approx(0.3 * held["task"], rel=1e-10)
+
+
+def share(**table: object) -> dict[str, object]:
+    return {"losses": {"task": TASK, "labels": LABELS, "soft": {**SOFT, "weight": table}}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (share(share=0.1), "losses.soft.weight has share without of"),
+        (share(of="task"), "losses.soft.weight has of without share"),
+        (share(share=0.1, of="task", value=1.0), "losses.soft.weight has share and value"),
+        (share(share=0.1, of="task", to=1.0), "losses.soft.weight has share and to"),
+        (share(share=0.1, of="tusk"), "losses.soft.weight.of: unknown loss 'tusk'"),
+        (share(share=0.1, of="soft"), "losses.soft.weight.of = 'soft', whose weight finds itself too"),
+        (
+            share(share=0.1, of="task") | {"networks": {"student": {"gradients": "detached"}}},
+            'losses.soft has a share of losses.task, but with gradients = "detached" no gradient of losses.soft '
+            "reaches the backbone, where it is measured",
+        ),
+        (
+            share(share=0.1, of="task") | {"phases": [{"name": "a", "losses": ["labels", "soft"]}]},
+            "phases.0: losses.soft has a share of losses.task, which is not in this phase",
+        ),
+    ],
+)
+def test_a_share_that_cannot_be_measured_is_refused(tables: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_recipe(tables)
+    assert error.value.wrong == message
+
+
+def test_losses_that_teach_nothing_are_named_once() -> None:
+    still = Stillness(["task", "still", "zero", "resting"], 40)
+    assert still.last == 40 and Stillness([], 1000).last == 100
+    for value in (3.0, 2.0, 1.0):
+        still.see(torch.tensor([value, 5.0, value, 0.0]))
+    norms = {"task": 1.0, "still": 1.0, "zero": 0.0, "resting": 0.0}
+    assert still.remarks(norms, ["resting"]) == [
+        "losses.still teaches nothing: its value has not changed in 40 updates",
+        "losses.zero teaches nothing: its gradient is 0 at update 40",
+    ]

@@ -41,7 +41,7 @@ from sdcli.run.resume import resume, resumed
 from sdcli.run.settings import Settings
 from sdcli.run.train import fit, next_update, train_epoch, train_step
 from sdcli.run.training import Training, enter_phase, save
-from sdcli.run.watch import explained, gradient_shares
+from sdcli.run.watch import explained, gradient_norms, gradient_shares
 
 QUICK = Settings("test_vit", "digits", limit_train=96, limit_val=30, device="cpu", workers=0)
 
@@ -669,7 +669,7 @@ def test_shares_of_the_gradient_add_up_and_leave_no_trace(training: Training) ->
     batch = next(iter(training.loader))
     before = {name: tensor.clone() for name, tensor in training.learner.state_dict().items()}
     generator = torch.get_rng_state()
-    shares = gradient_shares(training, batch)
+    shares = gradient_shares(gradient_norms(training, batch))
     assert list(shares) == ["task", "exits", "soft", "hint"]
     assert sum(shares.values()) == pytest.approx(1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.learner.state_dict().items())

@@ -24,7 +24,7 @@ from sdcli.errors import UserError, counted
 from sdcli.evaluation.evaluate import Report
 from sdcli.run.best import COARSE, quality
 from sdcli.run.events import Epoch, Finished, Step, Stopped
-from sdcli.run.folder import read_log
+from sdcli.run.folder import FOUND, read_log
 from sdcli.run.training import Training
 
 PLAIN_EVERY_S = 30.0
@@ -106,6 +106,8 @@ def _follow_plain(training: Training, events: Iterable[Event]) -> Finished | Sto
         if isinstance(event, Step):
             if event.shares:
                 message(_shares(event))
+            for note in event.notes:
+                message(f"note: {note}")
             if now - shown >= PLAIN_EVERY_S:
                 shown = now
                 speed = f"{event.images_per_s:,.0f} images/s{left((event.epoch - 1) * steps + event.update)}"
@@ -168,6 +170,8 @@ def _follow_live(training: Training, events: Iterable[Event]) -> Finished | Stop
                 return event
             if isinstance(event, Step):
                 done = (event.epoch - 1) * steps + event.update
+                for note in event.notes:
+                    console.print(f"note: {note}", markup=False, highlight=False)
                 bar.update(task, completed=done, epoch=event.epoch, update=event.update, speed=event.images_per_s)
                 losses = Text(f"{_losses(event.losses)}  |  learning rate {event.lr:.2g}", style="dim")
                 shares = Text(_shares(event), style="dim") if event.shares else shares
@@ -222,6 +226,9 @@ def _summary(training: Training, end: Finished) -> list[list[str | tuple[str, st
     lines: list[list[str | tuple[str, str]]] = []
     if len(set(end.best_epochs.values())) > 1:
         lines.append([f"best epoch of each: {', '.join(f'{point} {n}' for point, n in end.best_epochs.items())}"])
+    if end.weights:
+        found = ", ".join(f"losses.{name} {weight:.3g}" for name, weight in end.weights.items())
+        lines.append([f"weights found: {found}; {training.run.folder / FOUND} repeats the run with them"])
     if which == "best" and training.num_val < COARSE:
         share = 100 / training.num_val
         lines.append(

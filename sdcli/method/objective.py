@@ -5,7 +5,8 @@ B batch, C channels, D embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.losses import LOSSES
+from sdcli.method.shares import Shares
 from sdcli.method.terms import Term, check_mixing, needs_target
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
@@ -55,14 +57,39 @@ class Objective(nn.Module):
         self._check_embeddings()
         # The current weights of terms that vary: a tensor, so that a change does not recompile a compiled objective.
         self.register_buffer("now", torch.ones(len(self.terms)), persistent=False)
+        shares = {name: loss.share for name, loss in losses.items() if name in self.names and loss.share is not None}
+        self.shares = Shares(shares) if shares else None
+        """The weights that find themselves."""
         self.set_time(0.0, 1.0)
 
     def set_time(self, epoch: float, epochs: float) -> None:
         """Sets the weights to their values after `epoch` of `epochs`."""
+        self._time = (epoch, epochs)
         if any(term.weight.varies for term in self.terms):
-            weights = torch.tensor([term.weight.at(epoch, epochs) for term in self.terms])
+            found = self.shares.found if self.shares else {}
+            weights = torch.tensor(
+                [term.weight.at(epoch, epochs) * found.get(term.name, 1.0) for term in self.terms],
+                dtype=self.now.dtype,
+            )
             # A GPU copies from pinned memory without making the CPU wait.
             self.now.copy_(weights.pin_memory() if self.now.is_cuda else weights, non_blocking=True)
+
+    @property
+    def resting(self) -> list[str]:
+        """The losses whose weight is 0 at this time of the run."""
+        return [name for name in self.names if not any(t.weight.at(*self._time) for t in self.terms if t.name == name)]
+
+    @contextmanager
+    def unweighted(self) -> Iterator[None]:
+        """Inside, losses whose weight finds itself have the weight 1."""
+        before = self.now.clone()
+        for number, term in enumerate(self.terms):
+            if term.weight.share is not None:
+                self.now[number] = 1.0
+        try:
+            yield
+        finally:
+            self.now.copy_(before)
 
     def go_on_from(self, other: Objective) -> None:
         """Takes over what the same terms of another objective have learned."""

@@ -144,8 +144,13 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_plain(entry) for entry in value)
     if isinstance(value, WeightSchedule):
-        shapes = {name: time for name, time in value.model_dump(exclude_none=True).items() if name != "value"}
-        return _plain(value.value) + "".join(f" {name} {_plain(time)}" for name, time in shapes.items())
+        own = _plain(value.value) if value.share is None else f"{_plain(value.share)} of {value.of}"
+        shapes = {
+            name: time
+            for name, time in value.model_dump(exclude_none=True).items()
+            if name not in ("value", "share", "of")
+        }
+        return own + "".join(f" {name} {_plain(time)}" for name, time in shapes.items())
     return toml.write_value(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 

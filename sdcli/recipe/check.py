@@ -33,6 +33,7 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         _check_networks(recipe)
         _check_names(recipe)
         _check_phases(recipe)
+        _check_shares(recipe)
         _check_batch(recipe)
         for name, signal in recipe.signals.items():
             _check_addresses(f"signals.{name}.of", signal.of, recipe, POINTS, groups=True)
@@ -105,6 +106,61 @@ def _check_phases(recipe: Recipe) -> None:
             "another name",
             key=f"networks.{TEACHER}",
         )
+
+
+def _check_shares(recipe: Recipe) -> None:
+    """Raises UserError for a weight that finds itself and cannot: without a loss to compare with, or a backbone to
+    measure on."""
+    for name, loss in recipe.losses.items():
+        key = f"losses.{name}.weight"
+        for weight in loss.weights:
+            if (weight.share is None) != (weight.of is None):
+                there, lacks = ("of", "share") if weight.share is None else ("share", "of")
+                raise UserError(f"{key} has {there} without {lacks}", 'both: { share = 0.1, of = "task" }', key=key)
+            if weight.share is None:
+                continue
+            if weight.to is not None or "value" in weight.model_fields_set:
+                raise UserError(
+                    f"{key} has share and {'to' if weight.to is not None else 'value'}", "one of them", key=key
+                )
+            if loss.share is None:
+                raise UserError(f"{key}: a list with a share", "one share for all points of the loss", key=key)
+            if weight.of not in recipe.losses:
+                raise unknown("loss", str(weight.of), recipe.losses).within(f"{key}.of", key=f"{key}.of")
+            if recipe.losses[str(weight.of)].share is not None:
+                raise UserError(
+                    f"{key}.of = '{weight.of}', whose weight finds itself too",
+                    "a loss whose weight is a number",
+                    key=f"{key}.of",
+                )
+            _check_measurable(recipe, name, str(weight.of))
+
+
+def _check_measurable(recipe: Recipe, name: str, of: str) -> None:
+    """Raises UserError for a phase in which the gradients of two losses cannot be compared on the backbone."""
+    for number, phase in enumerate(recipe.all_phases):
+        if name not in (phase.losses or ()):
+            continue
+        where = f"phases.{number}: " if recipe.phases else ""
+        if of not in (phase.losses or ()):
+            raise UserError(
+                f"{where}losses.{name} has a share of losses.{of}, which is not in this phase",
+                "both losses, or a number as the weight",
+                key=f"losses.{name}.weight",
+            )
+        heard = {
+            other: phase.trains == "all" and (recipe.student.gradients != "detached" or not recipe.only_on_exits(other))
+            for other in (name, of)
+        }
+        for other, is_heard in heard.items():
+            if not is_heard:
+                why = 'trains = "heads"' if phase.trains != "all" else 'gradients = "detached"'
+                raise UserError(
+                    f"{where}losses.{name} has a share of losses.{of}, but with {why} no gradient of losses.{other} "
+                    "reaches the backbone, where it is measured",
+                    "a number as the weight",
+                    key=f"losses.{name}.weight",
+                )
 
 
 def _check_batch(recipe: Recipe) -> None:

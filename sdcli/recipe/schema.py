@@ -5,13 +5,13 @@ The strings below the keys become docs/recipes.md. The own keys of a loss or sig
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from sdcli.recipe import ramps
-from sdcli.recipe.address import AVERAGE, STUDENT, TEACHER, Address
+from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
 """The name of a network or a view; addresses are made of these."""
@@ -132,14 +132,25 @@ class WeightSchedule(Table):
     """When the loss stops; its weight is 0 from then on."""
     decay: Share | None = None
     """When the weight begins to fall linearly, to 0 at the end of the run."""
+    share: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """In place of `value`: the weight is found by itself, so that the loss pulls at the student's backbone this many
+    times as much as the loss that `of` names. Measured now and then in the first half of each phase."""
+    of: Name | None = None
+    """The loss that `share` refers to."""
+
+    @model_serializer(mode="wrap")
+    def _without_value(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A weight that finds itself has no value."""
+        table: dict[str, Any] = dump(self)
+        return {key: value for key, value in table.items() if key != "value" or self.share is None}
 
     @property
     def varies(self) -> bool:
         """Whether the weight changes over the run."""
-        return any(getattr(self, name) is not None for name in ("to", *RAMPS))
+        return any(getattr(self, name) is not None for name in ("to", "share", *RAMPS))
 
     def at(self, epoch: float, epochs: float) -> float:
-        """The weight after `epoch` of `epochs`."""
+        """The weight after `epoch` of `epochs`; of one that finds itself, the factor that its ramps make."""
         weight = self.value if self.to is None else ramps.between(epoch, epochs, self.value, self.to)
         for name, ramp in RAMPS.items():
             if (time := getattr(self, name)) is not None:
@@ -176,6 +187,11 @@ class Loss(BaseModel):
     def options(self) -> dict[str, Any]:
         """The loss's own keys."""
         return dict(self.model_extra or {})
+
+    @property
+    def share(self) -> WeightSchedule | None:
+        """The weight, if it is one that finds itself."""
+        return self.weight if isinstance(self.weight, WeightSchedule) and self.weight.share is not None else None
 
     @property
     def weights(self) -> list[WeightSchedule]:
@@ -368,9 +384,28 @@ class Recipe(Table):
         found = [Address.find(name) for name in self.named(losses) if name not in self.signals]
         return [address for address in found if address is not None]
 
+    def only_on_exits(self, loss: str) -> bool:
+        """Whether a loss teaches only exits of the student: neither its `final` nor a signal."""
+        points = [Address.find(name) for name in as_list(self.losses[loss].on) if name not in self.signals]
+        return len(points) == len(as_list(self.losses[loss].on)) and all(
+            address is not None and address.network == STUDENT and address.point not in (FINAL, "all")
+            for address in points
+        )
+
     def reads(self, network: str, losses: Iterable[str] | None = None) -> bool:
         """Whether one of these losses, or a signal that it reads, names a point of this network."""
         return any(address.network == network for address in self.addresses(losses))
+
+
+def with_weights(recipe: Recipe, found: Mapping[str, float]) -> Recipe:
+    """The recipe with the weights that were found as numbers, by loss, so that it can be repeated without searching."""
+    losses = dict(recipe.losses)
+    for name, weight in found.items():
+        if (share := losses[name].share) is not None:
+            number = share.model_copy(update={"share": None, "of": None, "value": weight})
+            plain = weight if not number.varies else number
+            losses[name] = losses[name].model_copy(update={"weight": plain})
+    return recipe.model_copy(update={"losses": losses})
 
 
 def as_list(value: str | list[str]) -> list[str]:

@@ -21,6 +21,8 @@ class Step:
     losses: dict[str, float]
     shares: dict[str, float] | None = None
     """Each loss's share of the gradient norm; None unless it has just been measured."""
+    notes: list[str] = field(default_factory=list)
+    """Remarks for the user."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Epoch:
     validation: Report | None = None
     skipped: int = 0
     """Updates skipped because a loss or the gradient was not finite."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weights that find themselves, by loss, as they are now."""
 
     def to_log(self) -> dict[str, Any]:
         """A line of `log.jsonl`."""
@@ -50,6 +54,7 @@ class Epoch:
             "loss": sum(self.losses.values()),
             "losses": self.losses,
             "gradient_shares": self.shares,
+            "weights": self.weights,
             "num_images": self.num_images,
             "skipped": self.skipped,
             "validation": self.validation.to_dict() if self.validation else None,
@@ -67,6 +72,8 @@ class Finished:
     report: Report
     best_epochs: dict[str, int] = field(default_factory=dict)
     """The best epoch of each point on its own, in the last phase; empty without a validation split."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weights that were found in the last phase, by loss."""
 
 
 @dataclass(frozen=True)

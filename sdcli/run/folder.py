@@ -34,6 +34,9 @@ from sdcli.files import remove_temporary, replacing
 from sdcli.network.checkpoint import Description, save_checkpoint
 from sdcli.run.lock import Lock
 
+FOUND = "found.toml"
+"""The resolved recipe with the weights that found themselves as numbers."""
+
 LOG, SUMMARY = "log.jsonl", "summary.csv"
 
 EARLY = {"recipe.toml", "run.json", "state"}
@@ -84,6 +87,11 @@ class Run:
     def write_recipe(self, text: str) -> None:
         """Writes the resolved recipe, which `--recipe` accepts."""
         with writing(self.folder / "recipe.toml") as path:
+            write_text(path, text)
+
+    def write_found(self, text: str) -> None:
+        """Writes the recipe with the weights that were found as numbers."""
+        with writing(self.folder / FOUND) as path:
             write_text(path, text)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:

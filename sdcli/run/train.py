@@ -16,10 +16,14 @@ from sdcli.data.loaders import Loader
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report, evaluate
+from sdcli.method.shares import is_measured_at
+from sdcli.recipe.load import to_toml
+from sdcli.recipe.schema import with_weights
 from sdcli.run.best import Best
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import read_log
 from sdcli.run.state import Position
+from sdcli.run.still import Stillness
 from sdcli.run.track import track_epoch, track_step
 from sdcli.run.training import Training, enter_phase, save, share_buffers
 from sdcli.run.watch import (
@@ -28,9 +32,11 @@ from sdcli.run.watch import (
     explained,
     finite,
     gave_up,
+    gradient_norms,
     gradient_shares,
     has_to_give_up,
     is_measured,
+    measure_shares,
 )
 
 LOG_EVERY_S = 0.25
@@ -121,10 +127,13 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
             return
         name, number = "last", training.epochs
     if training.is_first:
+        if training.found_weights:
+            training.run.write_found(to_toml(with_weights(training.recipe, training.found_weights)))
         training.run.write_report(report, f"{name}.safetensors", number, best.epochs)
     if training.settings.track is not None:
         training.accelerator.end_training()
-    yield Finished(training.run.folder / f"{name}.safetensors", number, report, best.epochs)
+    checkpoint = training.run.folder / f"{name}.safetensors"
+    yield Finished(checkpoint, number, report, best.epochs, training.found_weights)
 
 
 def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: None) -> Report:
@@ -249,8 +258,12 @@ def train_epoch(
                 return
             raise error from None
         epochs = training.recipe.phase_epochs[training.phase]
-        training.learner.objective.set_time(training.updates_done / training.updates_per_epoch, epochs)
-        shares = gradient_shares(training, batches[0]) if is_measured(training) else None
+        objective, done = training.learner.objective, training.updates_done
+        objective.set_time(done / training.updates_per_epoch, epochs)
+        if objective.shares is not None and is_measured_at(done + 1, epochs * training.updates_per_epoch):
+            measure_shares(training, batches[0])
+            objective.set_time(done / training.updates_per_epoch, epochs)
+        shares, notes = _measured(training, batches[0])
         position.shares = shares or position.shares
         position.lr = training.optimizer.param_groups[0]["lr"]
         losses, norm = train_step(training, batches)
@@ -264,16 +277,27 @@ def train_epoch(
             # With the same losses everywhere, all processes report the same loss and update as not finite.
             losses = training.accelerator.reduce(losses, "mean")
         watch.see(losses, norm, position)
+        if training.stillness is not None:
+            training.stillness.see(losses)
         if has_to_give_up(training):
             raise gave_up(training, batches[0])
         training.schedule.step(training.updates_done)
         now = time.monotonic()
-        if now - logged >= LOG_EVERY_S or position.update == 1 or shares:
+        if now - logged >= LOG_EVERY_S or position.update == 1 or shares or notes:
             logged = now
             speed = (position.num_images - before) / (now - start)
             named = watch.check(losses)
             track_step(training, named)
-            yield Step(position.epoch, position.update, training.updates_per_epoch, speed, position.lr, named, shares)
+            yield Step(
+                position.epoch,
+                position.update,
+                training.updates_per_epoch,
+                speed,
+                position.lr,
+                named,
+                shares,
+                notes=notes,
+            )
         signal = _agreed(training, told_to_stop())
         # After the last update the state is saved anyway, at the end of the epoch.
         is_due = settings.save_every and position.update % settings.save_every == 0
@@ -291,8 +315,36 @@ def train_epoch(
     named = watch.check(sums / max(1, position.num_images - position.skipped_images))
     check_weights(training)
     phase = training.recipe.all_phases[training.phase].name
-    shares, skipped = position.shares, position.skipped
-    yield Epoch(position.epoch, phase, position.lr, named, position.num_images, seconds, speed, shares, skipped=skipped)
+    yield Epoch(
+        position.epoch,
+        phase,
+        position.lr,
+        named,
+        position.num_images,
+        seconds,
+        speed,
+        position.shares,
+        skipped=position.skipped,
+        weights=training.found_weights,
+    )
+
+
+def _measured(training: Training, batch: Batch) -> tuple[dict[str, float] | None, list[str]]:
+    """Before an update: each loss's share of the gradient if it is time to measure it, and remarks on losses that
+    teach nothing."""
+    objective, done = training.learner.objective, training.updates_done
+    if done == 0:
+        updates = training.recipe.phase_epochs[training.phase] * training.updates_per_epoch
+        training.stillness = Stillness(objective.names, updates)
+    still, notes = training.stillness, []
+    ends = still is not None and done + 1 == still.last
+    if not (ends or is_measured(training)):
+        return None, []
+    norms = gradient_norms(training, batch)
+    if still is not None and ends:
+        notes = still.remarks(norms, objective.resting)
+        training.stillness = None
+    return (gradient_shares(norms) if is_measured(training) else None), notes
 
 
 def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:

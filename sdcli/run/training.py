@@ -30,6 +30,7 @@ from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run
 from sdcli.run.settings import Settings, unchanging
 from sdcli.run.state import Position, random_states, restore_random_states, save_state, unusable
+from sdcli.run.still import Stillness
 from sdcli.run.verify import check_optimizer, check_scaler, check_tensors
 
 
@@ -73,6 +74,8 @@ class Training:
     schedule: Any = None
     position: Position = field(default_factory=Position)
     notes: list[str] = field(default_factory=list)
+    stillness: Stillness | None = None
+    """Watches the first updates of a phase; None where a run was resumed within them."""
 
     @property
     def network(self) -> MultiExit:
@@ -109,6 +112,12 @@ class Training:
         began = max((number for number in range(self.phase + 1) if phases[number].fresh), default=0)
         before = sum(self.recipe.phase_epochs[began : self.phase])
         return before * self.updates_per_epoch + self.updates_done
+
+    @property
+    def found_weights(self) -> dict[str, float]:
+        """The weights that have found themselves in this phase, by loss."""
+        shares = self.learner.objective.shares
+        return {} if shares is None else dict(shares.found)
 
     @property
     def is_first(self) -> bool:

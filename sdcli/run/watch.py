@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdcli.data.batch import Batch
 from sdcli.devices import memory_wanted
@@ -15,6 +16,7 @@ from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report
 from sdcli.extensions import line_in
 from sdcli.run.state import Position
+from sdcli.run.still import MOVED_BY
 from sdcli.run.training import Training
 
 MOST_SKIPS = 100
@@ -125,32 +127,47 @@ def finite(report: Report, training: Training) -> Report:
 
 
 def is_measured(training: Training) -> bool:
-    """Whether the gradient shares are measured at the next update: in each phase, the first, tenth and hundredth update
-    of the first epoch, and the first update of epochs 2, 4, 8, …"""
+    """Whether the gradient shares are measured at the next update: the first, tenth and hundredth of each phase, and
+    the first of its epochs 2, 4, 8, …"""
     epoch, update = training.epoch_in_phase, training.position.update
-    return update + 1 in (1, 10, 100) if epoch == 1 else update == 0 and epoch & (epoch - 1) == 0
+    return training.updates_done + 1 in (1, 10, MOVED_BY) or (update == 0 and epoch & (epoch - 1) == 0)
 
 
-def gradient_shares(training: Training, batch: Batch) -> dict[str, float]:
+def gradient_shares(norms: Mapping[str, float]) -> dict[str, float]:
     """Each loss's share of the gradient: the norm of its own gradient over the sum of all these norms.
 
-    Empty if one of them is not finite. Costs as much as `gradient_norms`.
+    Empty if one of them is not finite.
     """
-    norms = gradient_norms(training, batch)
     total = sum(norms.values())
     if not math.isfinite(total):
         return {}
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
 
-def gradient_norms(training: Training, batch: Batch) -> dict[str, float]:
-    """The norm of each loss's own gradient with respect to the student's weights.
+def measure_shares(training: Training, batch: Batch) -> None:
+    """Lets weights that find themselves follow the gradients of the next update, measured on the student's backbone.
+
+    Several processes take the mean of the squares, so that all find the same weights.
+    """
+    shares = training.learner.objective.shares
+    assert shares is not None
+    backbone = [p for p in training.learner.student.backbone.parameters() if p.requires_grad]
+    with training.learner.objective.unweighted():
+        norms = gradient_norms(training, batch, backbone)
+    own = torch.tensor(list(norms.values()), dtype=torch.float64).square().to(shares.norms)
+    own = training.accelerator.reduce(own, "mean").sqrt()
+    shares.see(dict(zip(norms, own.tolist(), strict=True)))
+
+
+def gradient_norms(training: Training, batch: Batch, weights: list[nn.Parameter] | None = None) -> dict[str, float]:
+    """The norm of each loss's own gradient with respect to `weights`, by default all of the student's.
 
     Costs one forward pass, and one backward pass per loss. Leaves weights, gradients, buffers and random generators
     unchanged.
     """
     learner = training.learner
-    weights = [p for p in learner.student.parameters() if p.requires_grad]
+    if weights is None:
+        weights = [p for p in learner.student.parameters() if p.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     devices = [training.accelerator.device] if training.accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -158,7 +175,9 @@ def gradient_norms(training: Training, batch: Batch) -> dict[str, float]:
             _, parts = learner.forward(batch)
         norms = {}
         for name, part in parts.items():
-            gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
+            gradients: Sequence[Tensor | None] = []
+            if weights and part.requires_grad:
+                gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
             own = [gradient for gradient in gradients if gradient is not None]
             norms[name] = torch.nn.utils.get_total_norm(own) if own else part.new_zeros(())
     for name, buffer in learner.named_buffers():
