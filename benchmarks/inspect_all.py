@@ -33,6 +33,7 @@ from sdcli.errors import UserError
 from sdcli.network.backbones import Architecture, create, resolve
 from sdcli.network.blueprint import Blueprint, choose_heads
 from sdcli.network.cuts import find_stages
+from sdcli.network.head_choice import EACH, TOGETHER
 from sdcli.network.multi_exit import attach
 from sdcli.network.stages import StagePlan
 from sdcli.recipe.schema import Network
@@ -40,6 +41,7 @@ from sdcli.recipe.schema import Network
 COLUMNS = (
     *("model", "family", "input_size", "found_by", "num_stages", "clean", "stages", "reductions", "num_chs", "shares"),
     *("params_m", "macs_g", "classifier", "unused", "seconds", "notes", "forward", "logits", "error"),
+    *("heads", "head_shares", "heads_together", "exits_ascend"),
 )
 CLASSES = 10
 LARGEST_REAL_PARAMS = 1.0e9
@@ -57,7 +59,7 @@ def inspect(name: str, real_gmacs: float) -> dict[str, Any]:
         row["input_size"] = "x".join(map(str, architecture.input_size))
         model = create(architecture)
         plan = find_stages(model, architecture.input_size, name=name)
-        row |= describe(plan)
+        row |= describe(plan) | describe_heads(architecture, plan)
         row["seconds"] = f"{time.perf_counter() - start:.2f}"
         row["forward"], row["logits"] = run_with_exits(model, architecture, plan)
         affordable = plan.macs <= 1e9 * real_gmacs and plan.params <= LARGEST_REAL_PARAMS
@@ -91,13 +93,29 @@ def describe(plan: StagePlan) -> dict[str, Any]:
     }
 
 
+def describe_heads(architecture: Architecture, plan: StagePlan) -> dict[str, Any]:
+    """What `head = "auto"` chooses with a thousand classes: kinds, shares of the model's MACs in percent, and whether
+    each exit deployed alone costs less than the next."""
+    blueprint = blueprint_of(architecture, plan, 1000)
+    own, costs = blueprint.head_costs(), blueprint.costs()
+    points = blueprint.points
+    shares = [100 * own[point].macs / max(plan.macs, 1) for point in points[:-1]]
+    ascending = all(costs[one].macs < costs[other].macs for one, other in pairwise(points))
+    return {
+        "heads": " ".join(blueprint.heads[point] for point in points[:-1]),
+        "head_shares": " ".join(f"{share:.2f}" for share in shares),
+        "heads_together": f"{sum(shares):.2f}",
+        "exits_ascend": "yes" if ascending else "no",
+    }
+
+
 SAME_OPERATIONS = "same operations"
 
 
-def blueprint_of(architecture: Architecture, plan: StagePlan) -> Blueprint:
+def blueprint_of(architecture: Architecture, plan: StagePlan, num_classes: int = CLASSES) -> Blueprint:
     preprocess = Preprocess(architecture.input_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    classes = tuple(str(number) for number in range(CLASSES))
-    return Blueprint(architecture, plan, choose_heads(plan, Network()), classes, preprocess)
+    classes = tuple(str(number) for number in range(num_classes))
+    return Blueprint(architecture, plan, choose_heads(plan, Network(), len(classes)), classes, preprocess)
 
 
 def run_with_exits(model: nn.Module, architecture: Architecture, plan: StagePlan) -> tuple[str, str]:
@@ -227,6 +245,16 @@ def main() -> None:
     ):
         for value, count in Counter(str(row[column]) for row in rows.values() if row.get(column)).most_common():
             print(f"  {title}: {value}: {count}")
+    heads = [row for row in done if row.get("head_shares")]
+    dear = [row["model"] for row in heads if max(map(float, row["head_shares"].split())) > 100 * EACH]
+    together = [row["model"] for row in heads if float(row["heads_together"]) > 100 * TOGETHER]
+    tangled = [row["model"] for row in heads if row["exits_ascend"] == "no"]
+    for title, models in (
+        (f"a head over {EACH:.0%}", dear),
+        (f"heads over {TOGETHER:.0%} together", together),
+        ("an exit no cheaper than the next", tangled),
+    ):
+        print(f"  {title}: {len(models)} {' '.join(models)}")
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
             ["losses.hint.on=exit1"],
             "losses.hint at exit1: the embeddings have different widths: 16 and 32\n"
             "  expected: embeddings of the same width\n"
-            '  fix:      adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
+            '  fix:      adapt = "auto", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
         ),
         (
             ["losses.exits.on=exit2", "losses.soft.on=exit2", "losses.hint.on=exit2"],

@@ -307,7 +307,7 @@ def test_training_tells_the_same_mistake_before_it_looks_for_data(sdcli: Command
             BYOT + '[networks.student]\nhead = "linear"\n',
             "FILE: recipes/byot.toml: losses.hint at exit1: the embeddings have different widths: 32 and 96\n"
             "  expected: embeddings of the same width\n"
-            '  fix:      adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
+            '  fix:      adapt = "auto", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
         ),
     ],
 )

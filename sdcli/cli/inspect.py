@@ -88,11 +88,11 @@ def inspect(
     with stages(plain=False), only_results():
         from sdcli.cli.tables import inspect_table, models_table
         from sdcli.network.blueprint import Blueprint
-        from sdcli.network.heads import HEADS
+        from sdcli.network.heads import find_head
         from sdcli.recipe.schema import Network
 
         if head not in ("auto", "none"):
-            HEADS.find(head, "--head")
+            find_head(head, "--head")
         # Not validated as a recipe's table is: what builds the network says what is wrong with an option.
         table = Network.model_construct(exits=wanted, head=head, stem=stem)
 

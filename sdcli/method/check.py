@@ -17,9 +17,9 @@ from sdcli.method.objective import Objective
 from sdcli.method.optimizer import check_optimizer, check_schedule
 from sdcli.method.terms import check_losses, check_mixing, check_networks
 from sdcli.network.backbones import names_weights, resolve
-from sdcli.network.blueprint import ENSEMBLE, Blueprint
+from sdcli.network.blueprint import BRANCH, ENSEMBLE, Blueprint
 from sdcli.network.checkpoint import open_tensors
-from sdcli.network.heads import HEADS, check_head
+from sdcli.network.heads import POOLED, check_head, find_head
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.address import STUDENT, TEACHER, Address
 from sdcli.recipe.schema import MEAN, Network, Recipe
@@ -45,7 +45,7 @@ def check_names(recipe: Recipe) -> None:
                 raise UserError(f"{kind}.{name}: this name is reserved by torch", "another name", key=f"{kind}.{name}")
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
         if network.head not in ("auto", "none"):
-            HEADS.find(network.head, f"networks.{name}.head")
+            find_head(network.head, f"networks.{name}.head")
         if network.branches is not None and (network.head, network.exits) != ("auto", "auto"):
             given = "head" if network.head != "auto" else "exits"
             raise UserError(
@@ -170,7 +170,7 @@ def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
     network = build(blueprint, device="meta")
     network.gradients = table.gradients
     for point, kind in blueprint.heads.items():
-        if kind in HEADS.entries:
+        if kind not in (POOLED, BRANCH):
             check_head(kind, network.heads[point], network.stages[point], len(blueprint.classes))
     return network
 

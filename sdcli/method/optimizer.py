@@ -10,7 +10,11 @@ import torch
 from torch import nn
 
 from sdcli.errors import UserError, unknown
+from sdcli.network.multi_exit import MultiExit
 from sdcli.recipe.schema import Optimizer, Schedule
+
+LR_SCALE = "lr_scale"
+"""timm's schedules multiply the learning rate of a group by this entry."""
 
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that can update all weights in one kernel."""
@@ -40,23 +44,63 @@ def check_optimizer(table: Optimizer) -> None:
 
 def create_optimizer(modules: Iterable[nn.Module], table: Optimizer) -> torch.optim.Optimizer:
     """timm's optimizer for all trainable parameters of `modules`; SGD, Adam and AdamW run fused."""
-    import timm.optim
-
     check_optimizer(table)
     together = nn.ModuleList(modules)
     parameters: Any = [parameter for parameter in together.parameters() if parameter.requires_grad]
-    if not table.decay_norm_and_bias:
-        exempt = list(undecayed(together))
-        parameters = timm.optim.param_groups_weight_decay(together, table.weight_decay, no_weight_decay_list=exempt)
+    if not table.decay_norm_and_bias or table.head_lr != 1.0 or table.layer_decay != 1.0:
+        parameters = _groups(together, table)
     optimizer = _of_timm(parameters, table)
     if type(optimizer) in FUSED:
         takes = inspect.signature(type(optimizer)).parameters
         options = {name: value for name, value in optimizer.defaults.items() if name in takes}
         options |= {"fused": True, "foreach": False}
-        # Groups differ in their weight decay only.
-        groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+        own = ("params", "weight_decay", LR_SCALE)
+        groups = [{key: group[key] for key in own if key in group} for group in optimizer.param_groups]
         optimizer = type(optimizer)(groups, **options)
     return optimizer
+
+
+def _groups(together: nn.Module, table: Optimizer) -> list[dict[str, Any]]:
+    """Parameters of the same weight decay and the same factor of the learning rate, in the model's order."""
+    import timm.optim
+
+    decays = dict.fromkeys(together.parameters(), table.weight_decay)
+    if not table.decay_norm_and_bias:
+        exempt = list(undecayed(together))
+        for group in timm.optim.param_groups_weight_decay(together, table.weight_decay, no_weight_decay_list=exempt):
+            decays |= dict.fromkeys(group["params"], group["weight_decay"])
+    scales = dict(_scales(together, table))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in together.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((scales[parameter], decays[parameter]), []).append(parameter)
+    scaled = any(scale != 1.0 for scale, _ in groups)
+    return [
+        {"params": own, "weight_decay": decay} | ({LR_SCALE: scale} if scaled else {})
+        # As timm orders them: first those without decay.
+        for (scale, decay), own in sorted(groups.items(), key=lambda item: item[0][1] != 0)
+    ]
+
+
+def _scales(together: nn.Module, table: Optimizer) -> Iterator[tuple[nn.Parameter, float]]:
+    """The factor of every parameter's learning rate: `head_lr`, and on backbones `layer_decay`."""
+    from timm.optim import param_groups_layer_decay
+
+    yield from ((parameter, table.head_lr) for parameter in together.parameters())
+    for network in (module for module in together.modules() if isinstance(module, MultiExit)):
+        yield from ((parameter, 1.0) for parameter in network.backbone.parameters())
+        if table.layer_decay != 1.0:
+            for group in param_groups_layer_decay(network.backbone, layer_decay=table.layer_decay):
+                yield from ((parameter, group[LR_SCALE]) for parameter in group["params"])
+        if (classifier := network.plan.classifier) is not None:
+            own = network.backbone.get_submodule(classifier).parameters()
+            yield from ((parameter, table.head_lr) for parameter in own)
+
+
+def base_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of parameters whose factor is 1."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] / group.get(LR_SCALE, 1.0))
 
 
 def _of_timm(parameters: Any, table: Optimizer) -> torch.optim.Optimizer:

@@ -13,7 +13,8 @@ from sdcli.data.transforms import Colour, Preprocess
 from sdcli.errors import UserError
 from sdcli.network.backbones import Architecture, create, pretrained_transform, resolve
 from sdcli.network.cuts import find_stages
-from sdcli.network.heads import HEADS, POOLED, head_cost, suitable_head
+from sdcli.network.head_choice import suitable_heads
+from sdcli.network.heads import POOLED, find_head, head_cost
 from sdcli.network.stages import Stage, StagePlan
 from sdcli.recipe.address import FINAL
 from sdcli.recipe.schema import Network
@@ -73,7 +74,7 @@ class Blueprint:
         else:
             preprocess = Preprocess(architecture.input_size, *colours)
         names = classes or [str(number) for number in range(architecture.num_classes or UNNAMED_CLASSES)]
-        return cls(architecture, plan, choose_heads(plan, table), tuple(names), preprocess)
+        return cls(architecture, plan, choose_heads(plan, table, len(names)), tuple(names), preprocess)
 
     @property
     def points(self) -> list[str]:
@@ -227,7 +228,7 @@ def plan_network(network: Network, architecture: Architecture) -> StagePlan:
     return plan
 
 
-def choose_heads(plan: StagePlan, table: Network) -> dict[str, str]:
+def choose_heads(plan: StagePlan, table: Network, num_classes: int) -> dict[str, str]:
     """The kind of head for each exit of `plan`, and for `final` of an encoder; raises UserError for an unknown head.
 
     `head = "none"` leaves exits without classifiers: only their maps can be compared. With `branches`, each exit's head
@@ -238,7 +239,8 @@ def choose_heads(plan: StagePlan, table: Network) -> dict[str, str]:
         return dict.fromkeys(exit_points(plan), BRANCH)
     if table.head == "none":
         return final
-    if table.head != "auto":
-        HEADS.find(table.head, "networks.student.head")
-    exits = zip(exit_points(plan), plan.stages[:-1], strict=True)
-    return {point: suitable_head(plan, stage) if table.head == "auto" else table.head for point, stage in exits} | final
+    points = exit_points(plan)
+    if table.head == "auto":
+        return dict(zip(points, suitable_heads(plan, num_classes), strict=True)) | final
+    find_head(table.head, "networks.student.head")
+    return dict.fromkeys(points, table.head) | final

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from sdcli.errors import UserError
 from sdcli.network.blueprint import BRANCH, Blueprint
 from sdcli.network.checkpoint import Description, find_checkpoint, load_checkpoint, read_tensors
-from sdcli.network.heads import HEADS, POOLED
+from sdcli.network.heads import POOLED, find_head
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.schema import Network
 
@@ -77,12 +77,15 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     tensors, description = load_checkpoint(path)
     blueprint = description.blueprint
     for point, kind in blueprint.heads.items():
-        if kind not in (POOLED, BRANCH) and kind not in HEADS.entries:
+        try:
+            if kind not in (POOLED, BRANCH):
+                find_head(kind)
+        except UserError:
             raise UserError(
                 f"'{path}': the head of {point} is '{kind}', which this sdcli does not have",
                 "the file that registers it, which it was trained with",
                 f"sdcli eval {path} --import FILE.py",
-            )
+            ) from None
     _compare(_draft(path, blueprint, 4 * len(tensors) + MOST_PARAMETERS), tensors, blueprint, path)
     _LOG.info("building %s", blueprint.architecture.model)
     network = build(blueprint)

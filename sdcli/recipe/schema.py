@@ -231,6 +231,12 @@ class Optimizer(Table):
     """In timm's names, `momentum` is SGD with plain momentum and `sgd` is SGD with Nesterov momentum."""
     lr: Annotated[float, Field(gt=0)] = 0.1
     """The learning rate after the warm-up."""
+    head_lr: Annotated[float, Field(gt=0)] = 1.0
+    """A factor of the rate for what starts fresh on a pretrained network: the heads of exits, the final classifier, and
+    losses and signals with weights of their own."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """A factor of the rate from each of timm's layers to the one before it, so that early layers change less (Bao et
+    al. 2022, arXiv:2106.08254); 1 gives all layers the same rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For optimizers with momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -16,6 +16,7 @@ from sdcli.data.loaders import Loader
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
 from sdcli.evaluation.evaluate import Report, evaluate
+from sdcli.method.optimizer import base_rate
 from sdcli.method.shares import is_measured_at
 from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import with_weights
@@ -265,7 +266,7 @@ def train_epoch(
             objective.set_time(done / training.updates_per_epoch, epochs)
         shares, notes = _measured(training, batches[0])
         position.shares = shares or position.shares
-        position.lr = training.optimizer.param_groups[0]["lr"]
+        position.lr = base_rate(training.optimizer)
         losses, norm = train_step(training, batches)
         # Skipped updates do not count.
         own = 0 if position.in_a_row else sum(len(batch.labels) for batch in batches)

@@ -32,7 +32,7 @@ class Hint(nn.Module):
     size; each image's share of it is returned [B]. "l2" takes the square root of that sum, as their journal code does:
     a scalar, computed over the batch of one process. "mean" averages the squares, as most other code does, per image
     [B]. `adapt` "linear" first maps the student's embedding through a linear layer, which is trained with the network
-    and then discarded.
+    and then discarded; "auto" does so where the widths differ.
     """
 
     def __init__(
@@ -41,14 +41,16 @@ class Hint(nn.Module):
         teacher_width: int,
         *,
         norm: Literal["squared", "l2", "mean"] = "squared",
-        adapt: Literal["none", "linear"] = "none",
+        adapt: Literal["none", "linear", "auto"] = "none",
     ) -> None:
         super().__init__()
+        if adapt == "auto":
+            adapt = "none" if student_width == teacher_width else "linear"
         if adapt == "none" and student_width != teacher_width:
             raise UserError(
                 f"the embeddings have different widths: {student_width} and {teacher_width}",
                 "embeddings of the same width",
-                'adapt = "linear", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
+                'adapt = "auto", or a head whose embedding has the target\'s width, such as head = "bottleneck"',
             )
         self.norm = norm
         self.sees_batch = norm == "l2"
