@@ -1,6 +1,6 @@
 """Compares a training step with exits to a plain timm step of the same network: the time ratio and the MACs ratio.
 
-    python benchmarks/step.py                                                the three rows of docs/performance.md
+    python benchmarks/step.py                                                the four rows of docs/performance.md
     python benchmarks/step.py --model resnet50 --batch-size 32 --image-size 32 --recipe byot
     python benchmarks/step.py --device cuda --precision bf16 --channels-last --compile --batch-size 512
 
@@ -38,9 +38,16 @@ class Case:
     model: str
     batch_size: int
     image_size: int
+    channels: tuple[int, ...] | None = None
+    """Of the four stages of a ResNet; by default the model's own."""
 
 
-CASES = (Case("resnet18", 64, 32), Case("vit_tiny_patch16_224", 16, 224), Case("mobilenetv3_small_100", 16, 224))
+CASES = (
+    Case("resnet18", 64, 32),
+    Case("resnet18", 128, 32, (16, 32, 64, 128)),
+    Case("vit_tiny_patch16_224", 16, 224),
+    Case("mobilenetv3_small_100", 16, 224),
+)
 
 
 def prepared(case: Case, options: argparse.Namespace, folder: str) -> Training:
@@ -55,6 +62,8 @@ def prepared(case: Case, options: argparse.Namespace, folder: str) -> Training:
         channels_last=options.channels_last,
     )
     overrides = [f"batch.size={case.batch_size}", "optimizer.lr=0.001"]
+    if case.channels:
+        overrides.append(f"networks.student.model_args.channels={list(case.channels)}")
     training = prepare(settings, load_recipe([options.recipe], overrides), Path(folder) / "run")
     # As in `sdcli train`.
     keep_freed_memory(training.accelerator.device)
