@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdcli.errors import UserError
+from sdcli.recipe.about import difference
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.headers import parse_header
 from sdcli.recipe.load import load_recipe, read_recipe, recipe_folder, recipe_names, to_toml
@@ -52,6 +53,38 @@ def test_extends_refines_table_by_table(tmp_path):
     write(tmp_path, "epochs = 7\n[optimizer]\nlr = 0.3\nmomentum = 0.5\n" + TASK, "parent.toml")
     recipe = load_recipe([write(tmp_path, 'extends = "./parent.toml"\n[optimizer]\nlr = 0.2\n')])
     assert (recipe.epochs, recipe.optimizer.lr, recipe.optimizer.momentum) == (7, 0.2, 0.5)
+
+
+def test_a_list_of_extends_refines_from_left_to_right(tmp_path):
+    write(tmp_path, "epochs = 7\n[optimizer]\nlr = 0.3\nmomentum = 0.5\n" + TASK, "one.toml")
+    write(tmp_path, "[optimizer]\nlr = 0.4\n[batch]\nsize = 9\n", "two.toml")
+    recipe = load_recipe([write(tmp_path, 'extends = ["./one.toml", "./two.toml"]\n[batch]\nsize = 5\n')])
+    assert (recipe.epochs, recipe.optimizer.lr, recipe.optimizer.momentum, recipe.batch.size) == (7, 0.4, 0.5, 5)
+
+
+@pytest.mark.parametrize("extends", ["3", "[3]", '["byot", ["default"]]', "{ name = 3 }"])
+def test_what_is_neither_a_name_nor_a_list_of_names_extends_nothing(extends, tmp_path):
+    file = write(tmp_path, f"extends = {extends}\n")
+    assert message([file]).endswith("expected: the name of a recipe, or its path, or a list of these")
+
+
+def test_lists_of_extends_that_double_with_every_step_are_refused(tmp_path):
+    write(tmp_path, TASK, "0.toml")
+    for number in range(1, 40):
+        write(tmp_path, f'extends = ["./{number - 1}.toml", "./{number - 1}.toml"]\n', f"{number}.toml")
+    assert message([str(tmp_path / "39.toml")]).endswith("leads to over 100 files\n  expected: fewer recipes")
+
+
+def test_the_cosine_schedule_leaves_only_the_method_between_default_and_baseline():
+    found = difference(load_recipe(["default"]), load_recipe(["baseline", "schedules/cosine"]))
+    tables = {key.split(".")[0] for key in [*found.changed, *found.removed, *found.added]}
+    assert tables == {"networks", "losses"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_any_recipe_takes_the_cosine_schedule_over(name):
+    mine, wanted = load_recipe([name, "schedules/cosine"]), load_recipe(["default"])
+    assert (mine.optimizer, mine.schedule, mine.epochs) == (wanted.optimizer, wanted.schedule, wanted.epochs)
 
 
 def test_recipes_given_together_refine_from_left_to_right(tmp_path):

@@ -107,6 +107,15 @@ def test_a_copy_still_finds_what_it_extends_by_path(sdcli: Command, tmp_path: Pa
     assert load_recipe([str(tmp_path / "elsewhere" / "copy.toml")]).epochs == 7
 
 
+def test_a_copy_still_finds_a_list_that_it_extends(sdcli: Command, tmp_path: Path) -> None:
+    (tmp_path / "parent.toml").write_text("epochs = 7\n")
+    (tmp_path / "child.toml").write_text('extends = [\n  "byot",\n  "./parent.toml",\n]\n[batch]\nsize = 3\n')
+    (tmp_path / "elsewhere").mkdir()
+    sdcli("recipes", "copy", tmp_path / "child.toml", tmp_path / "elsewhere" / "copy.toml")
+    recipe = load_recipe([str(tmp_path / "elsewhere" / "copy.toml")])
+    assert (recipe.epochs, recipe.batch.size, "hint" in recipe.losses) == (7, 3, True)
+
+
 @pytest.mark.parametrize("place", ["no-folder/mine.toml"])
 def test_a_copy_to_where_nothing_can_be_written_is_refused(place: str, sdcli: Command, tmp_path: Path) -> None:
     result = sdcli("recipes", "copy", "byot", tmp_path / place)
@@ -627,6 +636,15 @@ def test_a_checkpoint_with_an_imported_head_needs_its_file(
         "  expected: the file that registers it, which it was trained with\n"
         f"  fix:      sdcli eval {run / 'last.safetensors'} --import FILE.py",
     )
+
+
+def test_a_difference_is_shown_between_recipes_that_are_joined(sdcli: Command, tmp_path: Path) -> None:
+    result = sdcli("recipes", "diff", "default", "baseline+schedules/cosine", "--json")
+    assert result.code == 0 and "optimizer" not in result.out and "networks.student.exits" in result.out
+    (tmp_path / "a+b.toml").write_text('extends = "baseline"\n')
+    assert "do not differ" in sdcli("recipes", "diff", "baseline", tmp_path / "a+b.toml").err
+    wrong = sdcli("recipes", "diff", "default", "baseline+schedules/cosin")
+    assert wrong.code == 2 and wrong.err.startswith("error: unknown recipe 'schedules/cosin'\n")
 
 
 def test_the_options_of_a_difference_lead_from_one_recipe_to_the_other(sdcli: Command) -> None:
