@@ -141,7 +141,7 @@ MISTAKES = {
         BYOT + "epoch = 30\n",
         "FILE: recipe: unknown key 'epoch'\n"
         "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
-        "schedule, signals, title\n"
+        "random_weights, schedule, signals, title\n"
         "  fix:      did you mean 'epochs'?",
     ),
     "a key in the wrong table": (
@@ -154,7 +154,7 @@ MISTAKES = {
         BYOT + '[augment]\npolicy = "trivial"\n',
         "FILE: recipe: unknown key 'augment'\n"
         "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
-        "schedule, signals, title\n"
+        "random_weights, schedule, signals, title\n"
         "  fix:      [batch.augment]",
     ),
     "a loss under another name": (
@@ -166,7 +166,7 @@ MISTAKES = {
     "a key of another loss": (
         BYOT + "[losses.task]\ntemperature = 3.0\n",
         "FILE: losses.task: unknown key 'temperature'\n"
-        "  expected: one of smooth_over, smoothing, standardise\n"
+        "  expected: one of smooth_over, smoothing, standardize\n"
         "  fix:      kinds that have temperature: virtual_teacher, kl, soft_cross_entropy, balanced_kl, dkd, nkd, dist",
     ),
     "a number in quotes": (
@@ -278,7 +278,7 @@ def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcl
          "  expected: a .toml file, or a name of sdcli recipes list\n"
          "  fix:      did you mean 'mine.toml'?"),
         ("my-recipe", "unknown recipe 'my-recipe'\n"
-         f"  expected: one of mixup, baseline, byot-scan, one-exits, zipf, byot-nohint, …; {len(recipe_names())} in all: sdcli recipes list\n"
+         f"  expected: one of mixup, baseline, random-weights, byot-scan, one-exits, zipf, …; {len(recipe_names())} in all: sdcli recipes list\n"
          "  fix:      for your own file write its path: ./my-recipe.toml"),
     ],
 )  # fmt: skip

@@ -171,6 +171,14 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     assert same(expected, folder)
 
 
+def test_a_run_with_random_weights_resumes_with_the_same_ones(tmp_path: Path) -> None:
+    recipe = load_recipe(["quick"], ["random_weights=true", "epochs=2", "losses.hint=false"])
+    finish(prepare(QUICK, recipe, tmp_path / "whole"))
+    list(fit(prepare(QUICK, recipe, tmp_path / "parts"), after(3)))
+    finish(resume(tmp_path / "parts", *resumed(tmp_path / "parts", {}, None, [])))
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
 def killed_at_random(folder: Path, start: list[object], kills: int, seed: int) -> int:
     """Runs a real process, kills it and resumes it, again and again, and lets the last one finish. How many kills met a
     process that ran."""

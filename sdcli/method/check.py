@@ -179,6 +179,12 @@ def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
         for name, loss in recipe.losses.items()
         if all(not weight.varies and weight.value == 0 for weight in loss.weights)
     ]
+    if recipe.random_weights:
+        found += [
+            f"losses.{name}.weight has no effect: random_weights = true draws all weights"
+            for name, loss in recipe.losses.items()
+            if any(weight.value not in (0, 1) for weight in loss.weights)
+        ]
     read = recipe.named(recipe.losses)
     found += [f"signals.{name} has no effect: no loss reads it" for name in recipe.signals if name not in read]
     found += [

@@ -15,6 +15,7 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.losses import LOSSES
+from sdcli.method.random_weights import random_weights
 from sdcli.method.terms import Term, check_mixing, needs_target
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
@@ -36,17 +37,20 @@ class Objective(nn.Module):
         frozen: Collection[str] = (),
         derived: Mapping[str, PointSpec] | None = None,
         mixes: bool = False,
+        seed: int | None = None,
     ) -> None:
         """Builds the terms for networks with the points of `specs`, by address, each network's shallowest first.
 
         `frozen` names the networks that do not learn, `derived` holds the predictions that are made from others;
-        `mixes` is true if labels are mixtures of several classes. Raises UserError for an unknown loss or key, a point
+        `mixes` is true if labels are mixtures of several classes. With a `seed`, random weights replace those of the
+        losses, except 0. Raises UserError for an unknown loss or key, a point
         that does not exist, does not learn or has no classifier, weights or targets that do not match the points, exits
         that no term teaches, and a loss that needs one class per image where classes are mixed.
         """
         super().__init__()
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
+        self._seed = seed
         self._addresses = Addresses(specs, derived or {}, frozen)
         check_mixing(losses, mixes)
         self._losses = [name for name, loss in losses.items() if any(w.varies or w.value for w in loss.weights)]
@@ -59,8 +63,12 @@ class Objective(nn.Module):
 
     def set_time(self, epoch: float, epochs: float) -> None:
         """Sets the weights to their values after `epoch` of `epochs`."""
-        if any(term.weight.varies for term in self.terms):
-            weights = torch.tensor([term.weight.at(epoch, epochs) for term in self.terms])
+        if self._seed is not None or any(term.weight.varies for term in self.terms):
+            weights = torch.tensor(
+                [term.weight.at(epoch, epochs) for term in self.terms]
+                if self._seed is None
+                else random_weights(self._seed, epoch, len(self.terms))
+            )
             # A GPU copies from pinned memory without making the CPU wait.
             self.now.copy_(weights.pin_memory() if self.now.is_cuda else weights, non_blocking=True)
 
@@ -175,7 +183,8 @@ class Objective(nn.Module):
             else:
                 value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
             _check_value(term, student, value)
-            value = value.mean() * (self.now[number] if term.weight.varies else term.weight.value)
+            varies = term.weight.varies or self._seed is not None
+            value = value.mean() * (self.now[number] if varies else term.weight.value)
             parts[term.name] = parts[term.name] + value if term.name in parts else value
         return parts
 

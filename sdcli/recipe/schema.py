@@ -285,6 +285,10 @@ class Recipe(Table):
     best: Annotated[str, Field(pattern=r"^(mean|ensemble|final|exit[1-9][0-9]*)$")] = MEAN
     """How the best epoch is chosen on the validation split: by the top-1 of `final`, an exit or the `ensemble`, or
     by the `mean` of `final` and all exits."""
+    random_weights: bool = False
+    """Whether the weights of the losses are replaced, at every update, by random ones that sum to 1: softmax of normal
+    numbers, one for each loss at each point. The control for tuned weights (RLW, arXiv:2111.10603). A loss of weight 0
+    stays off."""
     networks: dict[Word, Network] = {}
     """The tables `[networks.NAME]`."""
     batch: BatchTable = BatchTable()

@@ -163,7 +163,7 @@ def build(
     frozen = [name for name in networks if not recipe.taking_part[name]]
     specs = {str(Address(name, p)): spec for name, network in networks.items() for p, spec in network.specs.items()}
     num_images = int(splits.train.index.max()) + 1
-    objectives, making = build_objectives(recipe, specs, len(classes), num_images)
+    objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed)
     learner = Learner(networks, objectives[0], frozen, making)
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
