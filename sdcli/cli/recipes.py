@@ -175,6 +175,7 @@ def check(
     with stages(plain=False):
         from sdcli.method.check import check_files, check_names, check_with_model, remarks
         from sdcli.network.backbones import resolve
+        from sdcli.network.weights import read_weights_file
 
         with only_results():
             load_imports(import_ or [])
@@ -186,7 +187,8 @@ def check(
                 check_names(recipe)
                 check_files(recipe)
                 if model is not None:
-                    checked = check_with_model(recipe, model, image_size=image_size)
+                    weights = read_weights_file(recipe.student, model)
+                    checked = check_with_model(recipe, model, image_size=image_size, file=weights)
                     exits = f"; {model}: {', '.join(checked.student.points)}"
                     notes += checked.notes
             end_stage()

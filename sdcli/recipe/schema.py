@@ -41,7 +41,8 @@ class Network(Table):
     """Whether the network is trained. If not, it runs in eval mode and without gradients."""
     weights: str = "random"
     """`random`, `pretrained` (timm's), or the path of a checkpoint of sdcli or of timm's own format. A relative path
-    starts at the working directory, not at the recipe."""
+    starts at the working directory, not at the recipe. Unless they are random, the student's weights decide the input
+    size, mean and standard deviation of the images; `--image-size` sets another size."""
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] = "auto"
     """`auto` (one per stage), `none` (the plain model), the number of exits including the final one, or a list of
     modules to tap."""
@@ -56,6 +57,11 @@ class Network(Table):
     """`cifar` keeps the resolution that an ImageNet stem discards; `auto` uses it for small images."""
     model_args: dict[str, Any] = {}
     """Further arguments for `timm.create_model`."""
+
+    @property
+    def from_file(self) -> bool:
+        """Whether `weights` is the path of a file."""
+        return self.weights not in ("random", "pretrained")
 
 
 class Augment(Table):
