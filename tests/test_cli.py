@@ -391,8 +391,8 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
     ("options", "message"),
     [
         (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of byot, byot-nohint, byot-scan, byot-journal, "
-          f"label-smoothing, at, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
-        (["--set", "losses.soft.temprature=3"], "--set losses.soft.temprature=3: losses.soft: unknown key 'temprature'\n  expected: one of direction, rescale, standardise, temperature\n"
+          f"wttm, label-smoothing, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
+        (["--set", "losses.soft.temprature=3"], "--set losses.soft.temprature=3: losses.soft: unknown key 'temprature'\n  expected: one of direction, rescale, standardize, temperature\n"
          "  fix:      did you mean 'temperature'?"),
         (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of kl, dkd, nkd, balanced_kl, "
           f"tf_nkd, similarity, …; {len(LOSSES.entries)} in all: sdcli recipes losses\n  fix:      did you mean 'kl'?"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import batch_of, tensor
 
 from sdcli.errors import UserError
+from sdcli.method.check import remarks
 from sdcli.method.learner import build_objectives
 from sdcli.method.losses import LOSSES
 from sdcli.method.losses.features import Hint
-from sdcli.method.losses.labels import cross_entropy
-from sdcli.method.losses.logits import kl, soft_cross_entropy
+from sdcli.method.losses.labels import cross_entropy, standardized
+from sdcli.method.losses.logits import balanced_kl, dkd, kl, soft_cross_entropy, wttm
 from sdcli.method.objective import Objective
+from sdcli.method.random_weights import random_weights
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
 from sdcli.recipe.load import load_recipe
@@ -64,6 +68,108 @@ def test_soft_cross_entropy_has_the_gradient_of_kl():
         loss(student, teacher, batch, temperature=3.0).sum().backward()
         gradients.append(student.grad)
     assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_standardized_kl_by_hand():
+    # Of three classes, with standard deviations 5 and 2: what is left is (-1, 0, 1) and (1, 0, -1). At temperature 1 / ln 2
+    # these are 1 : 2 : 4 and 4 : 2 : 1.
+    student, teacher = tensor([[-2.0, 3.0, 8.0]]), tensor([[9.0, 7.0, 5.0]])
+    value = kl(student, teacher, batch_of([0]), temperature=1 / math.log(2), standardize=True)
+    assert value.item() == pytest.approx(3 / 7 * math.log(4) / math.log(2) ** 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", [kl, soft_cross_entropy, balanced_kl, dkd], ids=lambda loss: loss.__name__)
+def test_standardized_losses_see_neither_the_size_nor_the_mean_of_logits(loss):
+    torch.manual_seed(0)
+    student, teacher, batch = torch.randn(4, 5).double(), torch.randn(4, 5).double(), batch_of([0, 1, 2, 3])
+    plain = loss(standardized(student), standardized(teacher), batch)
+    moved = loss(3 * student + 7, 0.1 * teacher - 2, batch, standardize=True)
+    assert torch.allclose(moved, plain, atol=1e-9)
+    assert not torch.allclose(loss(student, teacher, batch), plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["kl", "soft_cross_entropy", "balanced_kl", "dkd", "cross_entropy"])
+def test_standardize_is_a_key_of_what_compares_softmaxes(name):
+    assert LOSSES.find(name).options["standardize"] is False
+
+
+def test_wttm_by_hand():
+    # The square roots of 0.64 and 0.36 are 0.8 and 0.6, which make 1.4; the student is undecided.
+    teacher = tensor([[math.log(0.64), math.log(0.36)]])
+    value = wttm(tensor([[3.0, 3.0]]), teacher + 5, batch_of([0]), gamma=0.5)
+    assert value.item() == pytest.approx(0.8 * math.log(8 / 7) + 0.6 * math.log(6 / 7), abs=1e-12)
+
+
+def test_wttm_with_gamma_1_is_kl_at_temperature_1():
+    torch.manual_seed(0)
+    student, teacher, batch = torch.randn(4, 5).double(), torch.randn(4, 5).double(), batch_of([0, 1, 2, 3])
+    assert torch.allclose(
+        wttm(student, teacher, batch, gamma=1.0), kl(student, teacher, batch, temperature=1.0), atol=1e-12
+    )
+
+
+def test_wttm_equals_the_formula_written_naively():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 5).double(), torch.randn(4, 5).double()
+    power = teacher.softmax(1) ** 0.2
+    target = power / power.sum(1, keepdim=True)
+    naive = power.sum(1) * (target * (target.log() - student.softmax(1).log())).sum(1)
+    assert torch.allclose(wttm(student, teacher, batch_of([0] * 4)), naive, atol=1e-12)
+
+
+# Random weights
+
+
+def weights_at(epoch: float, seed: int = 5) -> list[float]:
+    objective = Objective(load_recipe(["random-weights"]).losses, WIDTHS, seed=seed)
+    objective.set_time(epoch, 10.0)
+    return objective.now.tolist()
+
+
+def test_random_weights_sum_to_1_and_depend_on_seed_and_update_alone():
+    assert len(weights_at(0.0)) == 5
+    assert sum(weights_at(0.25)) == pytest.approx(1.0) and min(weights_at(0.25)) > 0
+    assert weights_at(0.25) == weights_at(0.25)
+    assert len({tuple(weights) for weights in (weights_at(0.0), weights_at(0.25), weights_at(0.25, seed=6))}) == 3
+
+
+def test_random_weights_are_softmaxes_of_normal_numbers():
+    # The logarithm of the ratio of two weights is the difference of two normal numbers: mean 0, variance 2.
+    weights = torch.tensor([random_weights(1, epoch / 7, 2) for epoch in range(4000)]).double()
+    ratios = (weights[:, 0] / weights[:, 1]).log()
+    assert ratios.mean().item() == pytest.approx(0.0, abs=0.1) and ratios.var().item() == pytest.approx(2.0, abs=0.2)
+
+
+def test_random_weights_replace_those_of_the_recipe():
+    torch.manual_seed(0)
+    signals = {p: Signal(torch.randn(2, 4), torch.randn(2, 32), torch.randn(2, 4)) for p in WIDTHS}
+    losses = {
+        "task": Loss(kind="cross_entropy", on="all", weight=50.0),
+        "off": Loss(kind="kl", on="exits", target="final", weight=0),
+    }
+    objective, batch = Objective(losses, WIDTHS, seed=5), batch_of([0, 1])
+    objective.set_time(0.5, 1.0)
+    values = [cross_entropy(signals[point].logits, batch).mean() for point in WIDTHS]
+    wanted = sum(weight * value for weight, value in zip(random_weights(5, 0.5, 3), values, strict=True))
+    assert objective(signals, batch)[0].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_random_weights_refuse_weights_over_time():
+    with pytest.raises(UserError) as error:
+        load_recipe(["byot"], ["random_weights=true", "losses.soft.weight={ value = 1.0, warmup = 0.1 }"])
+    assert str(error.value) == (
+        "--set random_weights=true: random_weights = true replaces losses.soft.weight, which changes over time\n"
+        "  expected: weights that are constant, or no random weights\n"
+        "  fix:      --set losses.soft.weight=1.0, or --set random_weights=false"
+    )
+
+
+def test_weights_that_random_ones_replace_are_named():
+    found = remarks(load_recipe(["byot"], ["random_weights=true"]))
+    assert [note.partition(":")[0] for note in found] == [
+        f"losses.{name}.weight has no effect" for name in ("exits", "soft", "hint")
+    ]
+    assert remarks(load_recipe(["random-weights"])) == []
 
 
 def test_hint_is_a_sum_of_squares_or_its_root():
@@ -187,7 +293,7 @@ WIDTHS = {"exit1": PointSpec(8, 16), "exit2": PointSpec(16, 32), "final": PointS
         (
             ["losses.soft.temprature=3.0"],
             "losses.soft: unknown key 'temprature'\n"
-            "  expected: one of direction, rescale, standardise, temperature\n"
+            "  expected: one of direction, rescale, standardize, temperature\n"
             "  fix:      did you mean 'temperature'?",
         ),
         (

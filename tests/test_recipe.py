@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdcli.errors import UserError
+from sdcli.recipe.about import difference
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.headers import parse_header
 from sdcli.recipe.load import load_recipe, read_recipe, recipe_folder, recipe_names, to_toml
@@ -54,6 +55,38 @@ def test_extends_refines_table_by_table(tmp_path):
     assert (recipe.epochs, recipe.optimizer.lr, recipe.optimizer.momentum) == (7, 0.2, 0.5)
 
 
+def test_a_list_of_extends_refines_from_left_to_right(tmp_path):
+    write(tmp_path, "epochs = 7\n[optimizer]\nlr = 0.3\nmomentum = 0.5\n" + TASK, "one.toml")
+    write(tmp_path, "[optimizer]\nlr = 0.4\n[batch]\nsize = 9\n", "two.toml")
+    recipe = load_recipe([write(tmp_path, 'extends = ["./one.toml", "./two.toml"]\n[batch]\nsize = 5\n')])
+    assert (recipe.epochs, recipe.optimizer.lr, recipe.optimizer.momentum, recipe.batch.size) == (7, 0.4, 0.5, 5)
+
+
+@pytest.mark.parametrize("extends", ["3", "[3]", '["byot", ["default"]]', "{ name = 3 }"])
+def test_what_is_neither_a_name_nor_a_list_of_names_extends_nothing(extends, tmp_path):
+    file = write(tmp_path, f"extends = {extends}\n")
+    assert message([file]).endswith("expected: the name of a recipe, or its path, or a list of these")
+
+
+def test_lists_of_extends_that_double_with_every_step_are_refused(tmp_path):
+    write(tmp_path, TASK, "0.toml")
+    for number in range(1, 40):
+        write(tmp_path, f'extends = ["./{number - 1}.toml", "./{number - 1}.toml"]\n', f"{number}.toml")
+    assert message([str(tmp_path / "39.toml")]).endswith("leads to over 100 files\n  expected: fewer recipes")
+
+
+def test_the_cosine_schedule_leaves_only_the_method_between_default_and_baseline():
+    found = difference(load_recipe(["default"]), load_recipe(["baseline", "schedules/cosine"]))
+    tables = {key.split(".")[0] for key in [*found.changed, *found.removed, *found.added]}
+    assert tables == {"networks", "losses"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_any_recipe_takes_the_cosine_schedule_over(name):
+    mine, wanted = load_recipe([name, "schedules/cosine"]), load_recipe(["default"])
+    assert (mine.optimizer, mine.schedule, mine.epochs) == (wanted.optimizer, wanted.schedule, wanted.epochs)
+
+
 def test_recipes_given_together_refine_from_left_to_right(tmp_path):
     mine = write(tmp_path, "epochs = 3\n")
     assert load_recipe(["byot", mine]).epochs == 3
@@ -83,7 +116,7 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
     [
         ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of augment, cutmix, mates, mixup, mixup_prob, size, views\n  fix:      did you mean 'size'?"),
         ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, "
-         "paper, phases, schedule, signals, title\n  fix:      did you mean 'epochs'?"),
+         "paper, phases, random_weights, schedule, signals, title\n  fix:      did you mean 'epochs'?"),
         ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer\n  fix:      the default is 200"),
         ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1\n  fix:      the default is 200"),
         ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'\n  fix:      did you mean 'pad'?"),

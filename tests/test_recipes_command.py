@@ -107,6 +107,15 @@ def test_a_copy_still_finds_what_it_extends_by_path(sdcli: Command, tmp_path: Pa
     assert load_recipe([str(tmp_path / "elsewhere" / "copy.toml")]).epochs == 7
 
 
+def test_a_copy_still_finds_a_list_that_it_extends(sdcli: Command, tmp_path: Path) -> None:
+    (tmp_path / "parent.toml").write_text("epochs = 7\n")
+    (tmp_path / "child.toml").write_text('extends = [\n  "byot",\n  "./parent.toml",\n]\n[batch]\nsize = 3\n')
+    (tmp_path / "elsewhere").mkdir()
+    sdcli("recipes", "copy", tmp_path / "child.toml", tmp_path / "elsewhere" / "copy.toml")
+    recipe = load_recipe([str(tmp_path / "elsewhere" / "copy.toml")])
+    assert (recipe.epochs, recipe.batch.size, "hint" in recipe.losses) == (7, 3, True)
+
+
 @pytest.mark.parametrize("place", ["no-folder/mine.toml"])
 def test_a_copy_to_where_nothing_can_be_written_is_refused(place: str, sdcli: Command, tmp_path: Path) -> None:
     result = sdcli("recipes", "copy", "byot", tmp_path / place)
@@ -132,7 +141,7 @@ MISTAKES = {
         BYOT + "epoch = 30\n",
         "FILE: recipe: unknown key 'epoch'\n"
         "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
-        "schedule, signals, title\n"
+        "random_weights, schedule, signals, title\n"
         "  fix:      did you mean 'epochs'?",
     ),
     "a key in the wrong table": (
@@ -145,7 +154,7 @@ MISTAKES = {
         BYOT + '[augment]\npolicy = "trivial"\n',
         "FILE: recipe: unknown key 'augment'\n"
         "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
-        "schedule, signals, title\n"
+        "random_weights, schedule, signals, title\n"
         "  fix:      [batch.augment]",
     ),
     "a loss under another name": (
@@ -157,7 +166,7 @@ MISTAKES = {
     "a key of another loss": (
         BYOT + "[losses.task]\ntemperature = 3.0\n",
         "FILE: losses.task: unknown key 'temperature'\n"
-        "  expected: one of smooth_over, smoothing, standardise\n"
+        "  expected: one of smooth_over, smoothing, standardize\n"
         "  fix:      kinds that have temperature: virtual_teacher, kl, soft_cross_entropy, balanced_kl, dkd, nkd, dist",
     ),
     "a number in quotes": (
@@ -269,7 +278,7 @@ def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcl
          "  expected: a .toml file, or a name of sdcli recipes list\n"
          "  fix:      did you mean 'mine.toml'?"),
         ("my-recipe", "unknown recipe 'my-recipe'\n"
-         f"  expected: one of mixup, baseline, byot-scan, one-exits, zipf, byot-nohint, …; {len(recipe_names())} in all: sdcli recipes list\n"
+         f"  expected: one of mixup, baseline, random-weights, byot-scan, one-exits, zipf, …; {len(recipe_names())} in all: sdcli recipes list\n"
          "  fix:      for your own file write its path: ./my-recipe.toml"),
     ],
 )  # fmt: skip
@@ -627,6 +636,15 @@ def test_a_checkpoint_with_an_imported_head_needs_its_file(
         "  expected: the file that registers it, which it was trained with\n"
         f"  fix:      sdcli eval {run / 'last.safetensors'} --import FILE.py",
     )
+
+
+def test_a_difference_is_shown_between_recipes_that_are_joined(sdcli: Command, tmp_path: Path) -> None:
+    result = sdcli("recipes", "diff", "default", "baseline+schedules/cosine", "--json")
+    assert result.code == 0 and "optimizer" not in result.out and "networks.student.exits" in result.out
+    (tmp_path / "a+b.toml").write_text('extends = "baseline"\n')
+    assert "do not differ" in sdcli("recipes", "diff", "baseline", tmp_path / "a+b.toml").err
+    wrong = sdcli("recipes", "diff", "default", "baseline+schedules/cosin")
+    assert wrong.code == 2 and wrong.err.startswith("error: unknown recipe 'schedules/cosin'\n")
 
 
 def test_the_options_of_a_difference_lead_from_one_recipe_to_the_other(sdcli: Command) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -31,9 +32,11 @@ from safetensors.torch import load_file, save_file
 from sdcli.errors import UserError
 from sdcli.evaluation.scoring import score_checkpoint
 from sdcli.method.losses import LOSSES
+from sdcli.network.checkpoint import save_checkpoint
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Recipe
 from sdcli.registry import Entry
+from sdcli.run import prepare as prepares
 from sdcli.run import state as states
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.prepare import prepare
@@ -169,6 +172,14 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
         training = resume(folder, *resumed(folder, {}, None, []))
     finish(training)
     assert same(expected, folder)
+
+
+def test_a_run_with_random_weights_resumes_with_the_same_ones(tmp_path: Path) -> None:
+    recipe = load_recipe(["quick"], ["random_weights=true", "epochs=2", "losses.hint=false"])
+    finish(prepare(QUICK, recipe, tmp_path / "whole"))
+    list(fit(prepare(QUICK, recipe, tmp_path / "parts"), after(3)))
+    finish(resume(tmp_path / "parts", *resumed(tmp_path / "parts", {}, None, [])))
+    assert same(tmp_path / "whole", tmp_path / "parts")
 
 
 def killed_at_random(folder: Path, start: list[object], kills: int, seed: int) -> int:
@@ -424,6 +435,69 @@ def test_a_run_goes_on_from_another_folder_and_without_the_weights_it_began_with
     assert str(tmp_path).encode() not in shipped, "paths stay on their machine"
     monkeypatch.chdir(tmp_path)
     assert resumed(tmp_path / "run", {"dataset": "data"}, None, [])[0].dataset == str(tmp_path / "data")
+
+
+# Weights from a file
+
+
+@pytest.fixture(scope="module")
+def timms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in timm's own format."""
+    file = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), file)
+    return file
+
+
+def starting_from(file: Path, run: Path, **settings: Any) -> Training:
+    recipe = load_recipe(["quick"], ["batch.size=24", "epochs=2", f'networks.student.weights="{file}"'])
+    return prepare(replace(QUICK, model="test_resnet", limit_train=48, **settings), recipe, run)
+
+
+def test_a_file_in_timms_format_brings_the_preprocessing_of_the_pretrained_model(timms: Path, tmp_path: Path) -> None:
+    training = starting_from(timms, tmp_path / "run")
+    found, wanted = training.description.blueprint.preprocess, timm.get_pretrained_cfg("test_resnet")
+    assert (found.input_size, found.mean, found.std) == (wanted.input_size, wanted.mean, wanted.std)
+    assert found.size == (160, 160) and found.crop_pct == wanted.crop_pct
+    note = "input size 160x160, mean (0.5, 0.5, 0.5) and standard deviation (0.5, 0.5, 0.5) are those of the weights"
+    assert f"{note}; --image-size sets another size" in training.notes
+
+
+def test_the_image_size_may_differ_from_that_of_the_weights(timms: Path, tmp_path: Path) -> None:
+    training = starting_from(timms, tmp_path / "run", image_size=32)
+    found = training.description.blueprint.preprocess
+    assert (found.size, found.mean) == ((32, 32), (0.5, 0.5, 0.5))
+    assert any(note.endswith("the input size 32x32 is that of --image-size") for note in training.notes)
+    # A stem for small images keeps the kernels of the weights.
+    assert training.description.blueprint.architecture.stem in ("imagenet", "unstrided")
+    assert not any("conv1" in note and "fresh" in note for note in training.notes)
+
+
+def test_a_checkpoint_brings_its_own_preprocessing_also_when_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(
+        replace(QUICK, model="test_resnet", limit_train=48, image_size=48),
+        load_recipe(["quick"], ["epochs=1", "batch.size=24"]),
+        tmp_path / "first",
+    )
+    colours = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    blueprint = first.description.blueprint
+    blueprint = replace(blueprint, preprocess=replace(blueprint.preprocess, **colours))
+    weights = tmp_path / "w.safetensors"
+    save_checkpoint(weights, first.network.state_dict(), replace(first.description, blueprint=blueprint))
+    planned: list[Any] = []
+    check = prepares.check_with_model
+    monkeypatch.setattr(
+        prepares, "check_with_model", lambda *a, **k: planned.append(check(*a, **k).student.plan.input_size)
+    )
+    training = starting_from(weights, tmp_path / "run")
+    assert planned == [(3, 48, 48)], "the recipe is checked with the size of the weights, once"
+    assert training.description.blueprint.preprocess == blueprint.preprocess
+    list(fit(training, after(2)))
+    weights.unlink()
+    again = resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, []))
+    assert again.description.blueprint == training.description.blueprint
+    assert planned == [(3, 48, 48)] * 2
 
 
 def test_a_run_that_died_before_its_first_state_leaves_its_folder_free(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def check(
     with stages(plain=False):
         from sdcli.method.check import check_files, check_names, check_with_model, remarks
         from sdcli.network.backbones import resolve
+        from sdcli.network.weights import read_weights_file
 
         with only_results():
             load_imports(import_ or [])
@@ -186,7 +187,8 @@ def check(
                 check_names(recipe)
                 check_files(recipe)
                 if model is not None:
-                    checked = check_with_model(recipe, model, image_size=image_size)
+                    weights = read_weights_file(recipe.student, model)
+                    checked = check_with_model(recipe, model, image_size=image_size, file=weights)
                     exits = f"; {model}: {', '.join(checked.student.points)}"
                     notes += checked.notes
             end_stage()
@@ -210,7 +212,14 @@ def _in_file(file: str, origins: Mapping[str, str] | None = None) -> Iterator[No
 
 
 def diff(
-    one: Annotated[str, typer.Argument(help="A recipe's name or .toml file.", metavar="A")],
+    one: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's name or .toml file, or several joined by +, which refine each other from left to right: "
+            "baseline+schedules/cosine.",
+            metavar="A",
+        ),
+    ],
     other: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
     as_set: Annotated[
         bool, typer.Option("--as-set", metavar="", help="Print the --set options that turn A into B.")
@@ -225,7 +234,8 @@ def diff(
 
     if as_set and as_json:
         raise UserError("--as-set and --json exclude each other", "one of them")
-    recipes = [load_recipe([one]), load_recipe([other])]
+    # The name of a file may have a + in it.
+    recipes = [load_recipe([name] if Path(name).is_file() else name.split("+")) for name in (one, other)]
     # Of what both have, keys at their defaults count too: a run's recipe.toml has them, its source has not.
     named = [{*recipe.losses, *recipe.signals} for recipe in recipes]
     both = named[0] & named[1]

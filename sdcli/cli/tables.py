@@ -123,8 +123,11 @@ def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> 
 GROUPS = {
     "Start here": ("quick for a first look, default to train", ("quick", "default")),
     "BYOT": ("the final exit teaches the others", ("byot", "byot-journal", "byot-nohint", "byot-scan")),
-    "Controls": ("to compare with", ("baseline", "deep-supervision")),
-    "Between exits": ("exits or branches teach each other", ("at", "one", "one-exits", "sad", "scd", "sp")),
+    "Controls": ("to compare with", ("baseline", "deep-supervision", "random-weights")),
+    "Between exits": (
+        "exits or branches teach each other",
+        ("at", "logit-standardization", "one", "one-exits", "sad", "scd", "sp", "wttm"),
+    ),
     "Over time": ("an earlier or averaged self teaches", ("born-again", "ema-teacher", "ps-kd")),
     "Other images": ("other views, or images of the class, teach", ("bake", "cs-kd", "ddgsd")),
     "Labels": ("softened, mixed or weighted", ("cutmix", "label-smoothing", "mixup", "tf-kd", "tf-nkd", "zipf")),

@@ -105,7 +105,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Start from a .safetensors file, a checkpoint of sdcli or of timm.",
+            help="Start from a .safetensors file, a checkpoint of sdcli or of timm, with its preprocessing.",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -137,8 +137,8 @@ def train(
             min=1,
             max=LARGEST_IMAGE,
             metavar="PIXELS",
-            help="Input height and width. [default: that of the images up to 96 pixels or of pretrained weights, else "
-            "the model's]",
+            help="Input height and width. [default: that of the weights, or of images up to 96 pixels, else the "
+            "model's]",
             rich_help_panel=MODEL,
         ),
     ] = None,

@@ -37,7 +37,7 @@ def can_batch(augment: Augment, preprocess: Preprocess) -> bool:
     return augment.aa == "none" and augment.crop != "resized" and max(preprocess.size) <= SMALL
 
 
-def key(*parts: int | str) -> int:
+def key(*parts: float | str) -> int:
     """64 bits that look random and are the same for the same numbers and names, everywhere and for good."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 

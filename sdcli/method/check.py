@@ -17,7 +17,7 @@ from sdcli.method.objective import Objective
 from sdcli.method.optimizer import check_optimizer, check_schedule
 from sdcli.method.terms import check_losses, check_mixing, check_networks
 from sdcli.network.backbones import names_weights, resolve
-from sdcli.network.blueprint import BRANCH, ENSEMBLE, Blueprint
+from sdcli.network.blueprint import BRANCH, ENSEMBLE, Blueprint, WeightsFile
 from sdcli.network.checkpoint import open_tensors
 from sdcli.network.heads import POOLED, check_head, find_head
 from sdcli.network.multi_exit import MultiExit, build
@@ -104,7 +104,7 @@ def _check_finished(recipe: Recipe) -> None:
 def check_files(recipe: Recipe) -> None:
     """Raises UserError for starting weights that do not exist or are no safetensors file."""
     for name, network in recipe.networks.items():
-        if network.weights not in ("random", "pretrained"):
+        if network.from_file:
             try:
                 with open_tensors(Path(os.path.expanduser(network.weights))):
                     pass
@@ -133,13 +133,16 @@ class Checked:
     """What has no effect with this model."""
 
 
-def check_with_model(recipe: Recipe, model: str, *, image_size: int | None = None) -> Checked:
+def check_with_model(
+    recipe: Recipe, model: str, *, image_size: int | None = None, file: WeightsFile | None = None
+) -> Checked:
     """Builds the recipe's networks with `model` as the student, on the meta device.
 
+    `file` is what the file of the student's weights asks for, if there is one.
     Raises UserError for what only shows with a model: exits that it does not have, widths that do not match, exits that
     no loss teaches, and a `best` that names an exit without a classifier.
     """
-    networks = {STUDENT: _on_meta(recipe.student, model, image_size)}
+    networks = {STUDENT: _on_meta(recipe.student, model, image_size, file)}
     for name, table in recipe.others.items():
         student = networks[STUDENT].plan.input_size[1]
         networks[name] = _on_meta(table, str(table.model), student)
@@ -165,8 +168,8 @@ def idle_losses(objectives: Iterable[Objective]) -> list[str]:
     return [f"losses.{name} has no effect: the network has none of the points that it is on" for name in idle]
 
 
-def _on_meta(table: Network, model: str, image_size: int | None) -> MultiExit:
-    blueprint = Blueprint.draft(table, model, image_size=image_size)
+def _on_meta(table: Network, model: str, image_size: int | None, file: WeightsFile | None = None) -> MultiExit:
+    blueprint = Blueprint.draft(table, model, image_size=image_size, file=file)
     network = build(blueprint, device="meta")
     network.gradients = table.gradients
     for point, kind in blueprint.heads.items():
@@ -198,6 +201,12 @@ def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
         for name, loss in recipe.losses.items()
         if all(not weight.varies and weight.value == 0 for weight in loss.weights)
     ]
+    if recipe.random_weights:
+        found += [
+            f"losses.{name}.weight has no effect: random_weights = true draws all weights"
+            for name, loss in recipe.losses.items()
+            if any(weight.value not in (0, 1) for weight in loss.weights)
+        ]
     read = recipe.named(recipe.losses)
     found += [f"signals.{name} has no effect: no loss reads it" for name in recipe.signals if name not in read]
     found += [

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdcli.data.augment import key
 from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
@@ -109,9 +110,10 @@ def build_signals(
 
 
 def build_objectives(
-    recipe: Recipe, specs: Mapping[str, PointSpec], num_classes: int, num_images: int
+    recipe: Recipe, specs: Mapping[str, PointSpec], num_classes: int, num_images: int, seed: int = 0
 ) -> tuple[list[Objective], dict[str, DerivedSignal]]:
-    """The objective of each phase, and the signals made from predictions; `specs` are those of the points, by address.
+    """The objective of each phase, and the signals made from predictions; `specs` are those of the points, by address,
+    and random weights are drawn with `seed`.
 
     Raises UserError for mistakes that only show with the networks: points that do not exist, widths that do not match,
     exits that nothing teaches.
@@ -126,7 +128,8 @@ def build_objectives(
             name: replace(spec, learns=spec.learns_alone) if trains[Address.parse(name).network] == "heads" else spec
             for name, spec in specs.items()
         }
-        objectives.append(Objective(losses, own, frozen=frozen, derived=made, mixes=recipe.batch.mixes))
+        random = key(seed, "weights", number) if recipe.random_weights else None
+        objectives.append(Objective(losses, own, frozen=frozen, derived=made, mixes=recipe.batch.mixes, seed=random))
     check_taught(objectives, recipe, specs, frozen)
     for name, make in making.items():
         read = [objective.reads[name] for objective in objectives if name in objective.reads]

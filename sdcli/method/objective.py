@@ -16,6 +16,7 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.losses import LOSSES
+from sdcli.method.random_weights import random_weights
 from sdcli.method.shares import Shares
 from sdcli.method.terms import Term, check_mixing, needs_target
 from sdcli.network.multi_exit import PointSpec
@@ -38,17 +39,20 @@ class Objective(nn.Module):
         frozen: Collection[str] = (),
         derived: Mapping[str, PointSpec] | None = None,
         mixes: bool = False,
+        seed: int | None = None,
     ) -> None:
         """Builds the terms for networks with the points of `specs`, by address, each network's shallowest first.
 
         `frozen` names the networks that do not learn, `derived` holds the predictions that are made from others;
-        `mixes` is true if labels are mixtures of several classes. Raises UserError for an unknown loss or key, a point
-        that does not exist, does not learn or has no classifier, weights or targets that do not match the points, and a
-        loss that needs one class per image where classes are mixed. `check_taught` finds points that nothing teaches.
+        `mixes` is true if labels are mixtures of several classes. With a `seed`, random weights replace those of the
+        losses, except 0. Raises UserError for an unknown loss or key, a point that does not exist, does not learn or
+        has no classifier, weights or targets that do not match the points, and a loss that needs one class per image
+        where classes are mixed. `check_taught` finds points that nothing teaches.
         """
         super().__init__()
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
+        self._seed = seed
         self._addresses = Addresses(specs, derived or {}, frozen)
         check_mixing(losses, mixes)
         self._losses = [name for name, loss in losses.items() if any(w.varies or w.value for w in loss.weights)]
@@ -65,10 +69,12 @@ class Objective(nn.Module):
     def set_time(self, epoch: float, epochs: float) -> None:
         """Sets the weights to their values after `epoch` of `epochs`."""
         self._time = (epoch, epochs)
-        if any(term.weight.varies for term in self.terms):
-            found = self.shares.found if self.shares else {}
+        found = self.shares.found if self.shares else {}
+        if self._seed is not None or any(term.weight.varies for term in self.terms):
             weights = torch.tensor(
-                [term.weight.at(epoch, epochs) * found.get(term.name, 1.0) for term in self.terms],
+                [term.weight.at(epoch, epochs) * found.get(term.name, 1.0) for term in self.terms]
+                if self._seed is None
+                else random_weights(self._seed, epoch, len(self.terms)),
                 dtype=self.now.dtype,
             )
             # A GPU copies from pinned memory without making the CPU wait.
@@ -210,7 +216,8 @@ class Objective(nn.Module):
             else:
                 value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
             _check_value(term, student, value)
-            value = value.mean() * (self.now[number] if term.weight.varies else term.weight.value)
+            varies = term.weight.varies or self._seed is not None
+            value = value.mean() * (self.now[number] if varies else term.weight.value)
             parts[term.name] = parts[term.name] + value if term.name in parts else value
         return parts
 

@@ -33,6 +33,16 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class WeightsFile:
+    """What a file of weights asks of the network that starts from it."""
+
+    preprocess: Preprocess
+    """How the images were prepared that the weights were trained on."""
+    of_timm: bool
+    """Whether it has timm's own format: then the stem keeps timm's kernels, as with `weights = "pretrained"`."""
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """A network without its weights: what `inspect` prints, `check` checks, `train` builds and a checkpoint stores."""
 
@@ -52,24 +62,30 @@ class Blueprint:
         *,
         image_size: int | None = None,
         colours: tuple[Colour, Colour] | None = None,
+        file: WeightsFile | None = None,
     ) -> Blueprint:
         """Plans the network of a `[networks]` table on the meta device, without weights or data.
 
         `classes`, `image_size` and `colours` (mean and standard deviation) default to the model's own; with
-        `weights = "pretrained"`, preprocessing is always that of the weights. Raises UserError for a model, stem, size,
-        exit or head that does not exist or does not fit.
+        `weights = "pretrained"`, or with the `file` that `weights` names, preprocessing is that of the weights, and
+        only `image_size` may differ. Raises UserError for a model, stem, size, exit or head that does not exist or does
+        not fit.
         """
         pretrained = table.weights == "pretrained"
+        if file is not None and image_size is None:
+            image_size = file.preprocess.input_size[1]
         architecture = resolve(
             model,
             num_classes=len(classes) if classes else None,
             image_size=image_size,
             stem=table.stem,
-            pretrained=pretrained,
+            pretrained=pretrained or (file is not None and file.of_timm),
             model_args=table.model_args,
         )
         plan = plan_network(table, architecture)
-        if pretrained or colours is None:
+        if file is not None:
+            preprocess = replace(file.preprocess, input_size=architecture.input_size)
+        elif pretrained or colours is None:
             preprocess = Preprocess(architecture.input_size, **pretrained_transform(create(architecture)))
         else:
             preprocess = Preprocess(architecture.input_size, *colours)

@@ -197,12 +197,27 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Description]:
     """Tensors and description of a checkpoint of sdcli; raises UserError for one that is foreign, damaged, or newer
     than this sdcli."""
     tensors, metadata = read_tensors(path)
-    if "sdcli" not in metadata:
+    description = _described(metadata, path)
+    if description is None:
         raise UserError(
             f"'{path}' was not written by sdcli: its metadata has no 'sdcli' entry",
             "a checkpoint of sdcli train",
             f"to start training from its weights: sdcli train MODEL --weights {path}",
         )
+    return tensors, description
+
+
+def read_description(path: Path) -> Description | None:
+    """The description of a checkpoint of sdcli, without its tensors; None for any other safetensors file. Raises
+    UserError as `load_checkpoint` does."""
+    with open_tensors(path) as file:
+        metadata = dict(file.metadata() or {})
+    return _described(metadata, path)
+
+
+def _described(metadata: Mapping[str, str], path: Path) -> Description | None:
+    if "sdcli" not in metadata:
+        return None
     _check_version(metadata["sdcli"], path)
     try:
         table = _METADATA.validate_json(metadata["sdcli"], strict=True)
@@ -213,7 +228,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Description]:
     blueprint = Blueprint(table.architecture, table.plan, table.heads, table.classes, table.preprocess)
     for problem in _problems(blueprint, table):
         raise _unreadable(path, problem)
-    return tensors, Description(blueprint, table.dataset, table.recipe, table.epoch, table.scores, table.early_exit)
+    return Description(blueprint, table.dataset, table.recipe, table.epoch, table.scores, table.early_exit)
 
 
 @dataclass(frozen=True)

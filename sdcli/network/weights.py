@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
-from sdcli.network.blueprint import BRANCH, Blueprint
-from sdcli.network.checkpoint import Description, find_checkpoint, load_checkpoint, read_tensors
+from sdcli.network.backbones import create, pretrained_transform, resolve
+from sdcli.network.blueprint import BRANCH, Blueprint, WeightsFile
+from sdcli.network.checkpoint import Description, find_checkpoint, load_checkpoint, read_description, read_tensors
 from sdcli.network.heads import POOLED, find_head
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.schema import Network
@@ -58,6 +60,21 @@ class Loaded:
         if not self.source:
             return []
         return [f"weights from {self.source}" + (f"; {', '.join(self.fresh)} start fresh" if self.fresh else "")]
+
+
+def read_weights_file(table: Network, model: str) -> WeightsFile | None:
+    """What the file that a `[networks]` table starts from asks of images; None if it starts from no file.
+
+    A checkpoint of sdcli says it itself; for a file of timm's format it is what timm says about the model's pretrained
+    weights. Reads no tensors. Raises UserError for a file that cannot be read, and for a model that does not exist.
+    """
+    if not table.from_file:
+        return None
+    described = read_description(Path(os.path.expanduser(table.weights)))
+    if described is not None:
+        return WeightsFile(described.blueprint.preprocess, of_timm=False)
+    own = resolve(model, num_classes=None, image_size=None, stem="imagenet", model_args=table.model_args)
+    return WeightsFile(Preprocess(own.input_size, **pretrained_transform(create(own))), of_timm=True)
 
 
 def load(path: str | Path) -> MultiExit:

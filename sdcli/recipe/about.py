@@ -91,6 +91,8 @@ def _in_words(key: str, value: Any) -> list[str]:
             return [f"derived predictions ({signal['kind']})" for signal in value.values()]
         case "ema":
             return ["EMA of the weights"]
+        case "random_weights":
+            return ["random weights of the losses"]
     return [f"{len(value)} {key}" if isinstance(value, list) else f"{key} {_names(value)}".strip()]
 
 
@@ -104,7 +106,7 @@ def _names(value: Any) -> str:
 
 def formula(recipe: Recipe) -> str:
     """The objective, one line per loss: weight, kind, points, target, the loss's own keys; then the signals."""
-    weights = [_plain(loss.weight) for loss in recipe.losses.values()]
+    weights = ["random" if recipe.random_weights else _plain(loss.weight) for loss in recipe.losses.values()]
     wide = max(len(weight) for weight in weights)
     signs = [" ", *("+" * (len(weights) - 1))]
     losses = recipe.losses.values()

@@ -34,6 +34,7 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         _check_names(recipe)
         _check_phases(recipe)
         _check_shares(recipe)
+        _check_weights(recipe)
         _check_batch(recipe)
         for name, signal in recipe.signals.items():
             _check_addresses(f"signals.{name}.of", signal.of, recipe, POINTS, groups=True)
@@ -161,6 +162,18 @@ def _check_measurable(recipe: Recipe, name: str, of: str) -> None:
                     "a number as the weight",
                     key=f"losses.{name}.weight",
                 )
+
+
+def _check_weights(recipe: Recipe) -> None:
+    """Raises UserError for weights over time that random weights would replace."""
+    for name, loss in recipe.losses.items():
+        if recipe.random_weights and any(weight.varies for weight in loss.weights):
+            raise UserError(
+                f"random_weights = true replaces losses.{name}.weight, which changes over time",
+                "weights that are constant, or no random weights",
+                f"--set losses.{name}.weight=1.0, or --set random_weights=false",
+                key="random_weights",
+            )
 
 
 def _check_batch(recipe: Recipe) -> None:

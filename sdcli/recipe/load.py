@@ -1,7 +1,8 @@
 """Recipe files: found, read, extended, overridden, copied and written.
 
-A recipe is TOML. `extends` names another whose tables this one refines key by key; several recipes given together
-refine each other from left to right; `--set losses.soft.weight=0.5` refines them all.
+A recipe is TOML. `extends` names another, or several in a list, whose tables this one refines key by key; several
+recipes together, in a list or on the command line, refine each other from left to right; `--set
+losses.soft.weight=0.5` refines them all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from sdcli.recipe.schema import Recipe
 
 LARGEST_FILE = 1_000_000
 """Bytes."""
+MOST_FILES = 100
+"""How many files may make one recipe."""
 
 
 def recipe_folder() -> Path:
@@ -65,14 +68,13 @@ def copy_recipe(name: str, to: Path) -> None:
     Raises UserError for a file that exists already or cannot be written.
     """
     source = recipe_file(name)
-    parent = _read(source).get("extends")
+    extends = _read(source).get("extends")
     text = source.read_bytes().decode("utf-8-sig")
-    # A path is relative to the file that has it; a name is the same from anywhere.
-    if isinstance(parent, str) and _is_path(parent) and not Path(parent).expanduser().is_absolute():
-        found = (source.parent / parent).resolve()
-        shipped = _shipped_name(found)
-        moved = shipped or _from_folder(found, to.resolve().parent)
-        text = re.sub(r"(?m)^extends\s*=[^\r\n]*", lambda _: f"extends = {toml.write_value(moved)}", text, count=1)
+    parents = _parents(extends, _short(source))
+    moved = [_moved(parent, source.parent, to.resolve().parent) for parent in parents]
+    if moved != parents:
+        written = toml.write_value(moved if isinstance(extends, list) else moved[0])
+        text = re.sub(r"(?m)^extends\s*=\s*(\[[^\]]*\]|[^\r\n]*)", lambda _: f"extends = {written}", text, count=1)
     try:
         with to.open("xb") as file:
             file.write(text.encode("utf-8"))
@@ -82,6 +84,15 @@ def copy_recipe(name: str, to: Path) -> None:
         ) from None
     except OSError as error:
         raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in an existing folder") from None
+
+
+def _moved(parent: str, folder: Path, to: Path) -> str:
+    """What a file in `folder` extends, as a file in the folder `to` writes it: a path is relative to the file that has
+    it, a name is the same from anywhere."""
+    if not _is_path(parent) or Path(parent).expanduser().is_absolute():
+        return parent
+    found = (folder / parent).resolve()
+    return _shipped_name(found) or _from_folder(found, to)
 
 
 def _from_folder(file: Path, folder: Path) -> str:
@@ -101,25 +112,34 @@ def _shipped_name(path: Path) -> str:
 def _chain(name: str) -> list[tuple[str, dict[str, Any]]]:
     """The recipe called `name` and all that it extends, the farthest ancestor first."""
     links: list[tuple[str, dict[str, Any]]] = []
-    seen: list[Path] = []
-    folder = Path()
-    while True:
+    _link(_find(name, Path()), (), links)
+    return links
+
+
+def _link(path: Path, below: tuple[Path, ...], links: list[tuple[str, dict[str, Any]]]) -> None:
+    """Adds a file to `links`, behind all that it extends; `below` are the files that lead to it."""
+    if path in below:
+        loop = " -> ".join(p.name for p in [*below, path])
+        raise UserError(f"{_short(path)}: 'extends' forms a circle: {loop}", "a chain that ends")
+    tables = _read(path)
+    for parent in _parents(tables.pop("extends", None), _short(path)):
         try:
-            path = _find(name, folder)
+            found = _find(parent, path.parent)
         except UserError as error:
-            raise error.within(f"{links[-1][0]}: extends = {name!r}") if links else error from None
-        if path in seen:
-            loop = " -> ".join(p.name for p in [*seen, path])
-            raise UserError(f"{_short(path)}: 'extends' forms a circle: {loop}", "a chain that ends")
-        seen.append(path)
-        tables = _read(path)
-        parent = tables.pop("extends", None)
-        links.append((_short(path), tables))
-        if parent is None:
-            return links[::-1]
-        if not isinstance(parent, str):
-            raise UserError(f"{_short(path)}: extends = {parent!r}", "the name of one recipe, or its path")
-        name, folder = parent, path.parent
+            raise error.within(f"{_short(path)}: extends = {parent!r}") from None
+        _link(found, (*below, path), links)
+    links.append((_short(path), tables))
+    # Lists that extend lists double with every step.
+    if len(links) > MOST_FILES or len(below) > MOST_FILES:
+        raise UserError(f"{_short(path)}: 'extends' leads to over {MOST_FILES} files", "fewer recipes")
+
+
+def _parents(extends: Any, source: str) -> list[str]:
+    """The names that `extends` gives, in order; raises UserError for anything else than one name or a list of them."""
+    parents = extends if isinstance(extends, list) else [] if extends is None else [extends]
+    if not all(isinstance(parent, str) for parent in parents):
+        raise UserError(f"{source}: extends = {extends!r}", "the name of a recipe, or its path, or a list of these")
+    return parents
 
 
 def _find(name: str, folder: Path) -> Path:

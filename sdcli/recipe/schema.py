@@ -43,7 +43,8 @@ class Network(Table):
     """Whether the network is trained. If not, it runs in eval mode and without gradients."""
     weights: str = "random"
     """`random`, `pretrained` (timm's), or the path of a checkpoint of sdcli or of timm's own format. A relative path
-    starts at the working directory, not at the recipe."""
+    starts at the working directory, not at the recipe. Unless they are random, the student's weights decide the input
+    size, mean and standard deviation of the images; `--image-size` sets another size."""
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] = "auto"
     """`auto` (one per stage), `none` (the plain model), the number of exits including the final one, or a list of
     modules to tap."""
@@ -64,6 +65,11 @@ class Network(Table):
     gradients: Gradients = "sum"
     """What the stages hear of the exits behind them: the `sum` of their gradients, the mean (`equilibrium`, Li et al.
     2019, arXiv:1908.06294), or nothing (`detached`: heads learn from the trunk, and the trunk only from `final`)."""
+
+    @property
+    def from_file(self) -> bool:
+        """Whether `weights` is the path of a file."""
+        return self.weights not in ("random", "pretrained")
 
 
 class Augment(Table):
@@ -317,6 +323,10 @@ class Recipe(Table):
     best: Annotated[str, Field(pattern=r"^(mean|ensemble|final|exit[1-9][0-9]*)$")] = MEAN
     """How the best epoch is chosen on the validation split: by the top-1 of `final`, an exit or the `ensemble`, or
     by the `mean` of `final` and all exits."""
+    random_weights: bool = False
+    """Whether the weights of the losses are replaced, at every update, by random ones that sum to 1: softmax of normal
+    numbers, one for each loss at each point. The control for tuned weights (RLW, arXiv:2111.10603). A loss of weight 0
+    stays off."""
     networks: dict[Word, Network] = {}
     """The tables `[networks.NAME]`."""
     batch: BatchTable = BatchTable()

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import Description, TrainedOn
 from sdcli.network.multi_exit import MultiExit
-from sdcli.network.weights import Loaded, build_network
+from sdcli.network.weights import Loaded, build_network, read_weights_file
 from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
 from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import Recipe, as_list
@@ -53,8 +53,8 @@ def prepare(settings: Settings, recipe: Recipe, output: Path) -> Training:
     Raises UserError before any image is read if recipe, model, device or folder are wrong, and before the first batch
     for all other mistakes.
     """
-    accelerator = check(settings, recipe, output)
-    check_files(recipe)
+    settings = check(settings, recipe, begins=True)
+    accelerator = accelerator_of(settings, output)
     recipe = settled(recipe)
     run = Run(from_first(accelerator, output))
     if accelerator.is_main_process:
@@ -79,7 +79,7 @@ def write_choices(training: Training) -> None:
 def start_tracker(training: Training) -> None:
     """Starts the tracker of `--track`, if there is one."""
     if training.settings.track is not None:
-        chosen = asdict(training.settings) | {"imports": ", ".join(training.settings.imports)}
+        chosen = asdict(training.settings) | {"imports": ", ".join(training.settings.imports), "weights_file": None}
         training.accelerator.init_trackers("sdcli", {k: v for k, v in chosen.items() if v is not None})
 
 
@@ -87,20 +87,35 @@ def settled(recipe: Recipe) -> Recipe:
     """The recipe as a run stores it: defaults of losses and signals filled in, paths of starting weights absolute."""
     networks = {
         name: network
-        if network.weights in ("random", "pretrained")
+        if not network.from_file
         else network.model_copy(update={"weights": os.path.realpath(os.path.expanduser(network.weights))})
         for name, network in recipe.networks.items()
     }
     return completed(recipe).model_copy(update={"networks": networks})
 
 
-def check(settings: Settings, recipe: Recipe, folder: Path) -> Accelerator:
-    """Checks what needs no data: recipe, models and device; returns the accelerator."""
+def check(settings: Settings, recipe: Recipe, begins: bool = False) -> Settings:
+    """Checks what needs no data: recipe and models. Returns the settings of a run that `begins` with what its file of
+    weights asks of images."""
     load_imports(settings.imports)
     check_names(recipe)
     _LOG.info("checking the recipe with %s", settings.model)
+    if begins:
+        check_files(recipe)
+        settings = replace(settings, weights_file=read_weights_file(recipe.student, settings.model))
     # On the meta device: exits, widths and their teachers are checked before the data set is opened.
-    check_with_model(recipe, settings.model, image_size=_input_size(settings, recipe, _known_size(settings)))
+    _check_planned(settings, recipe, _known_size(settings))
+    return settings
+
+
+def _check_planned(settings: Settings, recipe: Recipe, size: Size | None) -> None:
+    """Checks the recipe with its models, for a data set whose images have this size."""
+    image_size = _input_size(settings, recipe, size)
+    check_with_model(recipe, settings.model, image_size=image_size, file=settings.weights_file)
+
+
+def accelerator_of(settings: Settings, folder: Path) -> Accelerator:
+    """The accelerator of a run in this folder; raises UserError for a device or precision that does not exist."""
     return accelerator_for(settings.device, settings.precision, settings.track, folder)
 
 
@@ -111,8 +126,8 @@ def _known_size(settings: Settings) -> Size | None:
 
 
 def _input_size(settings: Settings, recipe: Recipe, size: Size | None) -> int | None:
-    """The input size of a run on images of this size; None stands for the model's own."""
-    if settings.image_size is not None or recipe.student.weights == "pretrained":
+    """The input size of a run on images of this size; None stands for that of the weights, or else the model's own."""
+    if settings.image_size is not None or recipe.student.weights == "pretrained" or settings.weights_file:
         return settings.image_size
     return natural_size(size)
 
@@ -163,7 +178,7 @@ def build(
     frozen = [name for name in networks if not recipe.taking_part[name]]
     specs = {str(Address(name, p)): spec for name, network in networks.items() for p, spec in network.specs.items()}
     num_images = int(splits.train.index.max()) + 1
-    objectives, making = build_objectives(recipe, specs, len(classes), num_images)
+    objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed)
     learner = Learner(networks, objectives[0], frozen, making)
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
@@ -232,12 +247,13 @@ def _build_networks(
     image_size = _input_size(settings, recipe, size)
     if image_size != _input_size(settings, recipe, _known_size(settings)):
         # `check` did not know the image size, on which stem and stages depend.
-        check_with_model(recipe, settings.model, image_size=image_size)
+        _check_planned(settings, recipe, size)
     networks: dict[str, MultiExit] = {}
     notes: list[str] = []
     for name, table in {STUDENT: recipe.student, **recipe.others}.items():
         model = settings.model if name == STUDENT else str(table.model)
-        blueprint = Blueprint.draft(table, model, classes, image_size=image_size, colours=(mean, std))
+        file = settings.weights_file if name == STUDENT else None
+        blueprint = Blueprint.draft(table, model, classes, image_size=image_size, colours=(mean, std), file=file)
         # A run's state leaves out the weights of networks that do not learn: they are loaded again.
         networks[name], loaded = build_network(table, blueprint, begins=begins or not table.learns)
         if begins and name != STUDENT and not table.learns:
@@ -245,10 +261,22 @@ def _build_networks(
         if begins and name == STUDENT:
             _check_finished(recipe, networks[name], loaded)
         more = [*blueprint.notes, *loaded.notes] if name == STUDENT else loaded.notes
+        if begins and name == STUDENT and table.from_file:
+            more.append(_as_trained(blueprint.preprocess, settings.image_size is not None))
         notes += more if name == STUDENT else [f"{name}: {note}" for note in more]
         # All networks see images of the student's size.
         image_size = networks[STUDENT].plan.input_size[1]
     return networks, notes
+
+
+def _as_trained(preprocess: Preprocess, sized: bool) -> str:
+    """A note on how images are prepared for weights from a file; `sized` is true if `--image-size` sets the size."""
+    height, width = preprocess.size
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (preprocess.mean, preprocess.std))
+    colours = f"mean ({mean}) and standard deviation ({std})"
+    if sized:
+        return f"{colours} are those of the weights, the input size {height}x{width} is that of --image-size"
+    return f"input size {height}x{width}, {colours} are those of the weights; --image-size sets another size"
 
 
 def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:

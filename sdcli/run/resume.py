@@ -20,7 +20,7 @@ from sdcli.recipe.load import load_recipe
 from sdcli.recipe.merge import Override
 from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import Run, read_settings, state_file
-from sdcli.run.prepare import BEFORE, build, check, settled, start_tracker, write_choices
+from sdcli.run.prepare import BEFORE, accelerator_of, build, check, settled, start_tracker, write_choices
 from sdcli.run.settings import FREE, MAY_CHANGE, Settings, unchanging
 from sdcli.run.state import load_state
 from sdcli.run.training import Training, restore
@@ -34,7 +34,8 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     damaged or of another version, edited files, fewer epochs than are done, missing weights that are still needed, and
     training data that have changed.
     """
-    accelerator = check(settings, recipe, folder)
+    check(settings, recipe)
+    accelerator = accelerator_of(settings, folder)
     run = Run(folder)
     if accelerator.is_main_process:
         run.lock()

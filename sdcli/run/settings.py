@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from sdcli.data.dataset import NAMED
 from sdcli.devices import Precision
+from sdcli.network.blueprint import WeightsFile
 from sdcli.recipe.schema import Recipe
 
 FREE = {"title", "paper", "epochs"}
@@ -19,6 +20,11 @@ FREE = {"title", "paper", "epochs"}
 MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "track", "imports")
 """Settings that may change when a run is resumed: they change how it is computed, not what is computed. (The exception:
 batch norms, and losses that compare images, see one micro-batch of one process at a time.)"""
+
+
+def _from_json(value: Any) -> Any:
+    """A table of `run.json` as what it stands for: JSON has no tuples."""
+    return TypeAdapter(WeightsFile).validate_python(value) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -48,6 +54,8 @@ class Settings:
     """Save the state within an epoch every this many updates; it is always saved after an epoch."""
     track: str | None = None
     """One of accelerate's trackers."""
+    weights_file: Annotated[WeightsFile | None, BeforeValidator(_from_json)] = None
+    """What the file that the student starts from asks of images: a resumed run does not need the file for it."""
     imports: list[str] = field(default_factory=list)
     """Absolute paths of the user's own Python files, which register losses and heads. `--resume` needs them again."""
 

@@ -23,7 +23,7 @@ def cross_entropy(
     *,
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     smooth_over: Literal["all", "others"] = "all",
-    standardise: bool = False,
+    standardize: bool = False,
 ) -> Tensor:
     """Cross entropy with the labels (class indices [B], or class probabilities [B, K]), per image [B].
 
@@ -33,10 +33,10 @@ def cross_entropy(
 
     `smoothing` moves this fraction of the label's probability to other classes: with `smooth_over` "all", evenly to all
     K classes (Szegedy et al. 2016, arXiv:1512.00567; torch and timm); with "others", to the K-1 wrong classes only (the
-    code of Tf-KD and of Zipf's label smoothing), which takes slightly more from the label. `standardise` first divides
+    code of Tf-KD and of Zipf's label smoothing), which takes slightly more from the label. `standardize` first divides
     each image's logits by their standard deviation (MIX-KD, Choi et al. 2023, arXiv:2211.03946).
     """
-    logits = standardised(student) if standardise else student
+    logits = standardized(student) if standardize else student
     if smooth_over == "all":
         return F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
     share = smoothing * logits.shape[1] / (logits.shape[1] - 1)
@@ -127,7 +127,7 @@ def votes(dense: Tensor) -> Tensor:
     return dense.new_zeros(dense.shape[:2]).scatter_add_(1, winners, torch.ones_like(winners, dtype=dense.dtype))
 
 
-def standardised(logits: Tensor) -> Tensor:
+def standardized(logits: Tensor) -> Tensor:
     """Logits [B, K] divided by their standard deviation over the classes."""
     # Added inside the root, so that equal logits give zeros and a finite gradient.
     return logits / (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
