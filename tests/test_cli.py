@@ -23,8 +23,10 @@ from sdcli import devices
 from sdcli.cli import main
 from sdcli.cli.plots import _losses
 from sdcli.cli.progress import _epoch_table, _skipped
+from sdcli.evaluation.evaluate import Report
 from sdcli.method.losses import LOSSES
 from sdcli.recipe.load import recipe_names
+from sdcli.run.best import quality
 from sdcli.run.events import Epoch
 
 QUICK = ("--dataset", "digits", "--recipe", "quick", "--epochs", "2", "--limit-train", "120", "--limit-val", "40",
@@ -69,7 +71,7 @@ def test_training_fills_the_run_folder(trained):
         "lr",
     } <= set(rows[0])
     report = json.loads((trained / "report.json").read_text())
-    best = max(log, key=lambda line: (line["validation"]["ensemble"]["top1"], -line["validation"]["ensemble"]["nll"]))
+    best = max(log, key=lambda line: quality(Report.from_dict(line["validation"]), "mean"))
     assert report["checkpoint"] == "best.safetensors"
     assert report["exits"] == best["validation"]["exits"]
 
@@ -282,7 +284,7 @@ def test_inspect_json_has_the_fields_of_the_plan(sdcli):
 
 
 def test_inspect_counts_an_exits_head_and_marks_exits_that_are_no_cheaper_than_a_deeper_one(sdcli):
-    plan = json.loads(sdcli("inspect", "tf_efficientnet_lite0", "--json").out)
+    plan = json.loads(sdcli("inspect", "tf_efficientnet_lite0", "--head", "bottleneck", "--json").out)
     assert [(stage["point"], stage["dominated_by"]) for stage in plan["stages"]] == [
         ("exit1", "exit2"), ("exit2", None), ("exit3", None), ("final", None)
     ]  # fmt: skip
@@ -293,14 +295,14 @@ def test_inspect_counts_an_exits_head_and_marks_exits_that_are_no_cheaper_than_a
     assert plan["stages"][-1]["exit_macs_fraction"] == 1
     note = "exit1* costs at least as many MACs as the deeper exit2; --head linear is cheaper"
     assert plan["notes"] == [note]
-    result = sdcli("inspect", "tf_efficientnet_lite0")
+    result = sdcli("inspect", "tf_efficientnet_lite0", "--head", "bottleneck")
     rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line.strip()}
     assert "37.9%" in rows["exit1*"] and "36.3%" in rows["exit2"] and "100.0%" in rows["final"]
     assert f"note: {note}" in " ".join(result.err.split())
 
 
 def test_inspect_warns_of_an_exit_that_costs_more_than_the_network(sdcli):
-    result = sdcli("inspect", "test_resnet")
+    result = sdcli("inspect", "test_resnet", "--head", "bottleneck")
     assert "106.9%" in result.out
     assert "note: exit1* costs 1.07 times as many MACs as the whole network; --head linear is cheaper" in " ".join(
         result.err.split()
@@ -390,8 +392,8 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of byot, byot-nohint, byot-scan, byot-journal, "
-          f"wttm, label-smoothing, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
+        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of byot, byot-auto, byot-nohint, byot-scan, "
+          f"byot-journal, wttm, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
         (["--set", "losses.soft.temprature=3"], "--set losses.soft.temprature=3: losses.soft: unknown key 'temprature'\n  expected: one of direction, rescale, standardize, temperature\n"
          "  fix:      did you mean 'temperature'?"),
         (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of kl, dkd, nkd, balanced_kl, "

@@ -45,10 +45,10 @@ def test_the_list_groups_every_recipe_once_and_says_where_to_start(sdcli: Comman
     assert sorted(grouped) == recipe_names()
     lines = sdcli("recipes", "list").out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(" Start here"))
-    assert "quick for a first look, default to train" in lines[start]
+    assert "quick for a first look, default to train, finetune for your own photos" in lines[start]
     end = next(number for number, line in enumerate(lines) if line.startswith(" BYOT"))
     names = [line.split()[0] for line in lines[start + 1 : end] if line[1:2].strip()]
-    assert names == ["quick", "default"]
+    assert names == ["quick", "default", "finetune"]
 
 
 def test_the_list_as_json_has_all_that_the_headers_say(sdcli: Command) -> None:
@@ -147,7 +147,7 @@ MISTAKES = {
     "a key in the wrong table": (
         BYOT + "[optimizer]\nwarmup_epochs = 5\n",
         "FILE: optimizer: unknown key 'warmup_epochs'\n"
-        "  expected: one of clip_grad, decay_norm_and_bias, lr, momentum, nonfinite, opt, weight_decay\n"
+        "  expected: one of clip_grad, decay_norm_and_bias, head_lr, layer_decay, lr, momentum, nonfinite, opt, weight_decay\n"
         "  fix:      warmup_epochs belongs in [schedule]",
     ),
     "a table in the wrong place": (
@@ -194,7 +194,7 @@ MISTAKES = {
     "a head under another name": (
         BYOT + '[networks.student]\nhead = "bottleneck-attention"\n',
         "FILE: networks.student.head: unknown head 'bottleneck-attention'\n"
-        "  expected: one of bottleneck, bottleneck+attention, linear, sepconv, sepconv+attention, tokens\n"
+        "  expected: one of bottleneck, bottleneck+attention, linear, patch, sepconv, sepconv+attention, tokens\n"
         "  fix:      did you mean 'bottleneck+attention'?",
     ),
     "a policy under another name": (
@@ -219,7 +219,7 @@ MISTAKES = {
     "a parent that there is not": (
         'extends = "byot-jurnal"\n',
         "FILE: extends = 'byot-jurnal': unknown recipe 'byot-jurnal'\n"
-        "  expected: one of byot-journal, byot-scan, byot-nohint, byot, born-again, tf-nkd, …; "
+        "  expected: one of byot-journal, byot-auto, byot-scan, byot-nohint, byot, born-again, …; "
         f"{len(recipe_names())} in all: sdcli recipes list\n"
         "  fix:      did you mean 'byot-journal'?",
     ),
@@ -269,7 +269,7 @@ def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcl
     ("name", "message"),
     [
         ("mine.yaml", "unknown recipe 'mine.yaml'\n"
-         f"  expected: one of default, baseline, one, ema-teacher, byot-journal, mixup, …; {len(recipe_names())} in all: sdcli recipes list\n"
+         f"  expected: one of default, baseline, finetune, exits-then-all, one, exits-only, …; {len(recipe_names())} in all: sdcli recipes list\n"
          "  fix:      recipes are TOML files: sdcli recipes copy default mine.toml makes one to change"),
         ("./byott.toml", "recipe file 'byott.toml' does not exist\n"
          "  expected: a .toml file, or a name of sdcli recipes list\n"

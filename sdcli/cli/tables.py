@@ -121,8 +121,12 @@ def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> 
 
 
 GROUPS = {
-    "Start here": ("quick for a first look, default to train", ("quick", "default")),
-    "BYOT": ("the final exit teaches the others", ("byot", "byot-journal", "byot-nohint", "byot-scan")),
+    "Start here": (
+        "quick for a first look, default to train, finetune for your own photos",
+        ("quick", "default", "finetune"),
+    ),
+    "BYOT": ("the final exit teaches the others", ("byot", "byot-auto", "byot-journal", "byot-nohint", "byot-scan")),
+    "Step by step": ("exits on a network that is finished first", ("exits-only", "exits-then-all")),
     "Controls": ("to compare with", ("baseline", "deep-supervision", "random-weights")),
     "Between exits": (
         "exits or branches teach each other",

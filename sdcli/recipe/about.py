@@ -63,6 +63,14 @@ def needs(recipe: Recipe) -> list[str]:
     """
     tables = _given(recipe)
     found = [f"{recipe.student.branches} branches"] if recipe.student.branches else []
+    if any(phase.trains == "heads" for phase in recipe.all_phases):
+        found.append("frozen backbone")
+    if recipe.student.gradients != "sum":
+        found.append(f"gradients {recipe.student.gradients}")
+    if recipe.student.weights == "pretrained":
+        found.append("pretrained weights")
+    if any(loss.share is not None for loss in recipe.losses.values()):
+        found.append("weights found automatically")
     for name, network in recipe.others.items():
         found.append(f"network {name} ({network.model}{'' if network.learns else ', frozen'})")
     for key, value in tables.get("batch", {}).items():
