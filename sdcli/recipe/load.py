@@ -69,9 +69,7 @@ def copy_recipe(name: str, to: Path) -> None:
     text = source.read_bytes().decode("utf-8-sig")
     # A path is relative to the file that has it; a name is the same from anywhere.
     if isinstance(parent, str) and _is_path(parent) and not Path(parent).expanduser().is_absolute():
-        found = (source.parent / parent).resolve()
-        shipped = _shipped_name(found)
-        moved = shipped or _from_folder(found, to.resolve().parent)
+        moved = _name_from(source.parent / parent, to.parent)
         text = re.sub(r"(?m)^extends\s*=[^\r\n]*", lambda _: f"extends = {toml.write_value(moved)}", text, count=1)
     try:
         with to.open("xb") as file:
@@ -84,11 +82,19 @@ def copy_recipe(name: str, to: Path) -> None:
         raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in an existing folder") from None
 
 
-def _from_folder(file: Path, folder: Path) -> str:
-    """A file's path as a recipe in `folder` writes it."""
+def name_from(name: str, folder: Path) -> str:
+    """How a recipe file in `folder` calls the recipe that is called `name` here."""
+    return _name_from(Path(name).expanduser(), folder) if _is_path(name) else name
+
+
+def _name_from(file: Path, folder: Path) -> str:
+    """A file's name or path as a recipe in `folder` writes it."""
     import os
 
-    return Path(os.path.relpath(file, folder)).as_posix() if file.is_relative_to(folder.parent) else str(file)
+    file, folder = file.resolve(), folder.resolve()
+    near = file.is_relative_to(folder.parent)
+    path = Path(os.path.relpath(file, folder)).as_posix() if near else str(file)
+    return _shipped_name(file) or path
 
 
 def _shipped_name(path: Path) -> str:
