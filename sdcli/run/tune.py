@@ -31,6 +31,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage, RDBStorage, journal
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from sdcli import toml
 from sdcli.data.open import open_dataset
@@ -361,8 +362,8 @@ def _open_study(search: Search) -> Any:
                 load_if_exists=True,
             )
         except Exception as error:  # each database has errors of its own
-            # Another process may be creating the same tables.
-            if attempts_left and "already exists" in str(error):
+            # Another machine may be creating the same tables.
+            if attempts_left and isinstance(error, DBAPIError | optuna.exceptions.StorageInternalError):
                 time.sleep(0.5)
                 continue
             reason = str(error).strip().partition("\n")[0]
