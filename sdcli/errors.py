@@ -38,7 +38,7 @@ class UserError(Exception):
     def but(self, **changes: str) -> UserError:
         """The same error with some of its parts replaced."""
         parts = ("wrong", "expected", "fix", "key", "source")
-        return UserError(**{name: changes.get(name, getattr(self, name)) for name in parts})
+        return type(self)(**{name: changes.get(name, getattr(self, name)) for name in parts})
 
     def within(self, context: str, *, key: str = "") -> UserError:
         """The same error with `context` before its message; `key` is the recipe key at fault, if none is set yet."""

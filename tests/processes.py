@@ -26,6 +26,7 @@ SERVER = multiprocessing.get_context("forkserver")
 LOADED = [
     "sdcli.cli",
     "sdcli.run.train",
+    "sdcli.run.tune",
     "sdcli.evaluation.scoring",
     "sdcli.cli.plots",
     "datasets",

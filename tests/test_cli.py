@@ -611,7 +611,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, updates: int, number: int) -> None
         asked = iter(range(1, updates + 1))
         yield lambda: None if next(asked, updates) < updates else number
 
-    monkeypatch.setattr("sdcli.cli.train._signals", signals)
+    monkeypatch.setattr("sdcli.cli.train.stopping", signals)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -628,13 +628,13 @@ def test_a_stopped_run_saves_leaves_and_goes_on(trained, tmp_path, sdcli, monkey
 
 
 def test_the_first_signal_is_noted_and_those_that_a_launcher_repeats_are_not_obeyed(request):
-    from sdcli.cli.train import _signals
+    from sdcli.cli.stopping import stopping as noted
 
     # Jobs in the background of a shell begin with Ctrl-C ignored, tests among them.
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
     for first in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        with _signals() as told:
+        with noted() as told:
             assert told() is None
             signal.raise_signal(first)
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

@@ -95,8 +95,8 @@ def loaded_by(*arguments: str) -> set[str]:
 
 
 def test_help_and_recipes_load_neither_torch_nor_timm():
-    heavy = {"torch", "timm", "datasets", "accelerate", "torchvision", "numpy"}
-    commands = ["train", "eval", "inspect", "calibrate", "predict", "bench", "export"]
+    heavy = {"torch", "timm", "datasets", "accelerate", "torchvision", "numpy", "optuna"}
+    commands = ["train", "eval", "inspect", "calibrate", "predict", "bench", "export", "tune"]
     for arguments in (["--help"], *([command, "--help"] for command in commands)):
         assert not loaded_by(*arguments) & heavy, arguments
     for arguments in (["list"], ["copy", "--help"], ["losses", "--help"]):

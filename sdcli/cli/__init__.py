@@ -20,6 +20,7 @@ from sdcli.cli import plot as plot_command
 from sdcli.cli import predict as predict_command
 from sdcli.cli import recipes as recipes_command
 from sdcli.cli import train as train_command
+from sdcli.cli import tune as tune_command
 from sdcli.cli.streams import secure
 from sdcli.cli.usage import Commands
 from sdcli.errors import UserError
@@ -67,6 +68,7 @@ def main_options(
 
 inspect_command.register(app)
 train_command.register(app)
+tune_command.register(app)
 eval_command.register(app)
 calibrate_command.register(app)
 predict_command.register(app)

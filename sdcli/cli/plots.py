@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from sdcli.errors import UserError
 from sdcli.files import replacing
 from sdcli.run.folder import read_log
+from sdcli.toml import write_value
 
 if TYPE_CHECKING:
     from sdcli.evaluation.calibrate import Calibrated
+    from sdcli.run.tune import Search, Trial
 
 FORMATS = (".png", ".svg", ".pdf", ".jpg", ".webp")
 WIDTH, HEIGHT = 5.5, 4.2
@@ -65,6 +67,36 @@ def save_trade_off(found: Calibrated, file: Path) -> None:
         axes.set_xlabel("mean MACs, as a share of the plain model's")
         axes.set_title(f"top-1 % on {found.calibration.data}", fontsize=10, loc="left")
         axes.legend(fontsize=8, frameon=False)
+
+
+def save_search(search: Search, trials: Sequence[Trial], file: Path) -> None:
+    """Draws the score of each trial against each key: complete trials filled, others hollow, the best as a star."""
+    scored = [trial for trial in trials if trial.top1 is not None]
+    with _drawing(file, len(search.space)) as (figure, panels):
+        for tried, axes in zip(search.space, panels, strict=True):
+            marks = [write_value(choice) for choice in tried.choices]
+            for place, trial in enumerate(scored):
+                value = trial.values[tried.key]
+                at = tried.choices.index(value) if marks else value
+                complete, first = trial.state == "complete", place == 0 and trial.state == "complete"
+                axes.plot(
+                    [at],
+                    [trial.top1],
+                    "*" if first else "o",
+                    color="tab:red" if first else "#1f3f7a",
+                    fillstyle="full" if complete else "none",
+                    markersize=14 if first else 6,
+                    zorder=3 if first else 2,
+                )
+            if marks:
+                axes.set_xticks(range(len(marks)), marks)
+                axes.set_xlim(-0.5, len(marks) - 0.5)
+            elif tried.log:
+                axes.set_xscale("log")
+            axes.set_xlabel(tried.key)
+        panels[0].set_title("validation: top-1, %", fontsize=10, loc="left")
+        panels[-1].set_title("filled: complete, hollow: ended early", fontsize=8, loc="right")
+        figure.suptitle(search.output.resolve().name, fontsize=10)
 
 
 @contextmanager

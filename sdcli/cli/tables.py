@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import indent, shorten
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sdcli.export.export import Exported
     from sdcli.method.catalogue import Item
     from sdcli.recipe.about import Difference, Overview
+    from sdcli.run.tune import Search, Trial
 
 UNITS = ("", "K", "M", "G", "T")
 
@@ -473,3 +475,24 @@ def bench_tables(bench: Bench) -> Iterator[Table]:
                     f"{own.macs_ratio:.2f}x",
                 )
         yield table
+
+
+def search_table(search: Search, trials: Sequence[Trial]) -> Table:
+    """What `tune` shows of its trials: the best first, each with the values that it tried."""
+    about = f"{search.settings.model} on {Path(search.settings.dataset).name}"
+    table = plain_table(f"{about}  ·  {counted(len(trials), 'trial')}, scored by {search.first.best}")
+    table.add_column("trial", justify="right", no_wrap=True)
+    for tried in search.space:
+        # In two lines, so that columns stay narrow.
+        around, _, last = tried.key.rpartition(".")
+        table.add_column(f"{around}\n{last}" if around else last, justify="right", no_wrap=True)
+    for title in ("validation\ntop-1 %", "NLL", "epochs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for place, trial in enumerate(trials):
+        values = [write_value(trial.values[t.key]) if t.key in trial.values else "" for t in search.space]
+        scores = (trial.top1, "{:.2f}"), (trial.nll, "{:.3f}")
+        cells = [style.format(score) if score is not None else "-" for score, style in scores]
+        best = place == 0 and trial.state == "complete"
+        table.add_row(str(trial.number), *values, *cells, str(trial.epochs), trial.state, style="bold" if best else "")
+    return table

@@ -150,6 +150,7 @@ ELSEWHERE = {
         "--split-name": "--split VALUE",
         "--val-num-samples": "--limit VALUE",
     },
+    "tune": {"--resume": "continues a search with the command that started it", "--n-trials": "--budget VALUE"},
     "inspect": {"--model": "takes the model as an argument: sdcli inspect VALUE"},
 }
 """Answers that differ in a command other than `train`."""

@@ -86,20 +86,27 @@ def copy_recipe(name: str, to: Path) -> None:
         raise UserError(f"'{to}' cannot be written: {error.strerror}", "a file in an existing folder") from None
 
 
+def name_from(name: str, folder: Path) -> str:
+    """How a recipe file in `folder` calls the recipe that is called `name` here."""
+    return _from_folder(Path(name).expanduser(), folder) if _is_path(name) else name
+
+
 def _moved(parent: str, folder: Path, to: Path) -> str:
     """What a file in `folder` extends, as a file in the folder `to` writes it: a path is relative to the file that has
     it, a name is the same from anywhere."""
     if not _is_path(parent) or Path(parent).expanduser().is_absolute():
         return parent
-    found = (folder / parent).resolve()
-    return _shipped_name(found) or _from_folder(found, to)
+    return _from_folder(folder / parent, to)
 
 
 def _from_folder(file: Path, folder: Path) -> str:
-    """A file's path as a recipe in `folder` writes it."""
+    """A file's name or path as a recipe in `folder` writes it."""
     import os
 
-    return Path(os.path.relpath(file, folder)).as_posix() if file.is_relative_to(folder.parent) else str(file)
+    file, folder = file.resolve(), folder.resolve()
+    near = file.is_relative_to(folder.parent)
+    path = Path(os.path.relpath(file, folder)).as_posix() if near else str(file)
+    return _shipped_name(file) or path
 
 
 def _shipped_name(path: Path) -> str:

@@ -30,10 +30,10 @@ class Lock:
         self.path = path
         self.handle: int | None = None
 
-    def take(self, run: Path) -> bool:
+    def take(self, run: Path, *, wait: bool = False) -> bool:
         """Takes the lock of `run` unless this process already holds it. Returns False if there are no locks here.
 
-        Raises UserError if another process holds it, or if the file cannot be written.
+        Raises UserError if another process holds it, unless it is to `wait`, or if the file cannot be written.
         """
         if self.handle is not None or fcntl is None:
             return self.handle is not None
@@ -42,7 +42,7 @@ class Lock:
         except OSError as error:
             raise UserError(f"'{self.path}' cannot be written: {error.strerror}", "a writable run folder") from None
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)

@@ -332,10 +332,10 @@ def _describe(settings: Settings, recipe: Recipe, splits: Splits, blueprint: Blu
         image_key=dataset.image_key,
         label_key=dataset.label_key,
     )
-    return Description(blueprint, trained_on, _without_paths(recipe).model_dump(exclude_none=True), epoch=0)
+    return Description(blueprint, trained_on, without_paths(recipe).model_dump(exclude_none=True), epoch=0)
 
 
-def _without_paths(recipe: Recipe) -> Recipe:
+def without_paths(recipe: Recipe) -> Recipe:
     """The recipe with the paths of weight files cut to their names."""
     networks = {
         name: table.model_copy(update={"weights": Path(table.weights).name}) for name, table in recipe.networks.items()

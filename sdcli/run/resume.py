@@ -108,7 +108,7 @@ def resumed(
             "the number of epochs that it was started with",
             "leave it out, or start a new run",
         )
-    changed = _first_difference(own.model_dump(exclude=FREE), wanted.model_dump(exclude=FREE))
+    changed = first_difference(own.model_dump(exclude=FREE), wanted.model_dump(exclude=FREE))
     if changed:
         key, was, now = changed
         raise UserError(
@@ -151,7 +151,7 @@ def _flag(setting: str) -> str:
 def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None:
     """Raises UserError if the files of a run have been edited."""
     for name, file in (("settings", "run.json"), ("recipe", "recipe.toml")):
-        if changed := _first_difference(made[name], now[name]):
+        if changed := first_difference(made[name], now[name]):
             key, was, value = changed
             raise UserError(
                 f"'{folder / file}' has {key} = {value!r}, but the run was started with {was!r}",
@@ -176,10 +176,11 @@ def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
             )
 
 
-def _first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:
+def first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:
+    """The dotted key of the first value that differs, and both values."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in [*one, *(key for key in other if key not in one)]:
-            found = _first_difference(one.get(key), other.get(key), f"{at}.{key}" if at else str(key))
+            found = first_difference(one.get(key), other.get(key), f"{at}.{key}" if at else str(key))
             if found:
                 return found
         return None

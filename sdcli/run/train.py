@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -53,7 +53,7 @@ class _Stop(Exception):
 
 def fit(
     training: Training, told_to_stop: Callable[[], int | None] = lambda: None
-) -> Iterator[Step | Epoch | Finished | Stopped]:
+) -> Generator[Step | Epoch | Finished | Stopped, None, None]:
     """Trains to the end and writes the run folder; yields an event now and then.
 
     The best epoch is chosen on the validation split by the recipe's `best` key; BYOT's authors choose by the ensemble,
@@ -61,7 +61,7 @@ def fit(
     split.
 
     The state is saved after every epoch, every `save_every` updates, when `told_to_stop` returns a signal's number, and
-    when images cannot be loaded.
+    when images cannot be loaded. Closed between two epochs, it leaves a run that can be resumed.
     """
     if training.is_first:
         training.run.lock()

@@ -23,6 +23,10 @@ MOST_SKIPS = 100
 """The run gives up after this many skipped updates in a row."""
 
 
+class NotFinite(UserError):
+    """A run that cannot go on with these settings: losses, gradients or weights are not finite."""
+
+
 class Watch:
     """Detects losses and gradients that are not finite, without waiting for the device at every update."""
 
@@ -54,20 +58,20 @@ class Watch:
         self.rates = self.rates[-1:]
         return dict(zip(self.names, values, strict=True))
 
-    def _not_finite(self, first_bad: list[float], update: int) -> UserError:
+    def _not_finite(self, first_bad: list[float], update: int) -> NotFinite:
         """The error for the first bad update."""
         # The gradient is listed after the losses, so that it is only blamed if all of them were finite.
         number = first_bad.index(update)
         where = f"in epoch {self.epoch}, update {update}, at learning rate {dict(self.rates)[update]:g}"
         skip = 'optimizer.nonfinite = "skip" skips such updates'
         if number == len(self.names):
-            return UserError(
+            return NotFinite(
                 f"the gradient of {_listed(self.names)} was not finite {where}, but all losses were",
                 "a finite gradient",
                 f"a lower --lr, or losses whose gradient is always finite; {skip}",
             )
         name = self.names[number]
-        return UserError(
+        return NotFinite(
             f"losses.{name} was not finite {where}",
             "a finite number",
             f"a lower --lr, a smaller losses.{name}.weight, or --set optimizer.clip_grad=1.0; {skip}",
@@ -82,13 +86,13 @@ def has_to_give_up(training: Training) -> bool:
     return position.in_a_row >= MOST_SKIPS or whole_epoch
 
 
-def gave_up(training: Training, batch: Batch) -> UserError:
+def gave_up(training: Training, batch: Batch) -> NotFinite:
     """The error for a run that skips too many updates; names the losses to blame, measured on `batch`."""
     updates = training.position.in_a_row
     norms = gradient_norms(training, batch)
     to_blame = [name for name, norm in norms.items() if not math.isfinite(norm)]
     skipped = f"{updates} updates in a row were skipped" if updates > 1 else "the only update of an epoch was skipped"
-    return UserError(
+    return NotFinite(
         f"{skipped}: {_listed(to_blame or list(norms))} or its gradient was not finite",
         f"finite losses and gradients; a run ends after {MOST_SKIPS} skipped updates in a row or a whole skipped epoch",
         "a lower --lr or a smaller weight for that loss, in a new run",
@@ -104,7 +108,7 @@ def check_weights(training: Training) -> None:
     weights = [parameter.detach().isfinite().all() for parameter in training.learner.parameters()]
     if not bool(torch.stack(weights).all()):
         position = training.position
-        raise UserError(
+        raise NotFinite(
             f"weights were not finite after epoch {position.epoch}, update {position.update}, at learning rate "
             f"{position.lr:g}",
             "finite numbers",
@@ -117,7 +121,7 @@ def finite(report: Report, training: Training) -> Report:
     for result in report.exits:
         if not math.isfinite(result.nll):
             position = training.position
-            raise UserError(
+            raise NotFinite(
                 f"{result.point} has an NLL of {result.nll} on the {report.split} split after epoch {position.epoch}, "
                 f"at learning rate {position.lr:g}",
                 "a finite number",
