@@ -49,7 +49,7 @@ from sdcli.run.best import quality
 from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.folder import check_output, read_log, state_file, write_text, writing
 from sdcli.run.lock import Lock
-from sdcli.run.prepare import check, prepare, settled, without_paths
+from sdcli.run.prepare import accelerator_of, check, prepare, settled, without_paths
 from sdcli.run.resume import first_difference, resume, resumed
 from sdcli.run.settings import MAY_CHANGE, Settings
 from sdcli.run.train import fit
@@ -263,8 +263,9 @@ def begin(search: Search) -> Search:
         for value in tried.values[:1] if numbers and not tried.key.startswith("networks.") else tried.values:
             recipe = search.recipe({**first, tried.key: value})
             with blaming({tried.key: tried.source}):
-                check(search.settings, recipe, search.output)
+                check(search.settings, recipe, begins=True)
     settings = search.settings
+    accelerator_of(settings, search.output)
     data = open_dataset(settings.dataset, image_key=settings.image_key, label_key=settings.label_key)
     if training_splits(data, settings.val_fraction, settings.seed)[1] is None:
         raise UserError(
