@@ -204,14 +204,14 @@ class ConvHead(nn.Module):
         return embedding, self.classifier(embedding)
 
 
-def _shrinks_by(plan: StagePlan, stage: Stage) -> int:
+def shrinks_by(plan: StagePlan, stage: Stage) -> int:
     """How many times wider and higher a stage's map is than the last one's."""
     return max(1, min(round(height / end) for height, end in zip(stage.size, plan.stages[-1].size, strict=True)))
 
 
 def _bottleneck(plan: StagePlan, stage: Stage, width: int) -> nn.Module:
     """1x1 to `width` channels, then k x k with stride k to the last stage's resolution, then 1x1 to the final width."""
-    stride = _shrinks_by(plan, stage)
+    stride = shrinks_by(plan, stage)
     return nn.Sequential(
         ConvNormAct(stage.num_chs, width, 1),
         ConvNormAct(width, width, stride, stride),
@@ -242,9 +242,9 @@ def patch(plan: StagePlan, stage: Stage, num_classes: int, *, width: int = WIDTH
     """Patches of the map mixed to `width` channels at the last stage's resolution, then 1x1 to the final width.
 
     A bottleneck whose first two convolutions are one, so that no other operation sees the large map: at equal MACs, it
-    is faster and at early exits more accurate than a bottleneck with fewer channels (docs/heads.md).
+    is faster and at early exits more accurate than a bottleneck with fewer channels (docs/teaching.md).
     """
-    stride = _shrinks_by(plan, stage)
+    stride = shrinks_by(plan, stage)
     body = nn.Sequential(ConvNormAct(stage.num_chs, width, stride, stride), ConvNormAct(width, plan.embedding_dim, 1))
     return ConvHead(body, plan.embedding_dim, num_classes)
 
