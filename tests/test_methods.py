@@ -500,3 +500,22 @@ def test_mixed_training_begins_without_its_exits(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.heads.state_dict().items())
     list(events)
     assert not any(torch.equal(p, before[name]) for name, p in network.heads.named_parameters())
+
+
+def test_found_weights_are_logged_kept_and_written_as_numbers(tmp_path: Path) -> None:
+    changes = [*SHORT, "epochs=4", "losses.hint.weight.warmup=0.5"]
+    training = prepare(settings("convnet"), load_recipe(["byot-auto"], changes), tmp_path / "run")
+    end = list(fit(training))[-1]
+    log = outcome(tmp_path / "run")
+    assert set(end.weights) == {"soft", "hint"} and min(end.weights.values()) > 0
+    # Measured at the first of eight updates, and no more.
+    assert all(line["weights"] == end.weights for line in log)
+    found = load_recipe([str(tmp_path / "run" / "found.toml")])
+    assert found.losses["soft"].weight == end.weights["soft"]
+    hint = found.losses["hint"].weight
+    assert hint == WeightSchedule(value=end.weights["hint"], warmup=0.5)
+    again = list(fit(prepare(settings("convnet"), found, tmp_path / "again")))[-1]
+    assert again.weights == {} and not (tmp_path / "again" / "found.toml").exists()
+    # The weight was measured before the first update, so that the runs are the same up to the rounding of the weight.
+    for ours, theirs in zip(outcome(tmp_path / "again"), log, strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)

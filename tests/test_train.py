@@ -605,6 +605,7 @@ on = ["all", "mix"]
 kind = "kl"
 on = "exits"
 target = "past"
+weight = { share = 0.5, of = "task" }
 [[phases]]
 name = "first"
 epochs = 1
@@ -625,6 +626,8 @@ def test_two_processes_score_what_they_save_whatever_the_recipe(tmp_path: Path) 
     assert [process.wait() for process in two] == [0, 0], two[0].err
     told = "signals.neighbours compares images with each other: 16 at a time, not all 32 of a batch"
     assert told in two[0].err
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["weights"]
+    assert load_recipe([str(tmp_path / "run" / "found.toml")]).losses["past"].weight == logged["past"] > 0
     state = states.load_state(tmp_path / "run" / "state" / "last.pt")
     assert state["learner"]["derived.past.make.seen"].sum() > 128, "each process has seen 128"
     report = json.loads((tmp_path / "run" / "report.json").read_text())

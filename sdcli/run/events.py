@@ -73,7 +73,7 @@ class Finished:
     best_epochs: dict[str, int] = field(default_factory=dict)
     """The best epoch of each point on its own, in the last phase; empty without a validation split."""
     weights: dict[str, float] = field(default_factory=dict)
-    """The weights that were found in the last phase, by loss."""
+    """The weights that were found, by loss; of several phases, in the last that has the loss."""
 
 
 @dataclass(frozen=True)

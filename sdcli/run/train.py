@@ -127,14 +127,17 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
             yield Stopped(training.epochs, training.updates_per_epoch, stop.args[0])
             return
         name, number = "last", training.epochs
+    found: dict[str, float] = {}
+    for line in read_log(training.run.folder):
+        found |= line.get("weights", {})
     if training.is_first:
-        if training.found_weights:
-            training.run.write_found(to_toml(with_weights(training.recipe, training.found_weights)))
+        if found:
+            training.run.write_found(to_toml(with_weights(training.recipe, found)))
         training.run.write_report(report, f"{name}.safetensors", number, best.epochs)
     if training.settings.track is not None:
         training.accelerator.end_training()
     checkpoint = training.run.folder / f"{name}.safetensors"
-    yield Finished(checkpoint, number, report, best.epochs, training.found_weights)
+    yield Finished(checkpoint, number, report, best.epochs, found)
 
 
 def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: None) -> Report:
