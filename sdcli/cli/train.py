@@ -225,10 +225,13 @@ def train(
             "--compile", metavar="", help="Compile networks and losses with torch.compile.", rich_help_panel=SPEED
         ),
     ] = False,
-    channels_last: Annotated[
-        bool,
-        typer.Option("--channels-last", metavar="", help="Use the channels-last memory format.", rich_help_panel=SPEED),
-    ] = False,
+    memory_format: Annotated[
+        Literal["auto", "contiguous", "channels-last"],
+        typer.Option(
+            help="How maps lie in memory; auto: channels-last on a CPU for networks of convolutions.",
+            rich_help_panel=SPEED,
+        ),
+    ] = "auto",
     grad_accum_steps: Annotated[
         int,
         typer.Option(
@@ -280,7 +283,7 @@ def train(
         "workers": workers,
         "precision": precision,
         "compile": compile_,
-        "channels_last": channels_last,
+        "memory_format": memory_format,
         "grad_checkpointing": grad_checkpointing,
         "grad_accum_steps": grad_accum_steps,
         "save_every": save_every,
