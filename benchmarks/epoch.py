@@ -1,7 +1,7 @@
 """Times a training epoch including data loading, as a user runs it: images per second, and the time of a whole run.
 
     python benchmarks/epoch.py --data ../shared/data/cifar100 --images 5000                    on the CPU
-    python benchmarks/epoch.py --data FOLDER --device cuda --precision bf16 --channels-last --compile --batch-size 512
+    python benchmarks/epoch.py --data FOLDER --device cuda --precision bf16 --compile --batch-size 512
 
 One warm-up epoch, then one timed epoch; nothing is scored. Also prints one JSON line. On a GPU it reports the share of
 the peak FLOPS, with 6 FLOPs per MAC of the network and its heads (forward and backward).
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--memory-format", default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", type=Path, help="write a trace of a few updates here")
     options = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
         limit_train=options.images,
         device=options.device,
         precision=options.precision,
-        channels_last=options.channels_last,
+        memory_format=options.memory_format,
         compile=options.compile,
     )
     with tempfile.TemporaryDirectory() as folder:

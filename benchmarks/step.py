@@ -2,7 +2,7 @@
 
     python benchmarks/step.py                                                the four rows of docs/performance.md
     python benchmarks/step.py --model resnet50 --batch-size 32 --image-size 32 --recipe byot
-    python benchmarks/step.py --device cuda --precision bf16 --channels-last --compile --batch-size 512
+    python benchmarks/step.py --device cuda --precision bf16 --compile --batch-size 512
 
 Steps of both alternate in one process, on the same random images; the result is the median of the ratios of adjacent
 steps. Heads, losses and taps should only cost their arithmetic: `on_top`, the time ratio over the MACs ratio, is the
@@ -59,7 +59,7 @@ def prepared(case: Case, options: argparse.Namespace, folder: str) -> Training:
         device=options.device,
         precision=options.precision,
         compile=options.compile,
-        channels_last=options.channels_last,
+        memory_format=options.memory_format,
     )
     overrides = [f"batch.size={case.batch_size}", "optimizer.lr=0.001"]
     if case.channels:
@@ -74,7 +74,7 @@ def plain_step(training: Training, batch: Batch, options: argparse.Namespace) ->
     """A step of the same network without exits, as in a minimal training loop around timm's model."""
     device = training.accelerator.device
     model = create(training.description.blueprint.architecture, device="cpu").to(device).train()
-    if options.channels_last:
+    if options.memory_format == "channels-last":
         model.to(memory_format=torch.channels_last)
     if options.compile:
         model.compile()
@@ -107,7 +107,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         device = training.accelerator.device
         images = torch.randn(case.batch_size, *training.description.blueprint.plan.input_size)
         batch = Batch(images, torch.randint(0, 10, (case.batch_size,)), torch.arange(case.batch_size)).to(device)
-        if options.channels_last:
+        if options.memory_format == "channels-last":
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
         training.module.train()
         plain = plain_step(training, batch, options)
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--memory-format", default="contiguous")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=3)

@@ -32,9 +32,12 @@ from safetensors.torch import load_file, save_file
 from sdcli.errors import UserError
 from sdcli.evaluation.scoring import score_checkpoint
 from sdcli.method.losses import LOSSES
+from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import save_checkpoint
+from sdcli.network.memory_format import suitable_format
+from sdcli.network.multi_exit import build as build_exits
 from sdcli.recipe.load import load_recipe
-from sdcli.recipe.schema import Recipe
+from sdcli.recipe.schema import Network, Recipe
 from sdcli.registry import Entry
 from sdcli.run import prepare as prepares
 from sdcli.run import state as states
@@ -699,9 +702,57 @@ def test_precision_compilation_and_checkpointing_change_little(recipes: dict[str
 
     plain = losses()
     assert losses(grad_checkpointing=True) == pytest.approx(plain, rel=1e-5)
-    assert losses(channels_last=True) == pytest.approx(plain, rel=1e-4)
+    assert losses(memory_format="channels-last") == pytest.approx(plain, rel=1e-4)
     assert losses(precision="bf16") == pytest.approx(plain, rel=0.05)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "wanted"),
+    [
+        ("test_resnet", "cpu", "channels-last"),
+        ("test_efficientnet", "cpu", "channels-last"),
+        ("test_vit", "cpu", "contiguous"),
+        ("vgg11", "cpu", "contiguous"),
+        ("test_resnet", "cuda", "contiguous"),
+    ],
+)
+def test_the_memory_format_follows_network_and_device(model: str, device: str, wanted: str) -> None:
+    network = build_exits(Blueprint.draft(Network(), model, image_size=64), device="meta")
+    assert suitable_format([network], torch.device(device)) == wanted
+
+
+def test_maps_and_tokens_together_are_contiguous() -> None:
+    networks = [build_exits(Blueprint.draft(Network(), m), device="meta") for m in ("test_resnet", "test_vit")]
+    assert suitable_format(networks, torch.device("cpu")) == "contiguous"
+
+
+def test_a_run_stores_its_memory_format_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(QUICK, model="test_resnet", limit_train=48)
+    training = prepare(settings, load_recipe(["quick"], ["epochs=2", "batch.size=24"]), tmp_path / "run")
+    assert "memory format: channels-last, faster on a CPU" in training.notes
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["memory_format"] == "channels-last"
+    convolution = next(m for m in training.learner.student.modules() if isinstance(m, torch.nn.Conv2d))
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    training.loader.set_epoch(1)
+    (batch,) = next_update(training, iter(training.loader))
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    # A later rule does not change a run.
+    monkeypatch.setattr(prepares, "suitable_format", lambda *_: "contiguous")
+    again, recipe = resumed(tmp_path / "run", {"memory_format": "auto"}, None, [])
+    assert again.memory_format == "channels-last" and resume(tmp_path / "run", again, recipe).settings == again
+    with pytest.raises(UserError) as error:
+        resumed(tmp_path / "run", {"memory_format": "contiguous"}, None, [])
+    assert error.value.wrong.endswith("was started with memory_format = 'channels-last', not 'contiguous'")
+
+
+def test_a_convolutional_run_that_is_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = replace(QUICK, model="test_resnet", limit_train=48)
+    recipe = load_recipe(["quick"], ["epochs=2", "batch.size=24"])
+    finish(prepare(settings, recipe, tmp_path / "whole"))
+    assert isinstance(list(fit(prepare(settings, recipe, tmp_path / "run"), after(3)))[-1], Stopped)
+    finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+    assert same(tmp_path / "whole", tmp_path / "run")
 
 
 # Torch's default backend needs a compiler for C++ on the machine; graph breaks are the same without it.

@@ -57,6 +57,7 @@ NAMED = [
     "--decay-rate",
     "--class-map",
     "--use-multi-epochs-loader",
+    "--channels-last",
     "--torchcompile",
     "--sync-bn",
     "--model-kwargs",
@@ -66,6 +67,10 @@ NAMED = [
 MESSAGES = {
     "train resnet18 --amp": (
         "--amp is timm's: sdcli has --precision bf16\n  expected: an option that sdcli train --help lists"
+    ),
+    "train resnet18 --channels-last": (
+        "--channels-last is timm's: sdcli has --memory-format channels-last\n"
+        "  expected: an option that sdcli train --help lists"
     ),
     "train resnet18 --weight-decay 0.05": (
         "--weight-decay is timm's: sdcli has --set optimizer.weight_decay=0.05\n"

@@ -188,9 +188,12 @@ Compile: TypeAlias = Annotated[
         "--compile", metavar="", help="Compile networks and losses with torch.compile.", rich_help_panel=SPEED
     ),
 ]
-ChannelsLast: TypeAlias = Annotated[
-    bool,
-    typer.Option("--channels-last", metavar="", help="Use the channels-last memory format.", rich_help_panel=SPEED),
+MemoryFormat: TypeAlias = Annotated[
+    Literal["auto", "contiguous", "channels-last"],
+    typer.Option(
+        help="How maps lie in memory; auto: channels-last on a CPU for networks of convolutions.",
+        rich_help_panel=SPEED,
+    ),
 ]
 GradAccumSteps: TypeAlias = Annotated[
     int,
@@ -213,7 +216,7 @@ GradCheckpointing: TypeAlias = Annotated[
 
 SETTINGS = (
     "model", "dataset", "image_key", "label_key", "image_size", "val_fraction", "limit_train", "limit_val", "seed",
-    "device", "workers", "precision", "compile", "channels_last", "grad_checkpointing", "grad_accum_steps",
+    "device", "workers", "precision", "compile", "memory_format", "grad_checkpointing", "grad_accum_steps",
     "save_every", "track", "imports",
 )  # fmt: skip
 PARAMETERS = {"compile": "compile_", "imports": "import_"}

@@ -52,6 +52,7 @@ TIMM = {
     "--amp-dtype": "--precision bf16, or --precision fp16",
     "--amp-impl": "--precision bf16, or --precision fp16",
     "--model-dtype": "--precision bf16, or --precision fp16",
+    "--channels-last": "--memory-format channels-last",
     "--torchcompile": "--compile",
     "--torchcompile-mode": "--compile",
     "--torchscript": "--compile",

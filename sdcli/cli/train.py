@@ -73,7 +73,7 @@ def train(
     device: choices.Device = None,
     precision: choices.Precision = "fp32",
     compile_: choices.Compile = False,
-    channels_last: choices.ChannelsLast = False,
+    memory_format: choices.MemoryFormat = "auto",
     grad_accum_steps: choices.GradAccumSteps = 1,
     grad_checkpointing: choices.GradCheckpointing = False,
 ) -> None:

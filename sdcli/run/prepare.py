@@ -32,6 +32,7 @@ from sdcli.method.losses import LOSSES
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import Description, TrainedOn
+from sdcli.network.memory_format import suitable_format
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import Loaded, build_network, read_weights_file
 from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
@@ -185,7 +186,11 @@ def build(
 
     order, loader, scored_loader, more = _build_loaders(settings, recipe, accelerator, splits, blueprint.preprocess)
     notes += more
-    if settings.channels_last:
+    if settings.memory_format == "auto":
+        settings = replace(settings, memory_format=suitable_format(networks.values(), accelerator.device))
+        if settings.memory_format != "contiguous":
+            notes.append(f"memory format: {settings.memory_format}, faster on a {accelerator.device.type.upper()}")
+    if settings.memory_format == "channels-last":
         learner.to(memory_format=torch.channels_last)
     if settings.compile:
         learner.compile()

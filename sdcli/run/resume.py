@@ -90,6 +90,8 @@ def resumed(
             "the same --import again: for safety, files named in a run folder are not imported automatically",
             f"if you trust these files: sdcli train --resume {shlex.quote(str(folder))} {options}",
         )
+    # The run has settled on a format.
+    given = {name: value for name, value in given.items() if (name, value) != ("memory_format", "auto")}
     settings = replace(former, **given)
     for name in given:
         was, value = getattr(former, name), getattr(settings, name)

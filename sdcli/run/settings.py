@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from sdcli.data.dataset import NAMED
 from sdcli.devices import Precision
 from sdcli.network.blueprint import WeightsFile
+from sdcli.network.memory_format import MemoryFormat
 from sdcli.recipe.schema import Recipe
 
 FREE = {"title", "paper", "epochs"}
@@ -46,7 +47,8 @@ class Settings:
     """None: chosen automatically."""
     precision: Precision = "fp32"
     compile: bool = False
-    channels_last: bool = False
+    memory_format: MemoryFormat = "auto"
+    """`auto` is replaced by one of the others when the run is built, so that a resumed run computes as before."""
     grad_checkpointing: bool = False
     grad_accum_steps: int = 1
     """The number of micro-batches that each batch is split into, to save memory."""

@@ -362,7 +362,7 @@ def next_update(training: Training, loaded: Iterator[Batch]) -> list[Batch]:
             shown, batch.labels = training.mixing(shown, batch.labels, batch.index, training.position.epoch)
             batch.images, batch.views = shown[0], dict(zip(batch.views, shown[1:], strict=True))
         batch.whole = own * training.accelerator.num_processes
-        if training.settings.channels_last:
+        if training.settings.memory_format == "channels-last":
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
             batch.views = {n: t.contiguous(memory_format=torch.channels_last) for n, t in batch.views.items()}
     return batches
