@@ -15,7 +15,7 @@ from sdcli.errors import UserError
 from sdcli.method.learner import Learner, build_objectives, what_trains
 from sdcli.method.objective import Objective
 from sdcli.network.blueprint import Blueprint
-from sdcli.network.heads import HEADS, PatchConv
+from sdcli.network.heads import HEADS, PatchConv, find_head, head_cost
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.multi_exit import build as built
 from sdcli.recipe.address import Address
@@ -284,3 +284,51 @@ def test_patches_mixed_as_matrices_are_the_convolution(size):
     both = [torch.autograd.grad(out.square().sum(), (images, ours.weight)) for out in (ours(images), reference)]
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one, other)
+
+
+# Wide and deep, small, tokens, maps in NHWC, and two whose classifier alone is too dear for a head.
+CHOSEN = {
+    "resnet18": "patch", "mobilenetv3_small_100": "patch", "efficientvit_b0": "patch", "vit_tiny_patch16_224": "tokens",
+    "swin_tiny_patch4_window7_224": "patch", "lcnet_035": "linear", "test_resnet": "patch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_automatic_heads_cost_little_and_every_exit_less_than_the_next(name):
+    blueprint = Blueprint.draft(Network(), name, [str(number) for number in range(1000)])
+    assert {kind.partition("/")[0] for kind in blueprint.heads.values()} == {CHOSEN[name]}
+    own, costs, macs = blueprint.head_costs(), blueprint.costs(), blueprint.plan.macs
+    heads = [own[point].macs for point in blueprint.points[:-1]]
+    assert max(heads) <= 0.05 * macs and sum(heads) <= 0.15 * macs
+    alone = [costs[point].macs for point in blueprint.points]
+    assert alone == sorted(set(alone))
+
+
+def test_automatic_heads_are_as_wide_as_they_may_be():
+    blueprint = Blueprint.draft(Network(), "mobilenetv3_small_100", CLASSES[:7])
+    for point, kind in blueprint.heads.items():
+        width = int(kind.removeprefix("patch/"))
+        wider = head_cost(f"patch/{width + 8}", blueprint.plan, blueprint.stages[point], 7)[1]
+        assert width == 128 or wider > 0.05 * blueprint.plan.macs
+
+
+def test_the_width_of_a_head_is_part_of_its_kind():
+    narrow, wide = (build("test_resnet", head) for head in ("bottleneck/24", "bottleneck"))
+    assert narrow.heads["exit1"].body[0][0].out_channels == 24
+    assert wide.heads["exit1"].body[0][0].out_channels == 128
+    assert narrow.blueprint.heads["exit1"] == "bottleneck/24"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("linear/24", "head 'linear/24': linear has no width"),
+        ("patch/0", "unknown head 'patch/0'"),
+        ("patch/1000000", "unknown head 'patch/1000000'"),
+        ("pach/24", "unknown head 'pach'"),
+    ],
+)
+def test_a_width_that_cannot_be_is_refused(kind, message):
+    with pytest.raises(UserError) as error:
+        find_head(kind)
+    assert error.value.wrong == message
