@@ -132,7 +132,10 @@ class PatchConv(nn.Conv2d):
         side = self.stride[0]
         batch, num_chs, height, width = features.shape
         rows, columns = height // side, width // side
-        pixels = features.permute(0, 2, 3, 1)[:, : rows * side, : columns * side]
+        pixels = features.permute(0, 2, 3, 1)
+        if (height, width) != (rows * side, columns * side):
+            # Only then: the gradient of a slice is a whole map of zeros first.
+            pixels = pixels[:, : rows * side, : columns * side]
         patches = pixels.reshape(batch, rows, side, columns, side, num_chs).transpose(2, 3)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         mixed = F.linear(patches.reshape(batch, rows, columns, -1), weight)
