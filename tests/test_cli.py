@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -630,9 +631,11 @@ def test_a_stopped_run_saves_leaves_and_goes_on(trained, tmp_path, sdcli, monkey
 def test_the_first_signal_is_noted_and_those_that_a_launcher_repeats_are_not_obeyed(request):
     from sdcli.cli.stopping import stopping as noted
 
-    # Jobs in the background of a shell begin with Ctrl-C ignored, tests among them.
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
+    # Jobs in the background of a shell begin with Ctrl-C ignored, and those of nohup with SIGHUP, tests among them.
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in handlers.items():
+        former = signal.signal(number, handler)
+        request.addfinalizer(partial(signal.signal, number, former))
     for first in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with noted() as told:
             assert told() is None

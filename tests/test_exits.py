@@ -142,7 +142,7 @@ def test_an_unknown_head_is_explained():
         build("test_resnet", "bottelneck")
     assert str(error.value) == (
         "networks.student.head: unknown head 'bottelneck'\n"
-        "  expected: one of bottleneck, bottleneck+attention, linear, sepconv, sepconv+attention, tokens\n"
+        "  expected: one of bottleneck, bottleneck+attention, linear, patch, sepconv, sepconv+attention, tokens\n"
         "  fix:      did you mean 'bottleneck'?"
     )
 

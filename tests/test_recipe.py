@@ -130,7 +130,7 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
         ("losses.new.weight=1", "losses.new.kind is missing\n  expected: a value: it has no default"),
         ("losses.task.weight=-1", "losses.task.weight = -1\n  expected: greater than or equal to 0, or a table, or a valid list\n  fix:      the default is 1.0"),
         ('losses.task.weight={ value = 1.0, warmup = "3" }', "losses.task.weight.warmup = '3'\n  expected: a valid number\n  fix:      without quotes: warmup = 3"),
-        ("losses.task.weight={ warmpu = 3 }", "losses.task.weight: unknown key 'warmpu'\n  expected: one of decay, sigmoid, start, stop, to, value, warmup\n  fix:      did you mean 'warmup'?"),
+        ("losses.task.weight={ warmpu = 3 }", "losses.task.weight: unknown key 'warmpu'\n  expected: one of decay, of, share, sigmoid, start, stop, to, value, warmup\n  fix:      did you mean 'warmup'?"),
         ("networks.student.exits=some", "networks.student.exits = 'some'\n  expected: 'auto' or 'none', or a valid integer, or a valid list\n  fix:      the default is 'auto'"),
     ],
 )  # fmt: skip
@@ -166,7 +166,7 @@ def test_the_students_model_is_the_command_lines():
 
 def test_an_unknown_recipe_gets_the_nearest_name():
     said = message(["byott"])
-    assert said.startswith("unknown recipe 'byott'\n  expected: one of byot, byot-nohint, byot-scan, ")
+    assert said.startswith("unknown recipe 'byott'\n  expected: one of byot, byot-auto, byot-nohint, byot-scan, ")
     assert said.endswith("\n  fix:      did you mean 'byot'?")
 
 

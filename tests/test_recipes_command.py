@@ -45,7 +45,7 @@ def test_the_list_groups_every_recipe_once_and_says_where_to_start(sdcli: Comman
     assert sorted(grouped) == recipe_names()
     lines = sdcli("recipes", "list").out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(" Start here"))
-    assert "quick for a first look, default to train, finetune for your own photos" in lines[start]
+    assert "quick, then default; finetune for your photos" in lines[start]
     end = next(number for number, line in enumerate(lines) if line.startswith(" BYOT"))
     names = [line.split()[0] for line in lines[start + 1 : end] if line[1:2].strip()]
     assert names == ["quick", "default", "finetune"]

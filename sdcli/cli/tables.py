@@ -124,7 +124,7 @@ def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> 
 
 GROUPS = {
     "Start here": (
-        "quick for a first look, default to train, finetune for your own photos",
+        "quick, then default; finetune for your photos",
         ("quick", "default", "finetune"),
     ),
     "BYOT": ("the final exit teaches the others", ("byot", "byot-auto", "byot-journal", "byot-nohint", "byot-scan")),

@@ -63,7 +63,7 @@ def needs(recipe: Recipe) -> list[str]:
     """
     tables = _given(recipe)
     found = [f"{recipe.student.branches} branches"] if recipe.student.branches else []
-    if any(phase.trains == "heads" for phase in recipe.all_phases):
+    if "heads" in (recipe.student.trains, *(phase.get("trains") for phase in tables.get("phases", []))):
         found.append("frozen backbone")
     if recipe.student.gradients != "sum":
         found.append(f"gradients {recipe.student.gradients}")
