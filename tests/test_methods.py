@@ -520,3 +520,18 @@ def test_found_weights_are_logged_kept_and_written_as_numbers(tmp_path: Path) ->
     # The weight was measured before the first update, so that the runs are the same up to the rounding of the weight.
     for ours, theirs in zip(outcome(tmp_path / "again"), log, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stops_after", [5, 10, 26])
+def test_shares_go_on_exactly_between_and_at_measurements(stops_after: int, tmp_path: Path) -> None:
+    """Measured at updates 1, 10 and 25 of 32; what is found changes the weights of every later update."""
+    recipe = load_recipe(["byot-auto"], ["epochs=2", "batch.size=4", "schedule.warmup_epochs=0", "optimizer.lr=0.01"])
+    list(fit(prepare(settings("convnet"), recipe, tmp_path / "whole")))
+    log = outcome(tmp_path / "whole")
+    assert log[0]["weights"] != log[1]["weights"]
+    list(fit(prepare(settings("convnet"), recipe, tmp_path / "parts"), after(stops_after)))
+    torch.manual_seed(1)
+    list(fit(resume(tmp_path / "parts", *resumed(tmp_path / "parts", {}, None, []))))
+    assert outcome(tmp_path / "parts") == log
+    first, second = (load_file(tmp_path / folder / "last.safetensors") for folder in ("whole", "parts"))
+    assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
