@@ -231,7 +231,8 @@ def test_a_transformer_trains(tmp_path, sdcli):
 
 
 def test_weights_start_a_run(trained, tmp_path, sdcli):
-    options = ["--weights", trained / "best.safetensors", "--epochs", 1, "--lr", 1e-9]
+    # Of a run folder, its best checkpoint.
+    options = ["--weights", trained, "--epochs", 1, "--lr", 1e-9]
     result = sdcli("train", "test_resnet", *QUICK, *options, "--output", tmp_path / "run")
     assert result.code == 0 and f"weights from {trained / 'best.safetensors'}" in result.err.replace("\n", "")
 

@@ -347,6 +347,6 @@ def test_losses_that_teach_nothing_are_named_once() -> None:
         still.see(torch.tensor([value, 5.0, value, 0.0]))
     norms = {"task": 1.0, "still": 1.0, "zero": 0.0, "resting": 0.0}
     assert still.remarks(norms, ["resting"]) == [
-        "losses.still teaches nothing: its value has not changed in 40 updates",
+        "losses.still teaches nothing: its value has not changed by update 40",
         "losses.zero teaches nothing: its gradient is 0 at update 40",
     ]

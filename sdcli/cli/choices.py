@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -81,7 +82,7 @@ Weights: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Start from a .safetensors file, a checkpoint of sdcli or of timm, with its preprocessing.",
+        help="Start from a run or a .safetensors file, of sdcli or of timm, with its preprocessing.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -241,7 +242,7 @@ def overrides_of(given: Mapping[str, Any]) -> list[Override]:
         "--lr": ("optimizer.lr", given["lr"]),
         "--head": ("networks.student.head", given["head"]),
         "--stem": ("networks.student.stem", given["stem"]),
-        "--weights": ("networks.student.weights", given["weights"] and str(given["weights"])),
+        "--weights": ("networks.student.weights", given["weights"] and _weights_file(given["weights"])),
         "--exits": ("networks.student.exits", given["exits"] and parse_exits(given["exits"])),
     }
     found = overrides(given["set_"], given["unset"])
@@ -251,6 +252,16 @@ def overrides_of(given: Mapping[str, Any]) -> list[Override]:
     if given["pretrained"]:
         found.append(Override("networks.student.weights", "pretrained", "--pretrained"))
     return found
+
+
+def _weights_file(path: Path) -> str:
+    """A file of weights as a recipe names it; of a run folder its best checkpoint, else the last."""
+    from sdcli.network.checkpoint import find_checkpoint
+
+    # Not Path.is_dir, which raises for a name that is too long.
+    file = find_checkpoint(path) if os.path.isdir(path) else path
+    # A plain word would be a keyword, such as pretrained.
+    return str(file) if set("./~") & set(str(file)) else f"./{file}"
 
 
 def model_and_dataset(given: Mapping[str, Any], example: str) -> tuple[str, str]:

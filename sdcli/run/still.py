@@ -9,6 +9,8 @@ from torch import Tensor
 
 MOVED_BY = 100
 """The update of a phase by which a loss has to have taught something."""
+FEWEST = 10
+"""Updates of a phase that is shorter, below which a value that has not changed says nothing."""
 
 
 class Stillness:
@@ -33,7 +35,8 @@ class Stillness:
     def remarks(self, norms: Mapping[str, float], resting: Collection[str]) -> list[str]:
         """One sentence for each loss that teaches nothing; `norms` are those of their gradients, and `resting` losses
         have a weight of 0 now."""
-        moved = self.moved.tolist() if self.moved is not None and self.last > 1 else [True] * len(self.names)
+        watched = self.moved is not None and self.last >= FEWEST
+        moved = self.moved.tolist() if watched and self.moved is not None else [True] * len(self.names)
         found = []
         for name, has_moved in zip(self.names, moved, strict=True):
             if name in resting:
@@ -41,5 +44,5 @@ class Stillness:
             if norms.get(name) == 0:
                 found.append(f"losses.{name} teaches nothing: its gradient is 0 at update {self.last}")
             elif not has_moved:
-                found.append(f"losses.{name} teaches nothing: its value has not changed in {self.last} updates")
+                found.append(f"losses.{name} teaches nothing: its value has not changed by update {self.last}")
         return found
