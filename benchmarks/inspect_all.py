@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/inspect_all.py               docs/models.csv, about an hour on one core
     python benchmarks/inspect_all.py --pattern 'resnet*'             only these rows; the others are kept
-    python benchmarks/inspect_all.py --heads                         only what `head = "auto"` chooses, a third of the time
+    python benchmarks/inspect_all.py --heads                         only what `head = "auto"` chooses
 
 Each model runs without and with exits on the meta device: the backbone must run the same operations on the same tensors
 in the same order, so that its logits are the same for any weights. Models of at most `--real-gmacs` also run on real
