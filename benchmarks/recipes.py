@@ -41,7 +41,14 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
     """A run in its last phase, and the batches of its first update."""
     overrides = [f"batch.size={options.batch_size}", "optimizer.lr=0.001", "schedule.warmup_epochs=0"]
     settings = Settings(options.model, "digits", image_size=options.image_size, device="cpu", workers=0)
-    training = prepare(settings, load_recipe([recipe], overrides), folder)
+    loaded = load_recipe([recipe], overrides)
+    if loaded.student.weights == "pretrained":
+        # In the place of weights from the hub: a plain network as it begins.
+        plain = prepare(settings, load_recipe([BASELINE], overrides), folder / "plain")
+        start = plain.run.save("start", plain.network.state_dict(), plain.description)
+        loaded = load_recipe([recipe], [*overrides, f"networks.student.weights={start}"])
+        folder = folder / "run"
+    training = prepare(settings, loaded, folder)
     keep_freed_memory(training.accelerator.device)
     if (last := len(training.objectives) - 1) > 0:
         training.position.epoch = training.epochs
@@ -60,8 +67,9 @@ def units(training: Training) -> float:
         network = training.learner.networks[name]
         assert isinstance(network, MultiExit)
         heads = network.blueprint.head_costs()
-        macs = network.plan.macs + sum(heads[point].macs for point in points if point in network.heads)
-        total += macs * (3 if any(points.values()) else 1)
+        own = sum(heads[point].macs for point in points if point in network.heads)
+        learns = any(points.values())
+        total += network.plan.macs * (3 if learns and network.trains == "all" else 1) + own * (3 if learns else 1)
     return total
 
 
