@@ -14,47 +14,41 @@ from torch import nn
 
 from sdcli import HEADS
 from sdcli.network.head_choice import EACH, WIDTHS
-from sdcli.network.heads import ConvHead, ConvNormAct, shrinks_by
+from sdcli.network.heads import ConvHead, ConvNormAct, bottleneck, shrinks_by
 from sdcli.network.stages import Stage, StagePlan
 from sdcli.network.trace import count
 
-Body = Callable[[StagePlan, Stage, int], nn.Module]
+Head = Callable[[StagePlan, Stage, int], nn.Module]
 
 
-def narrow(plan: StagePlan, stage: Stage, width: int) -> nn.Module:
+def narrow(plan: StagePlan, stage: Stage, num_classes: int, *, width: int) -> nn.Module:
+    return bottleneck(plan, stage, num_classes, width=width)
+
+
+def depthwise(plan: StagePlan, stage: Stage, num_classes: int, *, width: int) -> nn.Module:
     stride = shrinks_by(plan, stage)
-    return nn.Sequential(
-        ConvNormAct(stage.num_chs, width, 1),
-        ConvNormAct(width, width, stride, stride),
-        ConvNormAct(width, plan.embedding_dim, 1),
-    )
-
-
-def depthwise(plan: StagePlan, stage: Stage, width: int) -> nn.Module:
-    stride = shrinks_by(plan, stage)
-    return nn.Sequential(
+    body = nn.Sequential(
         ConvNormAct(stage.num_chs, width, 1),
         nn.Conv2d(width, width, stride, stride, groups=width, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
         ConvNormAct(width, plan.embedding_dim, 1),
     )
+    return ConvHead(body, plan.embedding_dim, num_classes)
 
 
-def as_wide_as_fits(body: Body) -> Callable[[StagePlan, Stage, int], nn.Module]:
-    def head(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
-        def built(width: int) -> ConvHead:
-            return ConvHead(body(plan, stage, width), plan.embedding_dim, num_classes)
-
+def as_wide_as_fits(head: Callable[..., nn.Module]) -> Head:
+    def widest(plan: StagePlan, stage: Stage, num_classes: int) -> nn.Module:
         def cost(width: int) -> int:
             with torch.device("meta"):
-                images = torch.empty(1, stage.num_chs, *stage.size), torch.empty(1, 0, stage.num_chs)
-                return count(built(width).eval(), *images)[1]
+                maps = torch.empty(1, stage.num_chs, *stage.size), torch.empty(1, 0, stage.num_chs)
+                return count(head(plan, stage, num_classes, width=width).eval(), *maps)[1]
 
-        return built(max([w for w in WIDTHS if cost(w) <= EACH * plan.macs], default=WIDTHS[0]))
+        width = max([width for width in WIDTHS if cost(width) <= EACH * plan.macs], default=WIDTHS[0])
+        return head(plan, stage, num_classes, width=width)
 
-    return head
+    return widest
 
 
-for body in (narrow, depthwise):
-    HEADS.register(body.__name__)(as_wide_as_fits(body))
+for head in (narrow, depthwise):
+    HEADS.register(head.__name__)(as_wide_as_fits(head))
