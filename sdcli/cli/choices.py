@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -173,6 +174,16 @@ Seed: TypeAlias = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+SplitSeed: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=2**31 - 1,
+        metavar="N",
+        help="Seed of the choice of images: those held out for validation, and those of a limit.",
+        rich_help_panel=DATA,
+    ),
+]
 Device: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -216,9 +227,9 @@ GradCheckpointing: TypeAlias = Annotated[
 ]
 
 SETTINGS = (
-    "model", "dataset", "image_key", "label_key", "image_size", "val_fraction", "limit_train", "limit_val", "seed",
-    "device", "workers", "precision", "compile", "memory_format", "grad_checkpointing", "grad_accum_steps",
-    "save_every", "track", "imports",
+    "model", "dataset", "image_key", "label_key", "image_size", "val_fraction", "limit_train", "limit_val",
+    "split_seed", "seed", "device", "workers", "precision", "compile", "memory_format", "grad_checkpointing",
+    "grad_accum_steps", "save_every", "track", "imports",
 )  # fmt: skip
 PARAMETERS = {"compile": "compile_", "imports": "import_"}
 """The parameters of the commands that are not called like their setting."""
@@ -270,6 +281,19 @@ def model_and_dataset(given: Mapping[str, Any], example: str) -> tuple[str, str]
         if given[name] is None:
             raise UserError(f"{what} is missing", "a model and a data set", example)
     return given["model"], given["dataset"]
+
+
+def recipe_label(names: list[str] | None, overrides: Sequence[Override]) -> str:
+    """What tables call a recipe: its title where `--set title=` gives one, else its names and what options change.
+
+    Left out is what is not a matter of the method: the number of epochs, and keys of the model.
+    """
+    for override in overrides:
+        if override.key == "title" and isinstance(override.value, str):
+            return override.value
+    own = [o for o in overrides if o.key not in ("epochs", "networks.student.weights", "networks.student.stem")]
+    changed = [re.sub(r"^--set ", "", o.source) for o in own if not o.key.startswith("networks.student.model_args")]
+    return ", ".join([" + ".join(Path(name).stem for name in names or ["default"]), *changed])
 
 
 def label_of(model: str, recipes: list[str] | None) -> str:

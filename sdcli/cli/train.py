@@ -53,6 +53,7 @@ def train(
     val_fraction: choices.ValFraction = 0.1,
     limit_train: choices.LimitTrain = None,
     limit_val: choices.LimitVal = None,
+    split_seed: choices.SplitSeed = 42,
     workers: choices.Workers = None,
     resume: Annotated[
         str | None,
@@ -116,7 +117,7 @@ def train(
         else:
             assert whole is not None
             with blaming(origins):
-                training = prepare(Settings(**chosen), whole, folder)
+                training = prepare(Settings(**chosen, label=choices.recipe_label(recipe, overrides)), whole, folder)
         keep_freed_memory(training.accelerator.device)
     with stopping() as told_to_stop:
         stopped = follow(training, fit(training, told_to_stop))

@@ -107,6 +107,7 @@ def tune(
     val_fraction: choices.ValFraction = 0.1,
     limit_train: choices.LimitTrain = None,
     limit_val: choices.LimitVal = None,
+    split_seed: choices.SplitSeed = 42,
     workers: choices.Workers = None,
     save_every: choices.SaveEvery = None,
     seed: choices.Seed = 42,

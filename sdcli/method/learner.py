@@ -248,6 +248,27 @@ class Learner(nn.Module):
         assert isinstance(student, MultiExit)
         return student
 
+    @property
+    def training_macs(self) -> int:
+        """The MACs of an update for each image of its batch: every forward pass, and twice as many again for the
+        gradients of what learns.
+
+        A pass through a network counts up to its end, with the heads that are read. Losses are not counted.
+        """
+        total = 0
+        for (name, _), points in self.passes.items():
+            network = self.networks[name]
+            assert isinstance(network, MultiExit)
+            heads = network.blueprint.head_costs()
+            end = heads.pop(FINAL).macs
+            learns = [point for point in network.points if points.get(point)]
+            forward = network.stages[FINAL].macs + end + sum(heads[point].macs for point in heads if point in points)
+            backward = end * (FINAL in learns) + sum(heads[point].macs for point in heads if point in learns)
+            if learns and network.trains == "all":
+                backward += network.stages[learns[-1]].macs
+            total += forward + 2 * backward
+        return total
+
     def renew_signals(self) -> None:
         """Resets everything that the derived signals have learned or remembered."""
         for made in self.derived.values():

@@ -54,6 +54,7 @@ class TrainedOn:
     """What opens it again: a short name or a hub id; "" for a local folder, whose path stays on its machine."""
     val_fraction: float
     seed: int
+    """Of the split."""
     image_key: str | None = None
     label_key: str | None = None
 

@@ -40,6 +40,8 @@ class Epoch:
     images_per_s: float
     shares: dict[str, float]
     validation: Report | None = None
+    macs: int = 0
+    """Of training on these images: forward and backward passes of all networks, without validation."""
     skipped: int = 0
     """Updates skipped because a loss or the gradient was not finite."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class Epoch:
             "gradient_shares": self.shares,
             "weights": self.weights,
             "num_images": self.num_images,
+            "macs": self.macs,
             "skipped": self.skipped,
             "validation": self.validation.to_dict() if self.validation else None,
             "seconds": round(self.seconds, 3),

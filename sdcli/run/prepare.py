@@ -235,9 +235,9 @@ def build(
 def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
     with accelerator.main_process_first():
         dataset = open_dataset(settings.dataset, image_key=settings.image_key, label_key=settings.label_key)
-    train, val = training_splits(dataset, settings.val_fraction, settings.seed)
-    train = limited(train, settings.limit_train, settings.seed)
-    return Splits(dataset, train, limited(val, settings.limit_val, settings.seed) if val else None)
+    train, val = training_splits(dataset, settings.val_fraction, settings.split_seed)
+    train = limited(train, settings.limit_train, settings.split_seed)
+    return Splits(dataset, train, limited(val, settings.limit_val, settings.split_seed) if val else None)
 
 
 def _build_networks(
@@ -333,7 +333,7 @@ def _describe(settings: Settings, recipe: Recipe, splits: Splits, blueprint: Blu
         name=short_name(dataset),
         source=source,
         val_fraction=settings.val_fraction,
-        seed=settings.seed,
+        seed=settings.split_seed,
         image_key=dataset.image_key,
         label_key=dataset.label_key,
     )

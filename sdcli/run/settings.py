@@ -42,6 +42,9 @@ class Settings:
     limit_train: int | None = None
     limit_val: int | None = None
     seed: int = 42
+    """Of the weights, the order of the images and their augmentation."""
+    split_seed: int = 42
+    """Of the choice of images: apart from `seed`, so that runs that differ in it have the same images."""
     device: str | None = None
     workers: int | None = None
     """None: chosen automatically."""
@@ -58,6 +61,8 @@ class Settings:
     """One of accelerate's trackers."""
     weights_file: Annotated[WeightsFile | None, BeforeValidator(_from_json)] = None
     """What the file that the student starts from asks of images: a resumed run does not need the file for it."""
+    label: str = ""
+    """What tables call the recipe: the names and options that it was asked for by."""
     imports: list[str] = field(default_factory=list)
     """Absolute paths of the user's own Python files, which register losses and heads. `--resume` needs them again."""
 
@@ -70,5 +75,5 @@ class Settings:
 
 def unchanging(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     """The part of both that must not change; the state stores it, and a resumed run compares its files with it."""
-    chosen = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
+    chosen = {name: value for name, value in asdict(settings).items() if name not in (*MAY_CHANGE, "label")}
     return {"settings": chosen, "recipe": recipe.model_dump(exclude=FREE, exclude_none=True)}

@@ -328,6 +328,7 @@ def train_epoch(
         seconds,
         speed,
         position.shares,
+        macs=training.learner.training_macs * position.num_images,
         skipped=position.skipped,
         weights=training.found_weights,
     )

@@ -1,0 +1,188 @@
+"""Runs what is missing of a study: cells of network x regime x row x seed, each an `sdcli train` command.
+
+    python benchmarks/study/run.py benchmarks/study/cifar100.toml --data ../shared/data/cifar100 --dry-run
+    nice python benchmarks/study/run.py benchmarks/study/cifar100.toml --data ../shared/data/cifar100
+
+`--lanes` cells run side by side, with one thread each. Ctrl-C or SIGTERM stops them with their state saved, and the
+same command resumes them. A finished cell is a small JSON file in the folder that the study names, which `sdcli
+compare` reads; the run folders in `--runs` can then be deleted. `--dry-run` prints what is missing, and about how long
+it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+STOPPED = (130, 143, 129)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    network: str
+    regime: str
+    row: str
+    seed: int
+    epochs: int
+    options: tuple[str, ...]
+    """Of `sdcli train`."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}/{self.regime}/{self.row}-seed{self.seed}"
+
+    def command(self, dataset: str, output: Path) -> list[str]:
+        own = ["--seed", str(self.seed), "--workers", "0", "--resume", "auto", "--output", str(output)]
+        return ["train", *self.options, "--dataset", dataset, *own]
+
+
+def read_cells(study: dict[str, Any]) -> list[Cell]:
+    """The cells of a study, in the order in which they are run."""
+    cells: dict[str, Cell] = {}
+    for part in study["plan"]:
+        for network in part.get("networks", study["networks"]):
+            for regime in part["regimes"]:
+                for seed in part["seeds"]:
+                    for row in part["rows"]:
+                        about, data, how = study["networks"][network], study["regimes"][regime], study["rows"][row]
+                        epochs = round(data["epochs"] * how.get("epochs", 1))
+                        options = [about["model"], *about["options"], *data["options"], *how["options"]]
+                        options += ["--epochs", str(epochs), "--set", f"title={row}"]
+                        cell = Cell(network, regime, row, seed, epochs, tuple(options))
+                        cells.setdefault(cell.name, cell)
+    return list(cells.values())
+
+
+class Lanes:
+    """Cells side by side, each a process of its own."""
+
+    def __init__(self, study: dict[str, Any], cells: list[Cell], options: argparse.Namespace) -> None:
+        self.study, self.cells, self.options = study, list(cells), options
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.lock = threading.Lock()
+        self.stopping = False
+        self.failed: list[str] = []
+
+    def stop(self, *_: object) -> None:
+        """Tells all runs to save their state and end."""
+        self.stopping = True
+        for process in list(self.running.values()):
+            process.terminate()
+
+    def lane(self) -> None:
+        """Takes one cell after the other until none is left."""
+        while not self.stopping:
+            with self.lock:
+                if not self.cells:
+                    return
+                cell = self.cells.pop(0)
+            start = time.monotonic()
+            code = self.work(cell)
+            if self.stopping or code in STOPPED:
+                return
+            how = f"{(time.monotonic() - start) / 60:.1f} min" if code == 0 else f"exit code {code}"
+            print(f"{cell.name}: {how}", flush=True)
+            if code:
+                self.failed.append(cell.name)
+
+    def work(self, cell: Cell) -> int:
+        """Trains a cell unless it is trained, scores it, and keeps its record."""
+        run = self.options.runs / cell.name
+        if not (run / "report.json").exists():
+            code = self.call(cell, cell.command(self.options.data or self.study["dataset"], run), "train.log")
+            if code:
+                return code
+        record = record_of(self.study, cell)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = run / f"{self.study['checkpoint']}.safetensors"
+        save = ["compare", str(checkpoint), "--save", str(record), "--device", "cpu"]
+        return self.call(cell, save, "score.log")
+
+    def call(self, cell: Cell, arguments: list[str], log: str) -> int:
+        """Runs sdcli with one thread; what it prints goes into a file beside the run."""
+        place = self.options.runs / "logs" / cell.name
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / log).open("ab") as file:
+            command = [sys.executable, "-m", "sdcli", *arguments]
+            process = subprocess.Popen(
+                command, env=os.environ | ONE_THREAD, stdout=file, stderr=file, start_new_session=True
+            )
+            self.running[cell.name] = process
+            if self.stopping:
+                process.terminate()
+            code = process.wait()
+            del self.running[cell.name]
+        return code
+
+
+def record_of(study: dict[str, Any], cell: Cell) -> Path:
+    """The file of a finished cell."""
+    return Path(study["results"]) / f"{cell.name}.json"
+
+
+def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell], speed: float) -> float:
+    """Hours of one core for what is missing: a cell that was measured stands for others with its row, or else the
+    longest of its network and regime; before anything was measured, `speed` images per second."""
+    known: dict[tuple[str, str, str], float] = {}
+    for cell in cells:
+        if (record := record_of(study, cell)).exists():
+            cost = json.loads(record.read_text(encoding="utf-8"))["training"]["seconds"]
+            known[cell.network, cell.regime, cell.row] = cost / cell.epochs
+    total = 0.0
+    for cell in missing:
+        place = cell.network, cell.regime
+        alike = [cost for (network, regime, _), cost in known.items() if (network, regime) == place]
+        guess = max(alike, default=study["regimes"][cell.regime]["images"] / speed)
+        total += cell.epochs * known.get((cell.network, cell.regime, cell.row), guess)
+    return total / 3600
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="a study's file, such as benchmarks/study/cifar100.toml")
+    parser.add_argument("--data", help="the data set's folder, if it is on this machine")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where run folders go")
+    parser.add_argument("--lanes", type=int, default=2, help="cells at once, one thread each")
+    parser.add_argument("--only", default="", help="only cells whose names contain this")
+    parser.add_argument("--dry-run", action="store_true", help="print what is missing")
+    parser.add_argument("--images-per-second", type=float, default=500, help="for the first estimate")
+    options = parser.parse_args()
+    study = tomllib.loads(options.study.read_text(encoding="utf-8"))
+    cells = [cell for cell in read_cells(study) if options.only in cell.name]
+    missing = [cell for cell in cells if not record_of(study, cell).exists()]
+    hours = expected_hours(study, cells, missing, options.images_per_second)
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are done, {len(missing)} are missing:")
+    print(f"about {hours:.1f} h of one core, {hours / options.lanes:.1f} h in {options.lanes} lanes", flush=True)
+    if options.dry_run:
+        for cell in missing:
+            print(shlex.join(["sdcli", *cell.command(options.data or study["dataset"], options.runs / cell.name)]))
+        return 0
+    lanes = Lanes(study, missing, options)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lanes.stop)
+    threads = [threading.Thread(target=lanes.lane) for _ in range(options.lanes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in lanes.failed:
+        print(f"failed: {name}; see {options.runs}/logs/{name}", file=sys.stderr)
+    return 1 if lanes.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
