@@ -1,7 +1,7 @@
 """Runs what is missing of a study: cells of network x regime x row x seed, each an `sdcli train` command.
 
     python benchmarks/study/run.py benchmarks/study/cifar100.toml --data ../shared/data/cifar100 --dry-run
-    nice python benchmarks/study/run.py benchmarks/study/cifar100.toml --data ../shared/data/cifar100
+    python benchmarks/study/run.py benchmarks/study/cifar100.toml --data ../shared/data/cifar100
 
 `--lanes` cells run side by side, with one thread each. Ctrl-C or SIGTERM stops them with their state saved, and the
 same command resumes them. A finished cell is a small JSON file in the folder that the study names, which `sdcli
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,20 @@ class Lanes:
         place.mkdir(parents=True, exist_ok=True)
         with (place / log).open("ab") as file:
             command = [sys.executable, "-m", "sdcli", *arguments]
-            process = subprocess.Popen(
-                command, env=os.environ | ONE_THREAD, stdout=file, stderr=file, start_new_session=True
-            )
+            process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=file, stderr=file, process_group=0)
             self.running[cell.name] = process
             if self.stopping:
                 process.terminate()
             code = process.wait()
             del self.running[cell.name]
         return code
+
+
+def give_way() -> None:
+    """Lets everything else on this machine go first; on Linux `nice` alone acts only within one session."""
+    os.nice(19)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19", encoding="ascii")
 
 
 def record_of(study: dict[str, Any], cell: Cell) -> Path:
@@ -171,6 +177,7 @@ def main() -> int:
         for cell in missing:
             print(shlex.join(["sdcli", *cell.command(options.data or study["dataset"], options.runs / cell.name)]))
         return 0
+    give_way()
     lanes = Lanes(study, missing, options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lanes.stop)

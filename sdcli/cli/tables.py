@@ -380,7 +380,7 @@ def exits_table(found: Calibrated, num_images: int) -> Table:
     for title in ("top-1 %", "AUROC", "temperature", "ECE", "ECE at this\ntemperature"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in found.exits:
-        auroc = f"{row.auroc:.3f}" if math.isfinite(row.auroc) else "-"
+        auroc = "-" if row.auroc is None else f"{row.auroc:.3f}"
         cells = (f"{row.top1:.2f}", auroc, f"{row.temperature:.2f}", f"{row.ece:.3f}", f"{row.scaled_ece:.3f}")
         table.add_row(row.point, *cells)
     return table

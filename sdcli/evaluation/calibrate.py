@@ -72,7 +72,7 @@ class ExitRow:
     ece: float
     """Before the temperature."""
     scaled_ece: float
-    auroc: float
+    auroc: float | None
     """How well its confidence separates its right answers from its wrong ones."""
 
 

@@ -1,22 +1,19 @@
-"""Scores every exit and their ensemble on one data set, in one pass.
-
-B batch, K classes
-"""
+"""The scores of every exit and their ensemble, from their answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdcli.data.batch import Batch
-from sdcli.evaluation.metrics import confidence_and_correct, ece, nll, topk_correct
-from sdcli.method.signals import ensemble
+from sdcli.evaluation.answers import Answers, answer
+from sdcli.evaluation.metrics import auroc, ece, wilson
 from sdcli.network.blueprint import ENSEMBLE, Cost
+from sdcli.recipe.address import FINAL
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,15 @@ class ExitResult:
     macs: int
     speedup: float
     """MACs of the plain model divided by these."""
+    auroc: float | None = None
+    """How often a right answer is surer than a wrong one; None where all are right or wrong."""
+    agreement: float | None = None
+    """The share of images, in percent, with the same class as `final`; None where that was not scored."""
+
+    def interval(self, num_images: int) -> tuple[float, float]:
+        """Wilson's 95 % interval of top-1, in percent: the noise of the images, not of the training."""
+        low, high = wilson(round(self.top1 / 100 * num_images), num_images)
+        return 100 * low, 100 * high
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Report:
     exits: tuple[ExitResult, ...]
     ensemble: ExitResult | None
 
+    @property
+    def rows(self) -> tuple[ExitResult, ...]:
+        """All exits, and the ensemble if there is one."""
+        return self.exits + ((self.ensemble,) if self.ensemble else ())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**asdict(self), "exits": [asdict(result) for result in self.exits]}
@@ -60,40 +71,32 @@ class Report:
         return cls(**{**table, "exits": exits, "ensemble": ensemble})
 
 
-Collect: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Gathers the tensors of all processes, each of which has every n-th: returns all of them in order, on the CPU."""
+def report_of(answers: Answers, costs: Mapping[str, Cost], *, model: str, dataset: str, split: str) -> Report:
+    """The scores of answers. `costs` holds those of every point, of the `ensemble`, and of `final`, the reference for
+    speed-ups."""
+    results = {point: result_of(answers, point, costs[point], costs[FINAL].macs) for point in answers.points}
+    together = results.pop(ENSEMBLE, None)
+    return Report(model, dataset, split, len(answers), tuple(results.values()), together)
 
 
-def _only_one(own: Sequence[Tensor]) -> Sequence[Tensor]:
-    return [tensor.cpu() for tensor in own]
+def result_of(answers: Answers, point: str, cost: Cost, plain_macs: int) -> ExitResult:
+    """The scores of one point."""
+    own, correct = answers.points[point], answers.correct(point)
+    same = own.predicted == answers.points[FINAL].predicted if FINAL in answers.points else None
+    return ExitResult(
+        point=point,
+        top1=100.0 * correct.double().mean().item(),
+        top5=100.0 * own.top5.double().mean().item(),
+        nll=own.nll.double().mean().item(),
+        ece=ece(own.confidence, correct),
+        params=cost.params,
+        macs=cost.macs,
+        speedup=plain_macs / cost.macs if cost.macs else float("nan"),
+        auroc=auroc(own.confidence, correct),
+        agreement=100.0 * same.double().mean().item() if same is not None else None,
+    )
 
 
-class _Tally:
-    """The results of one point, per image. They stay on the device: nothing waits for them until the last batch."""
-
-    def __init__(self) -> None:
-        self.columns: list[Tensor] = []
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        confidence, correct = confidence_and_correct(logits, labels)
-        top5 = topk_correct(logits, labels, 5)
-        self.columns.append(torch.stack([correct.float(), top5.float(), nll(logits, labels), confidence]))
-
-    def result(self, point: str, cost: Cost, plain_macs: int, collect: Collect) -> ExitResult:
-        top1, top5, losses, confidence = torch.cat(list(collect(self.columns)), dim=1).unbind()
-        return ExitResult(
-            point=point,
-            top1=100.0 * top1.double().mean().item(),
-            top5=100.0 * top5.double().mean().item(),
-            nll=losses.double().mean().item(),
-            ece=ece(confidence, top1 > 0.5),
-            params=cost.params,
-            macs=cost.macs,
-            speedup=plain_macs / cost.macs if cost.macs else float("nan"),
-        )
-
-
-@torch.inference_mode()
 def evaluate(
     network: nn.Module,
     batches: Iterable[Batch],
@@ -104,40 +107,8 @@ def evaluate(
     model: str,
     dataset: str,
     split: str,
-    progress: Callable[[int], None] = lambda images: None,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    collect: Collect = _only_one,
+    **options: Any,
 ) -> Report:
-    """Scores `points` (shallowest first) and, if there are several, their ensemble.
-
-    `costs` holds the costs of every point, of the `ensemble`, and of `final`, the reference for speed-ups. The network
-    keeps its train or eval mode. `progress` is called with the number of images scored so far. If several processes
-    each score a part of the batches, `collect` gathers the results; no image is counted twice.
-    """
-    tallies = {point: _Tally() for point in points}
-    together = _Tally()
-    num_images = 0
-    was_training = network.training
-    network.eval()
-    try:
-        for batch in batches:
-            batch = batch.to(device)
-            with autocast():
-                signals = network(batch.images)
-            for point, tally in tallies.items():
-                tally.add(signals[point].logits.float(), batch.labels)
-            if len(points) > 1:
-                together.add(ensemble([signals[point].logits.float() for point in points]), batch.labels)
-            num_images += len(batch.labels)
-            progress(num_images)
-    finally:
-        network.train(was_training)
-    plain = costs["final"].macs
-    return Report(
-        model=model,
-        dataset=dataset,
-        split=split,
-        num_images=int(sum(collect([torch.tensor(num_images)]))),
-        exits=tuple(tally.result(point, costs[point], plain, collect) for point, tally in tallies.items()),
-        ensemble=together.result(ENSEMBLE, costs[ENSEMBLE], plain, collect) if len(points) > 1 else None,
-    )
+    """Scores `points` (shallowest first) and, if there are several, their ensemble; `options` are those of `answer`."""
+    answers = answer(network, batches, points=points, device=device, **options)
+    return report_of(answers, costs, model=model, dataset=dataset, split=split)

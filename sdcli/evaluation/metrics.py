@@ -5,8 +5,6 @@ B images, K classes
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,13 +42,21 @@ def confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return probability, predicted == labels
 
 
-def auroc(confidence: Tensor, correct: Tensor) -> float:
-    """How often a right answer is surer than a wrong one, in [0, 1]; 0.5 is chance, NaN where all are right or wrong.
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share, in [0, 1] (Wilson 1927): right for small numbers and for shares near 0 and 1."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def auroc(confidence: Tensor, correct: Tensor) -> float | None:
+    """How often a right answer is surer than a wrong one, in [0, 1]; 0.5 is chance, None where all are right or wrong.
 
     `confidence` and `correct` [B], as for `ece`: failure prediction as in Hendrycks and Gimpel 2017 (arXiv:1610.02136).
     """
     if bool(correct.all()) or not bool(correct.any()):
-        return math.nan
+        return None
     from torchmetrics.functional.classification import binary_auroc
 
     return float(binary_auroc(confidence.double(), correct.long()))
