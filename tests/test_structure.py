@@ -19,6 +19,7 @@ LAYERS = [
     ("method",),
     ("evaluation", "export"),
     ("run",),
+    ("compare",),
     ("cli",),
 ]
 """Packages and single modules, lowest first: one imports only from layers below its own, and from itself."""
