@@ -107,10 +107,8 @@ class Lanes:
             code = self.call(cell, cell.command(self.options.data or self.study["dataset"], run), "train.log")
             if code:
                 return code
-        record = record_of(self.study, cell)
-        record.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = run / f"{self.study['checkpoint']}.safetensors"
-        save = ["compare", str(checkpoint), "--save", str(record), "--device", "cpu"]
+        save = ["compare", str(checkpoint), "--save", str(record_of(self.study, cell).parent), "--device", "cpu"]
         return self.call(cell, save, "score.log")
 
     def call(self, cell: Cell, arguments: list[str], log: str) -> int:
