@@ -41,14 +41,18 @@ class Cell:
     epochs: int
     options: tuple[str, ...]
     """Of `sdcli train`."""
+    start: str | None = None
+    """The cell whose weights it starts from; None: random ones, or those that the options name."""
 
     @property
     def name(self) -> str:
         return f"{self.network}/{self.regime}/{self.row}-seed{self.seed}"
 
-    def command(self, dataset: str, output: Path) -> list[str]:
-        own = ["--seed", str(self.seed), "--workers", "0", "--resume", "auto", "--output", str(output)]
-        return ["train", *self.options, "--dataset", dataset, *own]
+    def command(self, dataset: str, runs: Path) -> list[str]:
+        """The arguments of sdcli."""
+        own = ["--seed", str(self.seed), "--workers", "0", "--resume", "auto", "--output", str(runs / self.name)]
+        weights = ["--weights", str(runs / self.start / "last.safetensors")] if self.start else []
+        return ["train", *self.options, *weights, "--dataset", dataset, *own]
 
 
 def read_cells(study: dict[str, Any]) -> list[Cell]:
@@ -63,7 +67,8 @@ def read_cells(study: dict[str, Any]) -> list[Cell]:
                         epochs = round(data["epochs"] * how.get("epochs", 1))
                         options = [about["model"], *about["options"], *data["options"], *how["options"]]
                         options += ["--epochs", str(epochs), "--set", f"title={row}"]
-                        cell = Cell(network, regime, row, seed, epochs, tuple(options))
+                        start = f"{network}/{regime}/{how['start']}-seed{seed}" if "start" in how else None
+                        cell = Cell(network, regime, row, seed, epochs, tuple(options), start)
                         cells.setdefault(cell.name, cell)
     return list(cells.values())
 
@@ -86,11 +91,13 @@ class Lanes:
 
     def lane(self) -> None:
         """Takes one cell after the other until none is left."""
-        while not self.stopping:
-            with self.lock:
-                if not self.cells:
+        while not self.stopping and self.cells:
+            cell = self.next_ready()
+            if cell is None:
+                if not self.running:
                     return
-                cell = self.cells.pop(0)
+                time.sleep(1)
+                continue
             start = time.monotonic()
             code = self.work(cell)
             if self.stopping or code in STOPPED:
@@ -100,11 +107,22 @@ class Lanes:
             if code:
                 self.failed.append(cell.name)
 
+    def next_ready(self) -> Cell | None:
+        """The next cell whose weights to start from are there; None where others have to end first."""
+        with self.lock:
+            for cell in self.cells:
+                if cell.start is None or (self.options.runs / cell.start / "report.json").exists():
+                    self.cells.remove(cell)
+                    return cell
+        return None
+
     def work(self, cell: Cell) -> int:
         """Trains a cell unless it is trained, scores it, and keeps its record."""
         run = self.options.runs / cell.name
         if not (run / "report.json").exists():
-            code = self.call(cell, cell.command(self.options.data or self.study["dataset"], run), "train.log")
+            code = self.call(
+                cell, cell.command(self.options.data or self.study["dataset"], self.options.runs), "train.log"
+            )
             if code:
                 return code
         checkpoint = run / f"{self.study['checkpoint']}.safetensors"
@@ -173,7 +191,7 @@ def main() -> int:
     print(f"about {hours:.1f} h of one core, {hours / options.lanes:.1f} h in {options.lanes} lanes", flush=True)
     if options.dry_run:
         for cell in missing:
-            print(shlex.join(["sdcli", *cell.command(options.data or study["dataset"], options.runs / cell.name)]))
+            print(shlex.join(["sdcli", *cell.command(options.data or study["dataset"], options.runs)]))
         return 0
     give_way()
     lanes = Lanes(study, missing, options)
