@@ -29,6 +29,7 @@ results = "results"
 
 [networks.tiny]
 model = "test_resnet"
+speed = 100
 options = ["--device", "cpu", "--limit-val", "20"]
 
 [regimes.few]
@@ -65,7 +66,9 @@ def test_every_row_of_a_study_is_a_recipe_that_its_networks_can_train(study):
     assert len(rows) >= 3
     for cell in rows.values():
         overrides = [Override.parse(text) for text in option(cell.options, "--set")]
-        overrides += [Override("networks.student.head", head, "--head") for head in option(cell.options, "--head")]
+        overrides += [Override.unset(key) for key in option(cell.options, "--unset")]
+        for key in ("head", "exits"):
+            overrides += [Override(f"networks.student.{key}", v, f"--{key}") for v in option(cell.options, f"--{key}")]
         recipe, _ = read_recipe(option(cell.options, "--recipe"), overrides)
         check_with_model(recipe, cell.options[0])
         assert (recipe.title, cell.epochs > 0) == (cell.row, True)
