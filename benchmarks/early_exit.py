@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdcli.devices import keep_freed_memory
 from sdcli.evaluation.bench import current_load, device_name, real_images, timed
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import find_checkpoint
@@ -209,6 +210,7 @@ def main() -> None:
         network = random_network(options.model, options.head)
         images, name = varied_images(network, options.images), "noise"
     network, images = network.to(device), images.to(device)
+    keep_freed_memory(device)
     if options.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.to(memory_format=torch.channels_last)
