@@ -1,0 +1,204 @@
+"""The figures of a run's page: what it was like to train, how sure it is, what it costs, and which classes it knows.
+
+K classes, N images
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from markupsafe import Markup
+from torch import Tensor
+
+from sdcli.errors import counted
+from sdcli.evaluation.columns import amount
+from sdcli.evaluation.evaluate import ExitResult
+from sdcli.evaluation.metrics import ECE_BINS
+from sdcli.network.blueprint import ENSEMBLE
+from sdcli.recipe.address import FINAL
+from sdcli.report import charts
+from sdcli.report.charts import Bar, Row, Series, look, shades
+from sdcli.report.findings import Findings
+
+MOST_CLASSES = 24
+"""Classes that are all shown; of more, the `EXTREMES` worst and best."""
+EXTREMES = 10
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: its pictures, a legend where one is needed, and what it shows."""
+
+    title: str
+    pictures: tuple[Markup, ...]
+    caption: str
+    legend: Markup = Markup()
+
+
+def looks_of(found: Findings) -> dict[str, Markup]:
+    """The colour of every exit and of the ensemble, the same in all figures."""
+    exits = dict(zip(found.points, shades(len(found.points)), strict=True))
+    return exits | {ENSEMBLE: look("ensemble")}
+
+
+def training_figures(found: Findings) -> list[Figure]:
+    """Losses and accuracies by epoch; none for a checkpoint without a log."""
+    return [figure for figure in (_losses(found.log), _accuracies(found)) if figure is not None]
+
+
+def _losses(log: Sequence[dict[str, Any]]) -> Figure | None:
+    last = {name: value for line in log for name, value in line["losses"].items()}
+    names = sorted(last, key=lambda name: -last[name])
+    series = [
+        Series(
+            name,
+            [(line["epoch"], line["losses"].get(name, math.nan)) for line in log],
+            style,
+            (f"{name}: {last[name]:.4g} in the last epoch",),
+        )
+        for name, style in zip(names, shades(len(names)), strict=True)
+    ]
+    if not series:
+        return None
+    svg = charts.line_chart("Training losses by epoch", series, "epoch", log=True, marks=_phases(log))
+    caption = "What each loss adds to the sum, on a logarithmic scale; the mean of each epoch."
+    return Figure("Training losses", (svg,), caption) if svg else None
+
+
+def _accuracies(found: Findings) -> Figure | None:
+    scored = [line for line in found.log if line.get("validation")]
+    if not scored:
+        return None
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in scored:
+        validation = line["validation"]
+        for result in (*validation["exits"], *filter(None, [validation["ensemble"]])):
+            curves.setdefault(result["point"], []).append((line["epoch"], result["top1"]))
+    looks = looks_of(found)
+    series = []
+    for point, values in curves.items():
+        epoch, best = max(values, key=lambda value: value[1])
+        tip = f"{point}: {values[-1][1]:.2f} % in the last epoch, at most {best:.2f} % (epoch {epoch})"
+        series.append(Series(point, values, looks.get(point, look("ensemble")), (tip,)))
+    svg = charts.line_chart("Top-1 accuracy on validation images by epoch", series, "epoch", marks=_phases(found.log))
+    chosen = f" The checkpoint is that of epoch {found.about.epoch}."
+    return Figure("Validation accuracy", (svg,), "Top-1 in percent on the validation images after each epoch." + chosen)
+
+
+def _phases(log: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
+    """Where each phase of a run begins, if there are several."""
+    names = [line.get("phase") or "" for line in log]
+    starts = [place for place, name in enumerate(names) if name and (not place or name != names[place - 1])]
+    return [(log[place]["epoch"], names[place]) for place in starts] if len(starts) > 1 else []
+
+
+def trade_off(found: Findings) -> Figure:
+    """Accuracy against MACs: every exit alone, the ensemble, and early exit."""
+    looks, early = looks_of(found), found.early
+    series = []
+    if early:
+        tips = [f"early exit: {s.top1:.2f} % at {amount(s.macs)} MACs" for s in early.curve]
+        curve = [(setting.macs, setting.top1) for setting in early.curve]
+        series.append(Series("early exit", curve, look("early"), tips, dots=True))
+        if early.calibration.policy.exits:
+            series.append(_alone(found, early.result, look("early")))
+    series += [_alone(found, result, looks[result.point]) for result in found.report.rows]
+    svg = charts.dot_chart("Top-1 accuracy against MACs", series, "MACs per image", format_x=amount)
+    caption = "Top-1 in percent of each exit alone and of their ensemble, with 95 % intervals, against MACs per image."
+    if early:
+        caption += (
+            " The line is early exit at each calibrated setting, on these images; MACs are means, heads included."
+        )
+    return Figure("Accuracy against cost", (svg,), caption)
+
+
+def _alone(found: Findings, result: ExitResult, style: Markup) -> Series:
+    low, high = result.interval(found.report.num_images)
+    tip = f"{result.point}: {result.top1:.2f} % ({low:.1f} to {high:.1f}) at {amount(result.macs)} MACs"
+    return Series(
+        result.point,
+        [(result.macs, result.top1)],
+        style,
+        (tip,),
+        [(low, high)],
+        dots=True,
+        line=False,
+        labels=(result.point,),
+    )
+
+
+def reliability(found: Findings) -> Figure:
+    """Whether the exits are as sure as they are right."""
+    looks = looks_of(found)
+    pictures, names = [], []
+    for result in found.report.rows:
+        point = result.point
+        bars = bins(found.answers.points[point].confidence, found.answers.correct(point))
+        svg = charts.reliability(f"Reliability of {point}", bars, looks[point])
+        names.append(point)
+        pictures.append(Markup("<div>{}<p><strong>{}</strong> ECE {:.3f}</p></div>").format(svg, point, result.ece))
+    caption = (
+        f"Accuracy by confidence in {ECE_BINS} bins. Bars that end on the dashed line are calibrated, shorter ones are too "
+        "sure; the fainter a bar, the fewer images are in it. Temperatures of a calibration are not applied."
+    )
+    return Figure("Reliability", tuple(pictures), caption)
+
+
+def bins(confidence: Tensor, correct: Tensor) -> list[Bar]:
+    """The bins of ECE that hold images, from their confidence and whether they are right, both [N]."""
+    places = (confidence.double() * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
+    counts = torch.bincount(places, minlength=ECE_BINS)
+    right = torch.bincount(places, correct.double(), minlength=ECE_BINS)
+    sure = torch.bincount(places, confidence.double(), minlength=ECE_BINS)
+    return [
+        Bar(b / ECE_BINS, (b + 1) / ECE_BINS, float(right[b] / n), float(sure[b] / n), n)
+        for b, n in enumerate(counts.tolist())
+        if n
+    ]
+
+
+def per_class(found: Findings) -> Figure:
+    """The classes by the accuracy of the final exit, the worst first."""
+    answers, num_classes = found.answers, len(found.classes)
+    counts = torch.bincount(answers.labels, minlength=num_classes)
+    right = {
+        point: torch.bincount(answers.labels, answers.correct(point).double(), minlength=num_classes)
+        for point in found.points
+    }
+    accuracy = {point: (100 * hits / counts.clamp(min=1)).tolist() for point, hits in right.items()}
+    there = [number for number in range(num_classes) if counts[number]]
+    there.sort(key=lambda number: (accuracy[FINAL][number], accuracy[found.points[0]][number]))
+    shown = [there] if len(there) <= MOST_CLASSES else [there[:EXTREMES], there[-EXTREMES:]]
+    looks = [looks_of(found)[point] for point in found.points]
+    svgs = [
+        charts.row_chart(
+            f"Accuracy per class: {title}",
+            [Row(found.classes[c], _row_tip(found, c, int(counts[c]), accuracy), [accuracy[p][c] for p in found.points]) for c in group],
+            looks,
+            f"top-1 %: {title}",
+        )
+        for group, title in zip(shown, ("all classes",) if len(shown) == 1 else ("the worst", "the best"), strict=True)
+    ]  # fmt: skip
+    least, most = int(counts[there].min()), int(counts[there].max())
+    each = counted(most, "image") if least == most else f"{least:,} to {counted(most, 'image')}"
+    caption = f"Classes by the accuracy of the final exit (large dot). Each has {each} here."
+    if len(shown) > 1:
+        caption += f" Shown are {EXTREMES} at each end of {len(there):,} classes."
+    return Figure("Accuracy per class", tuple(svgs), caption, charts.legend(found.points, looks))
+
+
+def _row_tip(found: Findings, number: int, images: int, accuracy: dict[str, list[float]]) -> str:
+    scores = ", ".join(f"{point} {accuracy[point][number]:.1f} %" for point in found.points)
+    return f"{found.classes[number]} ({counted(images, 'image')}): {scores}"
+
+
+def figures(found: Findings) -> Iterator[Figure]:
+    """All of them, in the order of the page."""
+    yield trade_off(found)
+    yield reliability(found)
+    yield per_class(found)
+    yield from training_figures(found)
