@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Run folders (of each its best checkpoint, or else the last one), or .safetensors files."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Run folders (of each its best checkpoint, or else the last one), or .safetensors files.",
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -125,7 +128,9 @@ def _check_card(runs: Sequence[Path], card: Path | None, no_card: bool, license:
     """Raises UserError for options of a card that is not written."""
     given = [flag for flag, value in {"--card": card, "--license": license}.items() if value is not None]
     if given and len(runs) > 1:
-        raise UserError(f"{given[0]} with {len(runs)} runs", "one run: a card is about one model", f"leave out {given[0]}")
+        raise UserError(
+            f"{given[0]} with {len(runs)} runs", "one run: a card is about one model", f"leave out {given[0]}"
+        )
     if given and no_card:
         raise UserError(f"{given[0]} and --no-card exclude each other", "one of them")
 
@@ -133,7 +138,9 @@ def _check_card(runs: Sequence[Path], card: Path | None, no_card: bool, license:
 def _check_output(flag: str, path: Path, is_ours: Callable[[Path], bool], force: bool, suffix: str) -> None:
     """Raises UserError, before anything is scored, for a file that cannot or should not be written."""
     if path.suffix != suffix:
-        raise UserError(f"{flag} {path}: its name does not end in {suffix}", f"a {suffix} file", f"{flag} {path}{suffix}")
+        raise UserError(
+            f"{flag} {path}: its name does not end in {suffix}", f"a {suffix} file", f"{flag} {path}{suffix}"
+        )
     if not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path}: its folder does not exist", "a folder that exists")
     if path.exists() and not path.is_file():

@@ -18,7 +18,7 @@ TASK = "image-classification"
 
 
 def front_matter(about: Description, license: str, name: str, results: Sequence[EvalResult] = ()) -> list[str]:
-    """The lines between which the hub expects its fields, with both rulers; `results` are scores of the model `name`."""
+    """The hub's fields as the lines that begin a card; `results` are scores of the model `name`."""
     from huggingface_hub import ModelCardData
 
     hub = hub_id(about.dataset.source)

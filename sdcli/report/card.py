@@ -33,8 +33,8 @@ def card(found: Findings, license: str = "") -> str:
         "",
         f"# {name}, trained on {data}",
         "",
-        f"An image classifier of {len(found.classes)} classes with an exit after each section, trained by self-distillation "
-        f"with sdcli {__version__}.",
+        f"An image classifier of {len(found.classes)} classes with an exit after each section, trained by "
+        f"self-distillation with sdcli {__version__}.",
         "",
         *(f"- **{key}:** {plain(value)}" for key, value in about(found)),
         *([f"- **Licence of the weights:** {plain(license)}"] if license != UNKNOWN else []),
@@ -80,7 +80,9 @@ def _table(found: Findings) -> list[str]:
     table = scores_table(found)
     lines = [_row(table.titles), "| --- |" + " ---: |" * (len(table.titles) - 1)]
     for place, (name, *cells) in enumerate(table.rows):
-        lines.append(_row([name, *(f"**{cell}**" if (place, c) in table.best else cell for c, cell in enumerate(cells))]))
+        lines.append(
+            _row([name, *(f"**{cell}**" if (place, c) in table.best else cell for c, cell in enumerate(cells))])
+        )
     return lines
 
 
@@ -94,19 +96,19 @@ def _early(found: Findings) -> list[str]:
     if early is None or not early.calibration.policy.exits:
         return []
     calibration, result = early.calibration, early.result
-    shares = ", ".join(f"{share:.0%} at {point}" for point, share in leaving(early).items())
+    shares = ", ".join(f"{share:.1%} at {point}" for point, share in leaving(early).items())
     lines = [
         "## Early exit",
         "",
-        f"Calibrated on {plain(calibration.data)} ({calibration.date}) with the policy {calibration.policy.kind}. On the images "
-        f"of the table {shares} leave: {result.top1:.2f} % top-1 at {amount(result.macs)} MACs per image on average, "
+        f"Calibrated on {plain(calibration.data)} ({calibration.date}) with the policy {calibration.policy.kind}. "
+        f"Of the images of the table {shares} leave: {result.top1:.2f}% top-1 at {amount(result.macs)} MACs per image on average, "
         f"{_share(found, result):.2f} of the plain model's.",
         "",
     ]
     if promise := calibration.promise:
         lines += [
-            f"Promise: {promised(promise)}, for images like the {promise.num_images:,} held-out images of the certificate "
-            f"(measured there: {promise.measured:.2f}).",
+            f"Promise: {promised(promise)}, for images like the {promise.num_images:,} held-out images of the "
+            f"certificate (measured there: {promise.measured:.2f}).",
             "",
         ]
     return lines
@@ -160,8 +162,8 @@ def _limits(found: Findings) -> list[str]:
     lines = [
         "## Limits",
         "",
-        f"- Figures are those of the {report.split} split ({report.num_images:,} images). Intervals are Wilson's 95 %: the "
-        "noise of the images, not of the training.",
+        f"- Figures are those of the {report.split} split ({report.num_images:,} images). Intervals are Wilson's 95%: "
+        "the noise of the images, not of the training.",
     ]
     if any(line.get("validation") for line in found.log) and found.path.name != "last.safetensors":
         lines.append("- The epoch was chosen on the validation split.")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from markupsafe import Markup
 
+from sdcli.errors import counted
+
 WIDTH, HEIGHT = 420, 270
 """Of a chart, in units of which its letters are 12 high: narrow, so that they can be read on a phone too."""
-LETTER, LINE = 6.3, 14.0
+LETTER, LINE = 7.0, 14.0
 """The mean width of a letter, and the least distance of two lines of text."""
 LONGEST = 14
 """Letters of a label at the end of a line."""
@@ -66,8 +69,10 @@ class Axis:
 
 
 def linear(values: Sequence[float], count: int = 5, *, least: float | None = None, whole: bool = False) -> Axis:
-    """An axis around the values, whose ends are ticks; `least` is included. `whole`: its ticks are whole numbers, and it
-    ends where the values end."""
+    """An axis around the values, whose ends are ticks; `least` is included.
+
+    `whole`: its ticks are whole numbers, and it ends where the values end.
+    """
     low, high = min(values, default=0.0), max(values, default=1.0)
     low = low if least is None else min(low, least)
     if low == high:
@@ -127,7 +132,7 @@ class Frame:
     x_title: str
     format_x: Callable[[float], str] = "{:g}".format
     format_y: Callable[[float], str] = "{:g}".format
-    right: float = 14.0
+    right: float = 26.0
     """The margin for labels."""
     parts: list[Markup] = field(default_factory=list)
 
@@ -144,18 +149,18 @@ class Frame:
 
     def axes(self) -> None:
         """Ticks, lines at those of y, and the title of x."""
-        floor = HEIGHT - self.bottom
+        floor, end = HEIGHT - self.bottom, WIDTH - self.right
         for value in self.y.ticks:
             _, y = self.at(self.x.low, value)
-            self.add('<line class="grid" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>', self.left,
-                     WIDTH - self.right, y, y)  # fmt: skip
-            self.add('<text x="{:.1f}" y="{:.1f}" text-anchor="end">{}</text>', self.left - 6, y + 4,
-                     self.format_y(value))  # fmt: skip
+            self.add('<path class="grid" d="M{:.1f},{:.1f}H{:.1f}"/>', self.left, y, end)
+            text = self.format_y(value)
+            self.add('<text x="{:.1f}" y="{:.1f}" text-anchor="end">{}</text>', self.left - 6, y + 4, text)
         for value in self.x.ticks:
             x, _ = self.at(value, self.y.low)
-            self.add('<line class="tick" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>', x, x, floor, floor + 4)
-            self.add('<text x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>', x, floor + 17, self.format_x(value))
-        middle = (self.left + WIDTH - self.right) / 2
+            self.add('<path class="tick" d="M{:.1f},{:.1f}v4"/>', x, floor)
+            text = self.format_x(value)
+            self.add('<text x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>', x, floor + 17, text)
+        middle = (self.left + end) / 2
         self.add('<text x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>', middle, HEIGHT - 6, self.x_title)
 
     def svg(self) -> Markup:
@@ -201,7 +206,7 @@ def _mark(frame: Frame, x: float, text: str) -> None:
     frame.add(
         '<line class="mark" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>', at, at, top, HEIGHT - frame.bottom
     )
-    frame.add('<text class="quiet" x="{:.1f}" y="{:.1f}">{}</text>', at + 4, top + 9, _short(text))
+    frame.add('<text class="phase" x="{:.1f}" y="{:.1f}">{}</text>', at + 4, top + 9, _short(text))
 
 
 def _line(frame: Frame, one: Series) -> None:
@@ -220,13 +225,14 @@ def _line(frame: Frame, one: Series) -> None:
 
 
 def _dots(frame: Frame, one: Series) -> None:
+    radius = 3 if one.line else 5
     for place, (x, y) in enumerate(one.points):
         if one.spans:
             (at, low), (_, high) = (frame.at(x, end) for end in one.spans[place])
-            frame.add('<path class="span {}" d="M{:.1f},{:.1f}V{:.1f}"/>', "", at, low, high)
+            frame.add('<path class="span" d="M{:.1f},{:.1f}V{:.1f}"/>', at, low, high)
         tip = one.tips[place] if place < len(one.tips) else one.name
-        frame.add('<circle {} cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>', one.look, *frame.at(x, y),
-                  3 if one.line else 5, tip)  # fmt: skip
+        dot = '<circle {} cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
+        frame.add(dot, one.look, *frame.at(x, y), radius, tip)
 
 
 def _drawable(axis: Axis, value: float) -> bool:
@@ -291,37 +297,42 @@ def dot_chart(
 
 
 def _beside_dots(frame: Frame, series: Sequence[Series]) -> None:
-    """Each label where it covers least."""
-    taken = [Box(x - 5, y - 5, x + 5, y + 5) for one in series for x, y in (frame.at(*point) for point in one.points)]
-    taken += [
-        Box(x - 1, high, x + 1, low)
-        for one in series
-        for (x, low), (_, high) in (
-            (frame.at(point[0], span[0]), frame.at(point[0], span[1]))
-            for point, span in zip(one.points, one.spans, strict=False)
-        )
-    ]
+    """Each label where it covers least of dots, lines, intervals and other labels."""
+    taken = [box for one in series for box in _drawn(frame, one)]
     for one in series:
-        for point, text in zip(one.points, one.labels, strict=False):
-            box = min(
-                _places(*frame.at(*point), LETTER * len(_short(text)), frame), key=lambda box: _covered(box, taken)
-            )
-            taken.append(box)
-            frame.add('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>', box.left, box.bottom - 3, _short(text))
+        for point, text in zip(one.points, map(_short, one.labels), strict=False):
+            if text:
+                places = _places(*frame.at(*point), LETTER * len(text))
+                box = min(places, key=lambda box: sum(box.overlap(other) for other in taken))
+                taken.append(box)
+                frame.add('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>', box.left, box.bottom - 3, text)
 
 
-def _covered(box: Box, taken: Sequence[Box]) -> float:
-    return sum(box.overlap(other) for other in taken)
+def _drawn(frame: Frame, one: Series) -> Iterator[Box]:
+    """What a series covers."""
+    points = [frame.at(*point) for point in one.points]
+    yield from (Box(x - 5, y - 5, x + 5, y + 5) for x, y in points)
+    for (x, _), span in zip(points, one.spans, strict=False):
+        low, high = (frame.at(frame.x.low, end)[1] for end in span)
+        yield Box(x - 1, high, x + 1, low)
+    for (x, y), (to_x, to_y) in pairwise(points if one.line else []):
+        for share in (part / 24 for part in range(24)):
+            at, height = x + (to_x - x) * share, y + (to_y - y) * share
+            yield Box(at - 2, height - 2, at + 2, height + 2)
 
 
-def _places(x: float, y: float, width: float, frame: Frame) -> Iterator[Box]:
-    """Where a label may stand beside a dot, the best place first, inside the frame."""
-    for far in (8, 18, 30):
-        for left, middle in ((x + far, y), (x - far - width, y), (x - width / 2, y - far - 6), (x - width / 2, y + far + 6),
-                             (x + far, y - far), (x + far, y + far), (x - far - width, y - far),
-                             (x - far - width, y + far)):  # fmt: skip
-            if left >= frame.left and left + width <= WIDTH and 8 <= middle <= HEIGHT - frame.bottom - 6:
-                yield Box(left, middle - 7, left + width, middle + 7)
+SIDES = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1))
+"""Where a label may stand beside its dot, the best first."""
+
+
+def _places(x: float, y: float, width: float) -> Iterator[Box]:
+    """Places of a label beside a dot, the best first, inside the picture."""
+    for far in (8, 16, 26):
+        for across, down in SIDES:
+            left = x - width / 2 + across * (far + width / 2)
+            top = y - 7 + down * (far + (0 if across else 4))
+            if left >= 4 and left + width <= WIDTH - 2 and 2 <= top <= HEIGHT - Frame.bottom - 14:
+                yield Box(left, top, left + width, top + 14)
     yield Box(x + 8, y - 7, x + 8 + width, y + 7)
 
 
@@ -339,42 +350,30 @@ class Bar:
 
 def reliability(title: str, bars: Sequence[Bar], kind: Markup) -> Markup:
     """Accuracy by confidence: bars that end on the diagonal are right; the fuller, the more images."""
-    side, left, top, bottom = 170.0, 34.0, 8.0, 36.0
-    parts = [Markup('<path class="grid" d="M{0},{1}H{2}V{3}H{0}Z"/>').format(left, top, left + side, top + side)]
+    side, left, top = 120.0, 26.0, 8.0
+    floor = top + side
+    parts = [Markup('<path class="grid" d="M{0},{1}h{2}v{2}h-{2}z"/>').format(left, top, side)]
     most = max((bar.images for bar in bars), default=1)
     for bar in bars:
-        height, full = side * bar.accuracy, 0.25 + 0.75 * math.sqrt(bar.images / most)
-        tip = (
-            f"confidence {bar.low:.2f} to {bar.high:.2f}: {bar.images} image{'s' if bar.images != 1 else ''}, "
-            f"mean confidence {bar.confidence:.1%}, {bar.accuracy:.1%} right"
-        )
-        parts.append(
-            Markup(
-                '<g {}><title>{}</title><rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" '
-                'fill-opacity="{:.2f}"/><path class="edge" d="M{:.1f},{:.1f}h{:.1f}"/></g>'
-            ).format(
-                kind,
-                tip,
-                left + side * bar.low + 0.5,
-                top + side - height,
-                side * (bar.high - bar.low) - 1,
-                height,
-                full,
-                left + side * bar.low + 0.5,
-                top + side - height,
-                side * (bar.high - bar.low) - 1,
-            )  # fmt: skip
-        )
-    parts.append(Markup('<path class="mark" d="M{},{}L{},{}"/>').format(left, top + side, left + side, top))
+        x, width, height = left + side * bar.low + 0.5, side * (bar.high - bar.low) - 1, side * bar.accuracy
+        full = 0.25 + 0.75 * math.sqrt(bar.images / most)
+        parts.append(Markup("<g {}><title>{}</title>").format(kind, _bar_tip(bar)))
+        box = '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}"/>'
+        parts.append(Markup(box).format(x, floor - height, width, height, full))
+        parts.append(Markup('<path d="M{:.1f},{:.1f}h{:.1f}"/></g>').format(x, floor - height, width))
+    parts.append(Markup('<path class="mark" d="M{},{}l{},-{}"/>').format(left, floor, side, side))
     for value in (0.0, 0.5, 1.0):
-        at = top + side * (1 - value)
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{:g}</text>').format(left - 6, at + 4, value))
-        at = left + side * value
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{:g}</text>').format(at, top + side + 16, value))
-    parts.append(
-        Markup('<text x="{}" y="{}" text-anchor="middle">confidence</text>').format(left + side / 2, top + side + 32)
+        number = Markup('<text x="{}" y="{}" text-anchor="{}">{:g}</text>')
+        parts.append(number.format(left - 5, floor - side * value + 4, "end", value))
+        parts.append(number.format(left + side * value, floor + 15, "middle", value))
+    return picture(left + side + 8, floor + 20, title, parts)
+
+
+def _bar_tip(bar: Bar) -> str:
+    return (
+        f"confidence {bar.low:.2f} to {bar.high:.2f}: {counted(bar.images, 'image')}, "
+        f"mean confidence {bar.confidence:.1%}, {bar.accuracy:.1%} right"
     )
-    return picture(left + side + 12, top + side + bottom, title, parts)
 
 
 @dataclass(frozen=True)
@@ -387,45 +386,42 @@ class Row:
     """In the order of the looks that the chart is given."""
 
 
+ROW, ROWS_LEFT, ROWS_WIDTH = 21.0, 128.0, WIDTH - 142.0
+"""The height of a row, and where its values begin and how wide they are."""
+
+
 def row_chart(title: str, rows: Sequence[Row], looks: Sequence[Markup], x_title: str) -> Markup:
     """A line per row, from its least to its largest value, with a dot for each; the last one is the largest."""
-    step, left, top, bottom = 21.0, 128.0, 6.0, 40.0
-    width, height = WIDTH - left - 14, step * len(rows)
+    top, floor = 6.0, 6.0 + ROW * len(rows)
     parts = []
     for value in (0, 25, 50, 75, 100):
-        x = left + width * value / 100
-        parts.append(Markup('<path class="grid" d="M{:.1f},{}V{}"/>').format(x, top, top + height))
-        parts.append(
-            Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, top + height + 16, value)
-        )
-    for number, row in enumerate(rows):
-        y, xs = top + step * (number + 0.5), [left + width * value / 100 for value in row.values]
-        parts.append(Markup("<g><title>{}</title>").format(row.tip))
-        parts.append(
-            Markup('<rect class="row" x="0" y="{}" width="{}" height="{}"/>').format(y - step / 2, WIDTH, step)
-        )
-        name = _short(row.name, 19)
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(left - 10, y + 4, name))
-        parts.append(Markup('<path class="span" d="M{:.1f},{}H{:.1f}"/>').format(min(xs), y, max(xs)))
-        for x, kind in zip(xs, looks, strict=True):
-            radius = 5.5 if kind is looks[-1] else 3.5
-            parts.append(Markup('<circle {} cx="{:.1f}" cy="{}" r="{}"/>').format(kind, x, y, radius))
-        parts.append(Markup("</g>"))
-    middle = left + width / 2
-    parts.append(
-        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, top + height + 34, x_title)
-    )
-    return picture(WIDTH, top + height + bottom, title, parts)
+        x = ROWS_LEFT + ROWS_WIDTH * value / 100
+        parts.append(Markup('<path class="grid" d="M{:.1f},{}V{}"/>').format(x, top, floor))
+        parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, floor + 16, value))
+    parts += [_row(row, top + ROW * (number + 0.5), looks) for number, row in enumerate(rows)]
+    middle = ROWS_LEFT + ROWS_WIDTH / 2
+    parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, floor + 34, x_title))
+    return picture(WIDTH, floor + 40, title, parts)
+
+
+def _row(row: Row, y: float, looks: Sequence[Markup]) -> Markup:
+    xs = [ROWS_LEFT + ROWS_WIDTH * value / 100 for value in row.values]
+    parts = [
+        Markup("<g><title>{}</title>").format(row.tip),
+        Markup('<rect class="row" x="0" y="{}" width="{}" height="{}"/>').format(y - ROW / 2, WIDTH, ROW),
+        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(ROWS_LEFT - 10, y + 4, _short(row.name, 17)),
+        Markup('<path class="span" d="M{:.1f},{}H{:.1f}"/>').format(min(xs), y, max(xs)),
+    ]
+    for place, (x, kind) in enumerate(zip(xs, looks, strict=True), start=1):
+        radius = 5.5 if place == len(xs) else 3.5
+        parts.append(Markup('<circle {} cx="{:.1f}" cy="{}" r="{}"/>').format(kind, x, y, radius))
+    return Markup("").join([*parts, Markup("</g>")])
 
 
 def legend(names: Sequence[str], looks: Sequence[Markup]) -> Markup:
     """The colours and what they stand for."""
-    keys = (
-        Markup(
-            '<li><svg class="key" viewBox="0 0 12 12" aria-hidden="true"><circle {} cx="6" cy="6" r="5"/></svg>{}</li>'
-        ).format(kind, name)
-        for name, kind in zip(names, looks, strict=True)
-    )
+    dot = '<svg class="key" viewBox="0 0 12 12" aria-hidden="true"><circle {} cx="6" cy="6" r="5"/></svg>'
+    keys = (Markup(f"<li>{dot}{{}}</li>").format(kind, name) for name, kind in zip(names, looks, strict=True))
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(keys))
 
 

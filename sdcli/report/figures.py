@@ -6,7 +6,7 @@ K classes, N images
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdcli.errors import counted
 from sdcli.evaluation.columns import amount
+from sdcli.evaluation.dynamic import EARLY_EXIT
 from sdcli.evaluation.evaluate import ExitResult
 from sdcli.evaluation.metrics import ECE_BINS
 from sdcli.network.blueprint import ENSEMBLE
@@ -36,7 +37,9 @@ class Figure:
     title: str
     pictures: tuple[Markup, ...]
     caption: str
-    legend: Markup = Markup()
+    legend: Markup | None = None
+    wide: bool = False
+    """Whether it takes the whole width."""
 
 
 def looks_of(found: Findings) -> dict[str, Markup]:
@@ -82,7 +85,7 @@ def _accuracies(found: Findings) -> Figure | None:
     series = []
     for point, values in curves.items():
         epoch, best = max(values, key=lambda value: value[1])
-        tip = f"{point}: {values[-1][1]:.2f} % in the last epoch, at most {best:.2f} % (epoch {epoch})"
+        tip = f"{point}: {values[-1][1]:.2f}% in the last epoch, at most {best:.2f}% (epoch {epoch})"
         series.append(Series(point, values, looks.get(point, look("ensemble")), (tip,)))
     svg = charts.line_chart("Top-1 accuracy on validation images by epoch", series, "epoch", marks=_phases(found.log))
     chosen = f" The checkpoint is that of epoch {found.about.epoch}."
@@ -101,24 +104,24 @@ def trade_off(found: Findings) -> Figure:
     looks, early = looks_of(found), found.early
     series = []
     if early:
-        tips = [f"early exit: {s.top1:.2f} % at {amount(s.macs)} MACs" for s in early.curve]
+        tips = [f"early exit: {s.top1:.2f}% at {amount(s.macs)} MACs" for s in early.curve]
         curve = [(setting.macs, setting.top1) for setting in early.curve]
-        series.append(Series("early exit", curve, look("early"), tips, dots=True))
-        if early.calibration.policy.exits:
-            series.append(_alone(found, early.result, look("early")))
+        leaves = bool(early.calibration.policy.exits)
+        # Else the calibrated setting has the label.
+        labels = [] if leaves else ["" if place else EARLY_EXIT for place in range(len(curve))]
+        series.append(Series(EARLY_EXIT, curve, look("early"), tips, dots=True, labels=labels))
+        series += [_alone(found, early.result, look("early"))] if leaves else []
     series += [_alone(found, result, looks[result.point]) for result in found.report.rows]
     svg = charts.dot_chart("Top-1 accuracy against MACs", series, "MACs per image", format_x=amount)
-    caption = "Top-1 in percent of each exit alone and of their ensemble, with 95 % intervals, against MACs per image."
+    caption = "Top-1 in percent of each exit alone and of their ensemble, with 95% intervals, against MACs per image."
     if early:
-        caption += (
-            " The line is early exit at each calibrated setting, on these images; MACs are means, heads included."
-        )
+        caption += " The line is early exit at each calibrated setting, on these images: mean MACs, heads included."
     return Figure("Accuracy against cost", (svg,), caption)
 
 
 def _alone(found: Findings, result: ExitResult, style: Markup) -> Series:
     low, high = result.interval(found.report.num_images)
-    tip = f"{result.point}: {result.top1:.2f} % ({low:.1f} to {high:.1f}) at {amount(result.macs)} MACs"
+    tip = f"{result.point}: {result.top1:.2f}% ({low:.1f} to {high:.1f}) at {amount(result.macs)} MACs"
     return Series(
         result.point,
         [(result.macs, result.top1)],
@@ -134,18 +137,17 @@ def _alone(found: Findings, result: ExitResult, style: Markup) -> Series:
 def reliability(found: Findings) -> Figure:
     """Whether the exits are as sure as they are right."""
     looks = looks_of(found)
-    pictures, names = [], []
+    pictures = []
     for result in found.report.rows:
         point = result.point
         bars = bins(found.answers.points[point].confidence, found.answers.correct(point))
         svg = charts.reliability(f"Reliability of {point}", bars, looks[point])
-        names.append(point)
         pictures.append(Markup("<div>{}<p><strong>{}</strong> ECE {:.3f}</p></div>").format(svg, point, result.ece))
     caption = (
-        f"Accuracy by confidence in {ECE_BINS} bins. Bars that end on the dashed line are calibrated, shorter ones are too "
-        "sure; the fainter a bar, the fewer images are in it. Temperatures of a calibration are not applied."
+        f"Accuracy (upwards) by confidence (to the right) in {ECE_BINS} bins. Where a bar ends below the dashed line, the "
+        "exit is too sure; the fainter a bar, the fewer images it stands for. Temperatures of a calibration are not applied."
     )
-    return Figure("Reliability", tuple(pictures), caption)
+    return Figure("Reliability", tuple(pictures), caption, wide=True)
 
 
 def bins(confidence: Tensor, correct: Tensor) -> list[Bar]:
@@ -170,35 +172,29 @@ def per_class(found: Findings) -> Figure:
         for point in found.points
     }
     accuracy = {point: (100 * hits / counts.clamp(min=1)).tolist() for point, hits in right.items()}
+
+    def row(number: int) -> Row:
+        tip = _row_tip(found, number, int(counts[number]), accuracy)
+        return Row(found.classes[number], tip, [accuracy[point][number] for point in found.points])
+
     there = [number for number in range(num_classes) if counts[number]]
     there.sort(key=lambda number: (accuracy[FINAL][number], accuracy[found.points[0]][number]))
-    shown = [there] if len(there) <= MOST_CLASSES else [there[:EXTREMES], there[-EXTREMES:]]
     looks = [looks_of(found)[point] for point in found.points]
+    groups = {"all classes": there}
+    if len(there) > MOST_CLASSES:
+        groups = {f"the {EXTREMES} worst classes": there[:EXTREMES], f"the {EXTREMES} best": there[-EXTREMES:]}
     svgs = [
-        charts.row_chart(
-            f"Accuracy per class: {title}",
-            [Row(found.classes[c], _row_tip(found, c, int(counts[c]), accuracy), [accuracy[p][c] for p in found.points]) for c in group],
-            looks,
-            f"top-1 %: {title}",
-        )
-        for group, title in zip(shown, ("all classes",) if len(shown) == 1 else ("the worst", "the best"), strict=True)
-    ]  # fmt: skip
+        charts.row_chart(f"Accuracy per class: {title}", [row(number) for number in group], looks, f"top-1 %, {title}")
+        for title, group in groups.items()
+    ]
     least, most = int(counts[there].min()), int(counts[there].max())
     each = counted(most, "image") if least == most else f"{least:,} to {counted(most, 'image')}"
     caption = f"Classes by the accuracy of the final exit (large dot). Each has {each} here."
-    if len(shown) > 1:
+    if len(groups) > 1:
         caption += f" Shown are {EXTREMES} at each end of {len(there):,} classes."
     return Figure("Accuracy per class", tuple(svgs), caption, charts.legend(found.points, looks))
 
 
 def _row_tip(found: Findings, number: int, images: int, accuracy: dict[str, list[float]]) -> str:
-    scores = ", ".join(f"{point} {accuracy[point][number]:.1f} %" for point in found.points)
+    scores = ", ".join(f"{point} {accuracy[point][number]:.1f}%" for point in found.points)
     return f"{found.classes[number]} ({counted(images, 'image')}): {scores}"
-
-
-def figures(found: Findings) -> Iterator[Figure]:
-    """All of them, in the order of the page."""
-    yield trade_off(found)
-    yield reliability(found)
-    yield per_class(found)
-    yield from training_figures(found)

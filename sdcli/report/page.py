@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,16 +60,15 @@ class Table:
     """Rows and columns of the best values."""
 
 
-def render(runs: Sequence[Findings], *, license: str = "") -> str:
+def render(runs: Sequence[Findings]) -> str:
     """The page as text: a section per run and, of several, a comparison."""
+    loader = PackageLoader("sdcli.report", ".")
     environment = Environment(
-        loader=PackageLoader("sdcli.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     names = _names(runs)
-    sections = [
-        _section(found, name, MANY if len(runs) <= FEW_RUNS else FEW) for found, name in zip(runs, names, strict=True)
-    ]
+    images = MANY if len(runs) <= FEW_RUNS else FEW
+    sections = [_section(found, name, images) for found, name in zip(runs, names, strict=True)]
     title = sections[0]["title"] if len(runs) == 1 else f"{counted(len(runs), 'run')} compared"
     return environment.get_template("page.html").render(
         generator=GENERATOR,
@@ -109,10 +109,8 @@ def _compared(result: ExitResult, found: Findings) -> str:
 def _names(runs: Sequence[Findings]) -> list[str]:
     """A name per run; those that share one get a number."""
     names = [found.name for found in runs]
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
-        for place, name in enumerate(names)
-    ]
+    several = {name for name in names if names.count(name) > 1}
+    return [f"{name} ({place + 1})" if name in several else name for place, name in enumerate(names)]
 
 
 def _section(found: Findings, name: str, images: int) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def _section(found: Findings, name: str, images: int) -> dict[str, Any]:
         "table": scores_table(found),
         "early": _early_sentence(found),
         "notes": found.notes,
-        "scores": [trade_off(found), reliability(found), per_class(found)],
+        "scores": [trade_off(found), per_class(found), reliability(found)],
         "training": training_figures(found),
         "galleries": [gallery for gallery in _galleries(found, images) if gallery.pictures],
         "recipe": found.recipe,
@@ -137,7 +135,10 @@ def _section(found: Findings, name: str, images: int) -> dict[str, Any]:
 def about(found: Findings) -> Iterator[tuple[str, str]]:
     """What a run is, as names and values."""
     report, blueprint = found.report, found.about.blueprint
-    yield "Model", f"{report.model}, {'×'.join(map(str, blueprint.preprocess.size))} pixels"
+    height, width = blueprint.preprocess.size
+    yield "Run", found.name
+    yield "Model", report.model
+    yield "Input", f"{height} by {width} pixels"
     yield "Data", f"{report.dataset}, {counted(len(found.classes), 'class', 'classes')}"
     yield "Scored on", f"{report.split} split, {counted(report.num_images, 'image')}"
     if found.recipe_name:
@@ -148,7 +149,8 @@ def about(found: Findings) -> Iterator[tuple[str, str]]:
     yield "Epoch", epochs
     if seconds := sum(line.get("seconds", 0.0) for line in found.log):
         yield "Training time", str(datetime.timedelta(seconds=round(seconds)))
-    yield "Checkpoint", f"{found.path.name}, saved {found.saved.isoformat()}"
+    yield "Checkpoint", found.path.name
+    yield "Saved", found.saved.isoformat()
 
 
 def _facts(found: Findings) -> Iterator[Fact]:
@@ -159,7 +161,7 @@ def _facts(found: Findings) -> Iterator[Fact]:
         if point in results and (point != "early exit" or (found.early and found.early.calibration.policy.exits)):
             result = results[point]
             share = results[FINAL].macs and result.macs / results[FINAL].macs
-            yield Fact(point, f"{result.top1:.1f} %", f"top-1, {share:.2f} × MACs")
+            yield Fact(point, f"{result.top1:.1f}%", f"top-1 at {share:.2f} of the MACs")
 
 
 def scores_table(found: Findings) -> Table:
@@ -196,7 +198,7 @@ def _early_sentence(found: Findings) -> str:
     calibration = early.calibration
     if not calibration.policy.exits:
         return f"Calibrated on {calibration.data} ({calibration.date}): no image may leave early."
-    shares = ", ".join(f"{share:.0%} at {point}" for point, share in leaving(early).items())
+    shares = ", ".join(f"{share:.1%} at {point}" for point, share in leaving(early).items())
     text = f"Early exit as calibrated on {calibration.data} ({calibration.date}): images leave {shares}."
     return text + (f" Promise: {promised(calibration.promise)}." if calibration.promise else " Without a promise.")
 
@@ -214,7 +216,7 @@ def _galleries(found: Findings, count: int) -> Iterator[Gallery]:
         share = f"{counted(total, 'image')} of {len(answers):,} ({total / len(answers):.1%})"
         yield Gallery(
             "Where the exits disagree",
-            f"The exits do not give the same class to {share}. Shown are those of which they are surest, class by class.",
+            f"The exits do not give the same class to {share}. Shown are those of which they are surest, by class.",
             tuple(pictures(found, places)),
         )
     yield from _early_and_late(found, max(1, count // 2))
@@ -236,20 +238,21 @@ def _early_and_late(found: Findings, count: int) -> Iterator[Gallery]:
         names = f"Easy for {first}", f"Hard for {first}"
         why = "Not calibrated for early exit." if early is None else "No image may leave early."
     how = (
-        f"{why} Shown are the images of which {first} is most sure, class by class.",
-        f"{why} Shown are the images of which {first} is least sure, class by class.",
+        f"{why} Shown are the images of which {first} is most sure, by class.",
+        f"{why} Shown are the images of which {first} is least sure, by class.",
     )
     for title, caption, among, order in zip(names, how, (soon, late), (score, -score), strict=True):
         yield Gallery(title, caption, tuple(pictures(found, varied(order, among, answers.labels, count))))
 
 
-def uses(found: Findings) -> list[tuple[str, str]]:
+def uses(found: Findings) -> str:
     """Commands that use the run, each with what it does."""
-    run, name = found.shown, found.name
-    return [
-        ("Score it again", f"sdcli eval {run}"),
-        ("Classify photos", f"sdcli predict {run} PHOTOS"),
-        ("Find out when images may leave early", f"sdcli calibrate {run}"),
-        ("Export it as ONNX, a file per section", f"sdcli export {run} --to onnx --exit staged --output {name}-onnx"),
-        ("Use it in Python", f'import sdcli; sdcli.load("{run}").predict(["photo.jpg"])'),
-    ]
+    run, name = shlex.quote(found.shown), shlex.quote(f"{found.name}-onnx")
+    commands = {
+        f"sdcli eval {run}": "score every exit again",
+        f"sdcli predict {run} PHOTOS": "classify files or folders",
+        f"sdcli calibrate {run}": "find out when images may leave early",
+        f"sdcli export {run} --to onnx --exit staged --output {name}": "a file per section, and a runner",
+    }
+    wide = max(map(len, commands))
+    return "\n".join(f"{command:<{wide}}  # {what}" for command, what in commands.items())

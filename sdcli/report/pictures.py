@@ -78,7 +78,7 @@ def thumbnail(image: Image.Image) -> tuple[str, int, int]:
 
 
 def disagreeing(answers: Answers, points: Sequence[str], count: int) -> tuple[list[int], int]:
-    """Images to which the exits give different classes, those first of which they are surest; and how many there are."""
+    """Images to which the exits give different classes, the surest first, at most `count`; and how many there are."""
     predicted = torch.stack([answers.points[point].predicted for point in points])
     differ = (predicted != predicted[-1]).any(dim=0)
     sureness = torch.stack([answers.points[point].confidence for point in points]).mean(dim=0)
@@ -87,11 +87,12 @@ def disagreeing(answers: Answers, points: Sequence[str], count: int) -> tuple[li
 
 def varied(score: Tensor, among: Tensor, labels: Tensor, count: int) -> list[int]:
     """Of the images `among` [N] those with the highest score [N], every class once before any comes twice."""
-    order = [place for place in score.argsort(descending=True, stable=True).tolist() if among[place]]
+    chosen, numbers = among.tolist(), labels.tolist()
+    order = [place for place in score.argsort(descending=True, stable=True).tolist() if chosen[place]]
     seen: Counter[int] = Counter()
     ranked = []
     for rank, place in enumerate(order):
-        label = int(labels[place])
+        label = numbers[place]
         ranked.append((seen[label], rank, place))
         seen[label] += 1
     return [place for _, _, place in sorted(ranked)[:count]]
