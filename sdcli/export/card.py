@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,5 +56,6 @@ def license_of(network: MultiExit, about: Description, stated: str = "") -> str:
 
 
 def plain(text: str) -> str:
-    """A name that a user has chosen, as one line without Markdown."""
-    return " ".join("".join(c for c in text if c.isprintable() and c not in "<>[]`*_|#\\").split()) or "data"
+    """A name that a user has chosen as one line of Markdown that shows it and does nothing else."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"[<>\[\]`*|#\\&~]|(?<![^\W_])_|_(?![^\W_])", lambda found: "\\" + found[0], line) or "data"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +26,8 @@ def card(found: Findings, license: str = "") -> str:
     license = license or found.license
     report = found.report
     name, data = plain(report.model), plain(report.dataset)
-    results = [] if found.report.num_images == 0 else list(_results(found))
     lines = [
-        *front_matter(found.about, license, f"{name} on {data}", results),
+        *front_matter(found.about, license, f"{report.model} on {report.dataset}", list(_results(found))),
         "",
         MARK,
         "",
@@ -67,8 +67,8 @@ def _results(found: Findings) -> Iterator[EvalResult]:
     for result in found.rows:
         yield EvalResult(
             task_type=TASK,
-            dataset_type=hub_id(source) or plain(found.report.dataset),
-            dataset_name=plain(found.report.dataset),
+            dataset_type=hub_id(source) or found.report.dataset,
+            dataset_name=found.report.dataset,
             dataset_split=found.report.split,
             metric_type="accuracy",
             metric_name=f"Top-1 % of {result.point}",
@@ -101,8 +101,8 @@ def _early(found: Findings) -> list[str]:
         "## Early exit",
         "",
         f"Calibrated on {plain(calibration.data)} ({calibration.date}) with the policy {calibration.policy.kind}. "
-        f"Of the images of the table {shares} leave: {result.top1:.2f}% top-1 at {amount(result.macs)} MACs per image on average, "
-        f"{_share(found, result):.2f} of the plain model's.",
+        f"Of the images of the table {shares} leave: {result.top1:.2f}% top-1 at {amount(result.macs)} MACs per image "
+        f"on average, {_share(found, result):.2f} of the plain model's.",
         "",
     ]
     if promise := calibration.promise:
@@ -122,7 +122,7 @@ def _share(found: Findings, result: ExitResult) -> float:
 def _training(found: Findings) -> list[str]:
     lines = ["## Training", ""]
     if found.command:
-        lines += ["```sh", found.command, "```", ""]
+        lines += [*_fenced(found.command, "sh"), ""]
     if found.recipe:
         lines += ["<details><summary>Recipe</summary>", "", *_fenced(found.recipe, "toml"), "", "</details>", ""]
     return lines if len(lines) > 2 else []
@@ -133,27 +133,22 @@ def _fenced(text: str, language: str) -> list[str]:
     fence = "```"
     while fence in text:
         fence += "`"
-    return [fence + language, *text.rstrip().splitlines(), fence]
+    return [fence + language, *text.strip().splitlines(), fence]
 
 
 def _use(found: Findings) -> list[str]:
-    file = found.path.name
-    return [
-        "## Use",
-        "",
-        "```python",
-        "import sdcli",
-        "",
-        f'network = sdcli.load("{file}")',
-        'network.predict(["photo.jpg"])  # label, confidence, and the exit that answered',
-        "```",
-        "",
-        "```sh",
-        f"sdcli predict {file} PHOTOS",
-        f"sdcli export {file} --to onnx --exit staged --output onnx",
-        "```",
-        "",
-    ]
+    name, file = found.path.name, shlex.quote(found.path.name)
+    python = f"""
+import sdcli
+
+network = sdcli.load({name!r})
+network.predict(["photo.jpg"])  # label, confidence, and the exit that answered
+"""
+    shell = f"""
+sdcli predict {file} PHOTOS
+sdcli export {file} --to onnx --exit staged --output onnx
+"""
+    return ["## Use", "", *_fenced(python, "python"), "", *_fenced(shell, "sh"), ""]
 
 
 def _limits(found: Findings) -> list[str]:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from sdcli.errors import counted
 
-WIDTH, HEIGHT = 420, 270
+WIDTH, HEIGHT = 400, 260
 """Of a chart, in units of which its letters are 12 high: narrow, so that they can be read on a phone too."""
 LETTER, LINE = 7.0, 14.0
 """The mean width of a letter, and the least distance of two lines of text."""
@@ -203,9 +203,7 @@ def line_chart(
 
 def _mark(frame: Frame, x: float, text: str) -> None:
     at, top = frame.at(x, frame.y.high)
-    frame.add(
-        '<line class="mark" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>', at, at, top, HEIGHT - frame.bottom
-    )
+    frame.add('<path class="mark" d="M{:.1f},{:.1f}V{:.1f}"/>', at, top, HEIGHT - frame.bottom)
     frame.add('<text class="phase" x="{:.1f}" y="{:.1f}">{}</text>', at + 4, top + 9, _short(text))
 
 

@@ -144,8 +144,9 @@ def reliability(found: Findings) -> Figure:
         svg = charts.reliability(f"Reliability of {point}", bars, looks[point])
         pictures.append(Markup("<div>{}<p><strong>{}</strong> ECE {:.3f}</p></div>").format(svg, point, result.ece))
     caption = (
-        f"Accuracy (upwards) by confidence (to the right) in {ECE_BINS} bins. Where a bar ends below the dashed line, the "
-        "exit is too sure; the fainter a bar, the fewer images it stands for. Temperatures of a calibration are not applied."
+        f"Accuracy (upwards) by confidence (to the right) in {ECE_BINS} bins. Where a bar ends below the dashed line, "
+        "the exit is too sure; the fainter a bar, the fewer images it stands for. Temperatures of a calibration are "
+        "not applied."
     )
     return Figure("Reliability", tuple(pictures), caption, wide=True)
 
