@@ -93,7 +93,7 @@ def _row(cells: Sequence[str]) -> str:
 def _early(found: Findings) -> list[str]:
     """Early exit and its promise, where it is calibrated."""
     early = found.early
-    if early is None or not early.calibration.policy.exits:
+    if early is None or not early.leaves:
         return []
     calibration, result = early.calibration, early.result
     shares = ", ".join(f"{share:.1%} at {point}" for point, share in leaving(early).items())

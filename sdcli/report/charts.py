@@ -376,7 +376,7 @@ def _bar_tip(bar: Bar) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a chart of rows: dots between 0 and 100 %."""
+    """One line of a chart of rows: dots for shares in percent."""
 
     name: str
     tip: str
@@ -388,22 +388,22 @@ ROW, ROWS_LEFT, ROWS_WIDTH = 21.0, 128.0, WIDTH - 142.0
 """The height of a row, and where its values begin and how wide they are."""
 
 
-def row_chart(title: str, rows: Sequence[Row], looks: Sequence[Markup], x_title: str) -> Markup:
-    """A line per row, from its least to its largest value, with a dot for each; the last one is the largest."""
+def row_chart(title: str, rows: Sequence[Row], looks: Sequence[Markup], axis: Axis, x_title: str) -> Markup:
+    """A line per row, from its least to its largest value, with a dot for each, that of the last value the largest."""
     top, floor = 6.0, 6.0 + ROW * len(rows)
     parts = []
-    for value in (0, 25, 50, 75, 100):
-        x = ROWS_LEFT + ROWS_WIDTH * value / 100
+    for value in axis.ticks:
+        x = ROWS_LEFT + ROWS_WIDTH * axis.share(value)
         parts.append(Markup('<path class="grid" d="M{:.1f},{}V{}"/>').format(x, top, floor))
-        parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, floor + 16, value))
-    parts += [_row(row, top + ROW * (number + 0.5), looks) for number, row in enumerate(rows)]
+        parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>').format(x, floor + 16, value))
+    parts += [_row(row, top + ROW * (number + 0.5), looks, axis) for number, row in enumerate(rows)]
     middle = ROWS_LEFT + ROWS_WIDTH / 2
     parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, floor + 34, x_title))
     return picture(WIDTH, floor + 40, title, parts)
 
 
-def _row(row: Row, y: float, looks: Sequence[Markup]) -> Markup:
-    xs = [ROWS_LEFT + ROWS_WIDTH * value / 100 for value in row.values]
+def _row(row: Row, y: float, looks: Sequence[Markup], axis: Axis) -> Markup:
+    xs = [ROWS_LEFT + ROWS_WIDTH * axis.share(value) for value in row.values]
     parts = [
         Markup("<g><title>{}</title>").format(row.tip),
         Markup('<rect class="row" x="0" y="{}" width="{}" height="{}"/>').format(y - ROW / 2, WIDTH, ROW),

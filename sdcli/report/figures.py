@@ -6,8 +6,9 @@ K classes, N images
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,8 +39,10 @@ class Figure:
     pictures: tuple[Markup, ...]
     caption: str
     legend: Markup | None = None
+    layout: str = ""
+    """Of several pictures, a class of the style sheet: `panels` or `halves`."""
     wide: bool = False
-    """Whether it takes the whole width."""
+    """Whether it takes the whole width of the page."""
 
 
 def looks_of(found: Findings) -> dict[str, Markup]:
@@ -99,6 +102,14 @@ def _phases(log: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
     return [(log[place]["epoch"], names[place]) for place in starts] if len(starts) > 1 else []
 
 
+def score_figures(found: Findings) -> list[Figure]:
+    """Cost, reliability and classes, in an order that leaves no gaps between two columns."""
+    cost, sure, classes = trade_off(found), reliability(found), per_class(found)
+    if classes.layout:
+        return [cost, sure, replace(classes, wide=True)]
+    return [cost, classes, replace(sure, wide=True)]
+
+
 def trade_off(found: Findings) -> Figure:
     """Accuracy against MACs: every exit alone, the ensemble, and early exit."""
     looks, early = looks_of(found), found.early
@@ -106,17 +117,20 @@ def trade_off(found: Findings) -> Figure:
     if early:
         tips = [f"early exit: {s.top1:.2f}% at {amount(s.macs)} MACs" for s in early.curve]
         curve = [(setting.macs, setting.top1) for setting in early.curve]
-        leaves = bool(early.calibration.policy.exits)
         # Else the calibrated setting has the label.
-        labels = [] if leaves else ["" if place else EARLY_EXIT for place in range(len(curve))]
+        labels = [] if early.leaves else ["" if place else EARLY_EXIT for place in range(len(curve))]
         series.append(Series(EARLY_EXIT, curve, look("early"), tips, dots=True, labels=labels))
-        series += [_alone(found, early.result, look("early"))] if leaves else []
+        series += [_alone(found, early.result, look("early"))] if early.leaves else []
     series += [_alone(found, result, looks[result.point]) for result in found.report.rows]
-    svg = charts.dot_chart("Top-1 accuracy against MACs", series, "MACs per image", format_x=amount)
+    svg = charts.dot_chart("Top-1 accuracy against MACs", series, "MACs per image", format_x=_tick)
     caption = "Top-1 in percent of each exit alone and of their ensemble, with 95% intervals, against MACs per image."
     if early:
         caption += " The line is early exit at each calibrated setting, on these images: mean MACs, heads included."
     return Figure("Accuracy against cost", (svg,), caption)
+
+
+def _tick(macs: float) -> str:
+    return re.sub(r"\.0+(?= |$)", "", amount(macs))
 
 
 def _alone(found: Findings, result: ExitResult, style: Markup) -> Series:
@@ -148,7 +162,7 @@ def reliability(found: Findings) -> Figure:
         "the exit is too sure; the fainter a bar, the fewer images it stands for. Temperatures of a calibration are "
         "not applied."
     )
-    return Figure("Reliability", tuple(pictures), caption, wide=True)
+    return Figure("Reliability", tuple(pictures), caption, layout="panels")
 
 
 def bins(confidence: Tensor, correct: Tensor) -> list[Bar]:
@@ -183,17 +197,20 @@ def per_class(found: Findings) -> Figure:
     looks = [looks_of(found)[point] for point in found.points]
     groups = {"all classes": there}
     if len(there) > MOST_CLASSES:
-        groups = {f"the {EXTREMES} worst classes": there[:EXTREMES], f"the {EXTREMES} best": there[-EXTREMES:]}
+        groups = {f"the {EXTREMES} worst": there[:EXTREMES], f"the {EXTREMES} best": there[-EXTREMES:]}
+    rows = {title: [row(number) for number in group] for title, group in groups.items()}
+    axis = charts.linear([value for group in rows.values() for one in group for value in one.values], 4)
     svgs = [
-        charts.row_chart(f"Accuracy per class: {title}", [row(number) for number in group], looks, f"top-1 %, {title}")
-        for title, group in groups.items()
+        charts.row_chart(f"Accuracy per class: {title}", group, looks, axis, f"top-1 %, {title}")
+        for title, group in rows.items()
     ]
     least, most = int(counts[there].min()), int(counts[there].max())
     each = counted(most, "image") if least == most else f"{least:,} to {counted(most, 'image')}"
     caption = f"Classes by the accuracy of the final exit (large dot). Each has {each} here."
     if len(groups) > 1:
         caption += f" Shown are {EXTREMES} at each end of {len(there):,} classes."
-    return Figure("Accuracy per class", tuple(svgs), caption, charts.legend(found.points, looks))
+    legend = charts.legend(found.points, looks)
+    return Figure("Accuracy per class", tuple(svgs), caption, legend, "halves" if len(svgs) > 1 else "")
 
 
 def _row_tip(found: Findings, number: int, images: int, accuracy: dict[str, list[float]]) -> str:

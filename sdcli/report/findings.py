@@ -55,6 +55,11 @@ class Early:
     curve: tuple[Setting, ...]
     """Cheapest first."""
 
+    @property
+    def leaves(self) -> bool:
+        """Whether the calibrated policy lets any image leave."""
+        return bool(self.calibration.policy.exits)
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -88,8 +93,8 @@ class Findings:
 
     @property
     def rows(self) -> tuple[ExitResult, ...]:
-        """All exits, the ensemble, and early exit, where there are any."""
-        return self.report.rows + ((self.early.result,) if self.early else ())
+        """All exits, the ensemble where there are several, and early exit where images may leave."""
+        return self.report.rows + ((self.early.result,) if self.early and self.early.leaves else ())
 
     @property
     def recipe(self) -> str:

@@ -19,7 +19,7 @@ from sdcli.evaluation.columns import COLUMNS, MORE, Column, amount, cell, is_bes
 from sdcli.evaluation.evaluate import ExitResult
 from sdcli.network.predict import promised
 from sdcli.recipe.address import FINAL
-from sdcli.report.figures import per_class, reliability, trade_off, training_figures
+from sdcli.report.figures import score_figures, training_figures
 from sdcli.report.findings import Early, Findings
 from sdcli.report.pictures import Picture, disagreeing, pictures, varied
 
@@ -58,6 +58,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     best: frozenset[tuple[int, int]] = frozenset()
     """Rows and columns of the best values."""
+    note: str = ""
 
 
 def render(runs: Sequence[Findings]) -> str:
@@ -93,12 +94,10 @@ def comparison(runs: Sequence[Findings], names: Sequence[str]) -> Table:
     """The exits of all runs side by side."""
     points = list(dict.fromkeys(result.point for found in runs for result in found.rows))
     cells = [{result.point: _compared(result, found) for result in found.rows} for found in runs]
-    seen = {(found.report.dataset, found.report.split, found.report.num_images) for found in runs}
-    caption = "Top-1 % with 95 % intervals, and MACs"
-    if len(seen) > 1:
-        caption += ". The runs were scored on different images: their figures cannot be compared"
     rows = tuple((point, *(own.get(point, "-") for own in cells)) for point in points)
-    return Table(caption, ("exit", *names), rows)
+    seen = {(found.report.dataset, found.report.split, found.report.num_images) for found in runs}
+    note = "The runs were scored on different images: their figures cannot be compared." if len(seen) > 1 else ""
+    return Table("Top-1 % with 95% intervals, and MACs", ("exit", *names), rows, note=note)
 
 
 def _compared(result: ExitResult, found: Findings) -> str:
@@ -123,7 +122,7 @@ def _section(found: Findings, name: str, images: int) -> dict[str, Any]:
         "table": scores_table(found),
         "early": _early_sentence(found),
         "notes": found.notes,
-        "scores": [trade_off(found), per_class(found), reliability(found)],
+        "scores": score_figures(found),
         "training": training_figures(found),
         "galleries": [gallery for gallery in _galleries(found, images) if gallery.pictures],
         "recipe": found.recipe,
@@ -158,7 +157,7 @@ def _facts(found: Findings) -> Iterator[Fact]:
     results = {result.point: result for result in found.rows}
     wanted = dict.fromkeys([found.points[0], FINAL, "ensemble", "early exit"])
     for point in wanted:
-        if point in results and (point != "early exit" or (found.early and found.early.calibration.policy.exits)):
+        if point in results:
             result = results[point]
             share = results[FINAL].macs and result.macs / results[FINAL].macs
             yield Fact(point, f"{result.top1:.1f}%", f"top-1 at {share:.2f} of the MACs")
@@ -196,7 +195,7 @@ def _early_sentence(found: Findings) -> str:
     if early is None:
         return f"Not calibrated for early exit: sdcli calibrate {found.shown} finds when images may leave."
     calibration = early.calibration
-    if not calibration.policy.exits:
+    if not early.leaves:
         return f"Calibrated on {calibration.data} ({calibration.date}): no image may leave early."
     shares = ", ".join(f"{share:.1%} at {point}" for point, share in leaving(early).items())
     text = f"Early exit as calibrated on {calibration.data} ({calibration.date}): images leave {shares}."
@@ -228,7 +227,7 @@ def _early_and_late(found: Findings, count: int) -> Iterator[Gallery]:
     first = found.points[0]
     score = answers.points[first].confidence
     everywhere = torch.ones(len(answers), dtype=torch.bool)
-    if early and early.calibration.policy.exits:
+    if early and early.leaves:
         used = [place for place in range(len(early.points)) if bool((early.exits == place).any())]
         soon, late = (early.exits == used[0], early.exits == used[-1])
         names = f"Leave at {early.points[used[0]]}", f"Reach {early.points[used[-1]]}"
