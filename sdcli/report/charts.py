@@ -297,7 +297,8 @@ def dot_chart(
 def _beside_dots(frame: Frame, series: Sequence[Series]) -> None:
     """Each label where it covers least of dots, lines, intervals and other labels."""
     taken = [box for one in series for box in _drawn(frame, one)]
-    for one in series:
+    # The labels of single dots first: that of a line may stand at any of its dots.
+    for one in sorted(series, key=lambda one: one.line):
         for point, text in zip(one.points, map(_short, one.labels), strict=False):
             if text:
                 places = _places(*frame.at(*point), LETTER * len(text))

@@ -118,7 +118,7 @@ def trade_off(found: Findings) -> Figure:
         tips = [f"early exit: {s.top1:.2f}% at {amount(s.macs)} MACs" for s in early.curve]
         curve = [(setting.macs, setting.top1) for setting in early.curve]
         # Else the calibrated setting has the label.
-        labels = [] if early.leaves else ["" if place else EARLY_EXIT for place in range(len(curve))]
+        labels = [] if early.leaves else [EARLY_EXIT if place == len(curve) // 2 else "" for place in range(len(curve))]
         series.append(Series(EARLY_EXIT, curve, look("early"), tips, dots=True, labels=labels))
         series += [_alone(found, early.result, look("early"))] if early.leaves else []
     series += [_alone(found, result, looks[result.point]) for result in found.report.rows]
