@@ -141,8 +141,8 @@ def test_early_exit_is_scored_as_eval_scores_it(run: Path, sdcli: Command):
     assert cells["top-1 %"].startswith(f"{early['result']['top1']:.2f} (")
     assert cells["speed-up"] == f"{early['result']['speedup']:.2f}x"
     assert sum(exit["share"] > 0 for exit in early["exits"]) > 1
-    shares = ", ".join(f"{exit['share']:.1%} at {exit['point']}" for exit in early["exits"])
-    assert f"images leave {shares}. Promise: at most 2 points of top-1 accuracy lost" in page.text
+    shares = ", ".join(f"{exit['point']} ({exit['share']:.1%})" for exit in early["exits"])
+    assert f"images leave at {shares}. Promise: at most 2 points of top-1 accuracy lost" in page.text
     assert "As calibrated." in page.text
     assert "(measured there: 1.25)" in (run / "README.md").read_text()
 
@@ -302,7 +302,7 @@ def test_labels_beside_dots_do_not_overlap():
         )
     ]
     svg = charts.dot_chart("", dots, "", format_x=str)
-    found = re.findall(r'class="name" x="([\d.]+)" y="([\d.]+)">(\w+)<', svg)
+    found = re.findall(r'class="beside" x="([\d.]+)" y="([\d.]+)">(\w+)<', svg)
     boxes = [charts.Box(float(x), float(y) - 11, float(x) + 7 * len(text), float(y) + 3) for x, y, text in found]
     assert len(boxes) == 4
     assert all(one.overlap(other) == 0 for one in boxes for other in boxes if one is not other)

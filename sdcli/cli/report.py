@@ -30,7 +30,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Run folders (of each its best checkpoint, or else the last one), or .safetensors files.",
+            help="Run folders (the best checkpoint of each, or the last one where none was chosen), or .safetensors files.",
         ),
     ],
     output: Annotated[

@@ -96,12 +96,11 @@ def _early(found: Findings) -> list[str]:
     if early is None or not early.leaves:
         return []
     calibration, result = early.calibration, early.result
-    shares = ", ".join(f"{share:.1%} at {point}" for point, share in leaving(early).items())
     lines = [
         "## Early exit",
         "",
-        f"Calibrated on {plain(calibration.data)} ({calibration.date}) with the policy {calibration.policy.kind}. "
-        f"Of the images of the table {shares} leave: {result.top1:.2f}% top-1 at {amount(result.macs)} MACs per image "
+        f"Calibrated on {plain(calibration.data)}, {calibration.date}, with the policy {calibration.policy.kind}. "
+        f"The images of the table leave at {leaving(early)}, with {result.top1:.2f}% top-1 at {amount(result.macs)} MACs "
         f"on average, {_share(found, result):.2f} of the plain model's.",
         "",
     ]

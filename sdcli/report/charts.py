@@ -304,7 +304,7 @@ def _beside_dots(frame: Frame, series: Sequence[Series]) -> None:
                 places = _places(*frame.at(*point), LETTER * len(text))
                 box = min(places, key=lambda box: sum(box.overlap(other) for other in taken))
                 taken.append(box)
-                frame.add('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>', box.left, box.bottom - 3, text)
+                frame.add('<text class="beside" x="{:.1f}" y="{:.1f}">{}</text>', box.left, box.bottom - 3, text)
 
 
 def _drawn(frame: Frame, one: Series) -> Iterator[Box]:

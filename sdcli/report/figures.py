@@ -6,7 +6,6 @@ K classes, N images
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,7 +129,8 @@ def trade_off(found: Findings) -> Figure:
 
 
 def _tick(macs: float) -> str:
-    return re.sub(r"\.0+(?= |$)", "", amount(macs))
+    number, _, unit = amount(macs).partition(" ")
+    return f"{float(number):g} {unit}".rstrip()
 
 
 def _alone(found: Findings, result: ExitResult, style: Markup) -> Series:

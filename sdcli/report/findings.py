@@ -114,7 +114,8 @@ class Findings:
     @property
     def command(self) -> str:
         """The command that repeats the run from its recipe; "" where its settings are not known."""
-        return _command(self.settings, self.shown) if self.settings else ""
+        folder = self.shown.removesuffix(f"/{self.path.name}")
+        return _command(self.settings, folder) if self.settings else ""
 
 
 def examine(
@@ -159,7 +160,7 @@ def examine(
     folder = path.parent
     return Findings(
         name=folder.resolve().name if (folder / "run.json").is_file() else path.stem,
-        shown=checkpoint.name if checkpoint.is_absolute() else str(checkpoint),
+        shown=_shown(checkpoint),
         path=path,
         about=opened.about,
         report=report,
@@ -224,6 +225,12 @@ class Watch:
         """Mean MACs per image, where so many leave at each exit of the policy."""
         costs = torch.tensor(list(self.blueprint.passing(policy.exits).values()), dtype=torch.float64)
         return float((costs * counts).sum() / counts.sum())
+
+
+def _shown(checkpoint: Path) -> str:
+    if not checkpoint.is_absolute():
+        return str(checkpoint)
+    return f"{checkpoint.parent.name}/{checkpoint.name}" if checkpoint.is_file() else checkpoint.name
 
 
 def _settings(folder: Path, split_seed: int) -> dict[str, Any]:

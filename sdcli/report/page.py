@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,22 +190,26 @@ def _cell(result: ExitResult, column: Column, found: Findings) -> str:
 
 
 def _early_sentence(found: Findings) -> str:
-    """What the calibration says, and what it gave here."""
+    """What the calibration says, and what it gave here; "" for a network that has no exits."""
     early = found.early
+    if len(found.points) == 1:
+        return ""
     if early is None:
         return f"Not calibrated for early exit: sdcli calibrate {found.shown} finds when images may leave."
     calibration = early.calibration
     if not early.leaves:
-        return f"Calibrated on {calibration.data} ({calibration.date}): no image may leave early."
-    shares = ", ".join(f"{share:.1%} at {point}" for point, share in leaving(early).items())
-    text = f"Early exit as calibrated on {calibration.data} ({calibration.date}): images leave {shares}."
-    return text + (f" Promise: {promised(calibration.promise)}." if calibration.promise else " Without a promise.")
+        return f"Calibrated on {calibration.data}, {calibration.date}: no image may leave early."
+    promise = f"Promise: {promised(calibration.promise)}." if calibration.promise else "Without a promise."
+    return (
+        f"Early exit, calibrated on {calibration.data}, {calibration.date}: images leave at {leaving(early)}. {promise}"
+    )
 
 
-def leaving(early: Early) -> Mapping[str, float]:
-    """The share of images that leave at each exit in use, and at `final`."""
+def leaving(early: Early) -> str:
+    """Where images leave, with their shares."""
     counts = torch.bincount(early.exits, minlength=len(early.points)).tolist()
-    return {point: count / len(early.exits) for point, count in zip(early.points, counts, strict=True)}
+    shares = (f"{point} ({count / len(early.exits):.1%})" for point, count in zip(early.points, counts, strict=True))
+    return ", ".join(shares)
 
 
 def _galleries(found: Findings, count: int) -> Iterator[Gallery]:
@@ -235,7 +239,7 @@ def _early_and_late(found: Findings, count: int) -> Iterator[Gallery]:
     else:
         soon = late = everywhere
         names = f"Easy for {first}", f"Hard for {first}"
-        why = "Not calibrated for early exit." if early is None else "No image may leave early."
+        why = "No image may leave early." if early else "Not calibrated for early exit."
     how = (
         f"{why} Shown are the images of which {first} is most sure, by class.",
         f"{why} Shown are the images of which {first} is least sure, by class.",
