@@ -30,7 +30,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Run folders (the best checkpoint of each, or the last one where none was chosen), or .safetensors files.",
+            help="Run folders (the best checkpoint of each, or the last one where none was chosen), or .safetensors "
+            "files.",
         ),
     ],
     output: Annotated[

@@ -100,8 +100,8 @@ def _early(found: Findings) -> list[str]:
         "## Early exit",
         "",
         f"Calibrated on {plain(calibration.data)}, {calibration.date}, with the policy {calibration.policy.kind}. "
-        f"The images of the table leave at {leaving(early)}, with {result.top1:.2f}% top-1 at {amount(result.macs)} MACs "
-        f"on average, {_share(found, result):.2f} of the plain model's.",
+        f"The images of the table leave at {leaving(early)}, with {result.top1:.2f}% top-1 at {amount(result.macs)} "
+        f"MACs on average, {_share(found, result):.2f} of the plain model's.",
         "",
     ]
     if promise := calibration.promise:
