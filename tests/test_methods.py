@@ -65,7 +65,7 @@ def after(questions: int) -> Callable[[], int | None]:
 
 def outcome(folder: Path) -> Any:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds", "images_per_s")} for line in lines]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -19,6 +19,7 @@ LAYERS = [
     ("method",),
     ("evaluation", "export"),
     ("run",),
+    ("compare",),
     ("report",),
     ("cli",),
 ]

@@ -116,7 +116,7 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, tor
     """All that a run leaves, times aside."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for line in log:
-        del line["seconds"], line["images_per_s"]
+        del line["seconds"], line["cpu_seconds"], line["images_per_s"]
     weights = {name: load_file(folder / f"{name}.safetensors") for name in ("last", "best")}
     return log, weights, (folder / "report.json").read_text()
 

@@ -41,14 +41,24 @@ class Cell:
     epochs: int
     options: tuple[str, ...]
     """Of `sdcli train`."""
+    start: str | None = None
+    """The cell whose weights it starts from; None: random ones, or those that the options name."""
 
     @property
     def name(self) -> str:
         return f"{self.network}/{self.regime}/{self.row}-seed{self.seed}"
 
-    def command(self, dataset: str, output: Path) -> list[str]:
-        own = ["--seed", str(self.seed), "--workers", "0", "--resume", "auto", "--output", str(output)]
-        return ["train", *self.options, "--dataset", dataset, *own]
+    def command(self, dataset: str, runs: Path, pretrained: str | None = None) -> list[str]:
+        """The arguments of sdcli; a file of `pretrained` weights replaces those of the hub."""
+        options, weights = list(self.options), None
+        if self.start:
+            weights = runs / self.start / "last.safetensors"
+        elif "--pretrained" in options:
+            weights = pretrained
+        if weights:
+            options = [*(option for option in options if option != "--pretrained"), "--weights", str(weights)]
+        own = ["--seed", str(self.seed), "--workers", "0", "--resume", "auto", "--output", str(runs / self.name)]
+        return ["train", *options, "--dataset", dataset, *own]
 
 
 def read_cells(study: dict[str, Any]) -> list[Cell]:
@@ -63,7 +73,8 @@ def read_cells(study: dict[str, Any]) -> list[Cell]:
                         epochs = round(data["epochs"] * how.get("epochs", 1))
                         options = [about["model"], *about["options"], *data["options"], *how["options"]]
                         options += ["--epochs", str(epochs), "--set", f"title={row}"]
-                        cell = Cell(network, regime, row, seed, epochs, tuple(options))
+                        start = f"{network}/{regime}/{how['start']}-seed{seed}" if "start" in how else None
+                        cell = Cell(network, regime, row, seed, epochs, tuple(options), start)
                         cells.setdefault(cell.name, cell)
     return list(cells.values())
 
@@ -86,11 +97,13 @@ class Lanes:
 
     def lane(self) -> None:
         """Takes one cell after the other until none is left."""
-        while not self.stopping:
-            with self.lock:
-                if not self.cells:
+        while not self.stopping and self.cells:
+            cell = self.next_ready()
+            if cell is None:
+                if not self.running:
                     return
-                cell = self.cells.pop(0)
+                time.sleep(1)
+                continue
             start = time.monotonic()
             code = self.work(cell)
             if self.stopping or code in STOPPED:
@@ -100,17 +113,24 @@ class Lanes:
             if code:
                 self.failed.append(cell.name)
 
+    def next_ready(self) -> Cell | None:
+        """The next cell whose weights to start from are there; None where others have to end first."""
+        with self.lock:
+            for cell in self.cells:
+                if cell.start is None or (self.options.runs / cell.start / "report.json").exists():
+                    self.cells.remove(cell)
+                    return cell
+        return None
+
     def work(self, cell: Cell) -> int:
         """Trains a cell unless it is trained, scores it, and keeps its record."""
         run = self.options.runs / cell.name
         if not (run / "report.json").exists():
-            code = self.call(cell, cell.command(self.options.data or self.study["dataset"], run), "train.log")
+            code = self.call(cell, self.options.command(cell), "train.log")
             if code:
                 return code
-        record = record_of(self.study, cell)
-        record.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = run / f"{self.study['checkpoint']}.safetensors"
-        save = ["compare", str(checkpoint), "--save", str(record), "--device", "cpu"]
+        save = ["compare", str(checkpoint), "--save", str(record_of(self.study, cell).parent), "--device", "cpu"]
         return self.call(cell, save, "score.log")
 
     def call(self, cell: Cell, arguments: list[str], log: str) -> int:
@@ -140,9 +160,9 @@ def record_of(study: dict[str, Any], cell: Cell) -> Path:
     return Path(study["results"]) / f"{cell.name}.json"
 
 
-def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell], speed: float) -> float:
+def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]) -> float:
     """Hours of one core for what is missing: a cell that was measured stands for others with its row, or else the
-    longest of its network and regime; before anything was measured, `speed` images per second."""
+    longest of its network and regime; before anything was measured, the images per second that the study names."""
     known: dict[tuple[str, str, str], float] = {}
     for cell in cells:
         if (record := record_of(study, cell)).exists():
@@ -152,7 +172,7 @@ def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]
     for cell in missing:
         place = cell.network, cell.regime
         alike = [cost for (network, regime, _), cost in known.items() if (network, regime) == place]
-        guess = max(alike, default=study["regimes"][cell.regime]["images"] / speed)
+        guess = max(alike, default=study["regimes"][cell.regime]["images"] / study["networks"][cell.network]["speed"])
         total += cell.epochs * known.get((cell.network, cell.regime, cell.row), guess)
     return total / 3600
 
@@ -161,21 +181,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="a study's file, such as benchmarks/study/cifar100.toml")
     parser.add_argument("--data", help="the data set's folder, if it is on this machine")
+    parser.add_argument("--weights", help="a file in place of the hub's pretrained weights")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where run folders go")
     parser.add_argument("--lanes", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--only", default="", help="only cells whose names contain this")
     parser.add_argument("--dry-run", action="store_true", help="print what is missing")
-    parser.add_argument("--images-per-second", type=float, default=500, help="for the first estimate")
     options = parser.parse_args()
     study = tomllib.loads(options.study.read_text(encoding="utf-8"))
+    options.command = lambda cell: cell.command(options.data or study["dataset"], options.runs, options.weights)
     cells = [cell for cell in read_cells(study) if options.only in cell.name]
     missing = [cell for cell in cells if not record_of(study, cell).exists()]
-    hours = expected_hours(study, cells, missing, options.images_per_second)
+    hours = expected_hours(study, cells, missing)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done, {len(missing)} are missing:")
     print(f"about {hours:.1f} h of one core, {hours / options.lanes:.1f} h in {options.lanes} lanes", flush=True)
     if options.dry_run:
         for cell in missing:
-            print(shlex.join(["sdcli", *cell.command(options.data or study["dataset"], options.runs / cell.name)]))
+            print(shlex.join(["sdcli", *options.command(cell)]))
         return 0
     give_way()
     lanes = Lanes(study, missing, options)

@@ -13,6 +13,7 @@ import typer
 from sdcli import __version__
 from sdcli.cli import bench as bench_command
 from sdcli.cli import calibrate as calibrate_command
+from sdcli.cli import compare as compare_command
 from sdcli.cli import eval as eval_command
 from sdcli.cli import export as export_command
 from sdcli.cli import inspect as inspect_command
@@ -71,6 +72,7 @@ inspect_command.register(app)
 train_command.register(app)
 tune_command.register(app)
 eval_command.register(app)
+compare_command.register(app)
 calibrate_command.register(app)
 predict_command.register(app)
 bench_command.register(app)

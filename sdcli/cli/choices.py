@@ -293,7 +293,9 @@ def recipe_label(names: list[str] | None, overrides: Sequence[Override]) -> str:
             return override.value
     own = [o for o in overrides if o.key not in ("epochs", "networks.student.weights", "networks.student.stem")]
     changed = [re.sub(r"^--set ", "", o.source) for o in own if not o.key.startswith("networks.student.model_args")]
-    return ", ".join([" + ".join(Path(name).stem for name in names or ["default"]), *changed])
+    return ", ".join(
+        [" + ".join(Path(name).stem if name.endswith(".toml") else name for name in names or ["default"]), *changed]
+    )
 
 
 def label_of(model: str, recipes: list[str] | None) -> str:

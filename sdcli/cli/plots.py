@@ -13,6 +13,7 @@ from sdcli.run.folder import read_log
 from sdcli.toml import write_value
 
 if TYPE_CHECKING:
+    from sdcli.compare.compare import Comparison, Task
     from sdcli.evaluation.calibrate import Calibrated
     from sdcli.run.tune import Search, Trial
 
@@ -99,16 +100,65 @@ def save_search(search: Search, trials: Sequence[Trial], file: Path) -> None:
         figure.suptitle(search.output.resolve().name, fontsize=10)
 
 
+def save_comparison(found: Comparison, file: Path) -> None:
+    """Draws, for every task, accuracy against MACs at use (every exit of every recipe) and against training MACs."""
+    with _drawing(file, 2, rows=len(found.tasks)) as (figure, panels):
+        for task, use, training in zip(found.tasks, panels[::2], panels[1::2], strict=True):
+            _at_use(use, task)
+            _in_training(training, task)
+            use.set_title(f"{task.name}\ntop-1 % ({task.split})", fontsize=9, loc="left")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+
+
+def _at_use(axes: Any, task: Task) -> None:
+    """A line through the exits of each recipe; the plain network is a star."""
+    plain = next((group.macs["final"] for group in task.groups if "final" in group.macs), 1)
+    for place, group in enumerate(task.groups):
+        points = [point for point in group.points if point != "ensemble"]
+        costs, scores = [group.macs[point] / plain for point in points], [group.points[point] for point in points]
+        spread = [score.sd or 0.0 for score in scores]
+        marker = "*" if len(points) == 1 else "o"
+        axes.errorbar(
+            costs,
+            [score.mean for score in scores],
+            yerr=spread if any(spread) else None,
+            label=group.label,
+            color=f"C{place % 10}",
+            linestyle="-" if place < 10 else "--",
+            marker=marker,
+            markersize=10 if marker == "*" else 4,
+            linewidth=1.2,
+            capsize=2,
+        )
+    axes.set_xlabel("MACs of an exit that is used alone, as a share of the plain network's", fontsize=8)
+
+
+def _in_training(axes: Any, task: Task) -> None:
+    """The final exit of each recipe against what its training took."""
+    base = next((group for group in task.groups if group.label == task.baseline), task.groups[0])
+    for place, group in enumerate(task.groups):
+        if group.training_macs and base.training_macs and "final" in group.points:
+            score = group.points["final"]
+            cost = group.training_macs / base.training_macs
+            marker = "*" if len(group.points) == 1 else "o"
+            axes.errorbar(
+                [cost], [score.mean], yerr=[score.sd or 0.0], color=f"C{place % 10}", marker=marker, capsize=2
+            )
+    axes.set_xlabel(f"training MACs, as a share of {base.label}'s", fontsize=8)
+    axes.set_title("final exit", fontsize=9, loc="left")
+
+
 @contextmanager
-def _drawing(file: Path, panels: int) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure with panels side by side, written to `file` at the end."""
+def _drawing(file: Path, panels: int, rows: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with panels side by side, in one row or several, written to `file` at the end."""
     check(file)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH * panels, HEIGHT), dpi=150, layout="constrained")
+    figure = Figure(figsize=(WIDTH * panels, HEIGHT * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, panels, squeeze=False).flat)
     for panel in axes:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

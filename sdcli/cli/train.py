@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -12,6 +14,11 @@ from sdcli.cli import choices
 from sdcli.cli.stopping import stopping
 from sdcli.cli.usage import Command, misplaced
 from sdcli.errors import UserError
+
+if TYPE_CHECKING:
+    from sdcli.recipe.merge import Override
+    from sdcli.recipe.schema import Recipe
+    from sdcli.run.events import Stopped
 
 EPILOG = """
 Example:  sdcli train resnet18 --dataset digits --recipe quick -o runs/first
@@ -65,6 +72,15 @@ def train(
     ] = None,
     save_every: choices.SaveEvery = None,
     seed: choices.Seed = 42,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train this many runs in turn, with seeds from --seed on and the same split, as OUTPUT/seed42, …",
+            rich_help_panel=choices.RUN,
+        ),
+    ] = None,
     track: Annotated[
         str | None,
         typer.Option(
@@ -88,18 +104,47 @@ def train(
         raise error
     chosen = choices.settings_of(given)
     typed = {name for name in chosen if _was_given(ctx, choices.PARAMETERS.get(name, name))}
-    to_resume = _run_to_resume(resume, output)
+    if seeds is not None and resume not in (None, "auto"):
+        raise UserError("--seeds and --resume RUN exclude each other", "--resume auto, which resumes each of the runs")
+    to_resume = None if seeds else _run_to_resume(resume, output)
 
-    from sdcli.recipe.explain import blaming
     from sdcli.recipe.load import read_recipe
 
     overrides = choices.overrides_of(given)
     whole, origins = read_recipe(recipe or ["default"], overrides) if recipe or not to_resume else (None, {})
-    if not to_resume:
+    folder = to_resume or output
+    if folder is None:
         model, _ = choices.model_and_dataset(given, "sdcli train resnet18 --dataset cifar100")
-        folder = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{choices.label_of(model, recipe)}"
+        folder = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{choices.label_of(model, recipe)}"
+    if not to_resume:
+        choices.model_and_dataset(given, "sdcli train resnet18 --dataset cifar100")
+    changed = {name: chosen[name] for name in typed}
+    asked = Asked(chosen, changed, whole, origins, overrides, choices.recipe_label(recipe, overrides))
+    if seeds is None:
+        stopped = _train(asked, folder, resumes=to_resume is not None)
+    else:
+        stopped = _train_seeds(asked, folder, range(seed, seed + seeds), resumes=resume == "auto")
+    if stopped is not None:
+        raise typer.Exit(128 + stopped.signal)
 
+
+class Asked(NamedTuple):
+    """What the command line asks for."""
+
+    settings: dict[str, Any]
+    typed: dict[str, Any]
+    """Those settings that were given."""
+    recipe: Recipe | None
+    """None: that of the run which is resumed."""
+    origins: dict[str, str]
+    overrides: list[Override]
+    label: str
+
+
+def _train(asked: Asked, folder: Path, *, resumes: bool) -> Stopped | None:
+    """Trains one run to its end; returns how it was stopped."""
     from sdcli.cli.talk import only_results, stages
+    from sdcli.recipe.explain import blaming
 
     with stages(), only_results():
         from sdcli.cli.progress import follow
@@ -110,19 +155,40 @@ def train(
         from sdcli.run.settings import Settings
         from sdcli.run.train import fit
 
-        if to_resume:
-            changed = {name: chosen[name] for name in typed}
-            settings, loaded = resumed(to_resume, changed, whole, overrides)
-            training = resume_run(to_resume, settings, loaded)
+        if resumes:
+            settings, loaded = resumed(folder, asked.typed, asked.recipe, asked.overrides)
+            training = resume_run(folder, settings, loaded)
         else:
-            assert whole is not None
-            with blaming(origins):
-                training = prepare(Settings(**chosen, label=choices.recipe_label(recipe, overrides)), whole, folder)
+            assert asked.recipe is not None
+            with blaming(asked.origins):
+                training = prepare(Settings(**asked.settings, label=asked.label), asked.recipe, folder)
         keep_freed_memory(training.accelerator.device)
     with stopping() as told_to_stop:
-        stopped = follow(training, fit(training, told_to_stop))
-    if stopped is not None:
-        raise typer.Exit(128 + stopped.signal)
+        return follow(training, fit(training, told_to_stop))
+
+
+def _train_seeds(asked: Asked, folder: Path, seeds: Sequence[int], *, resumes: bool) -> Stopped | None:
+    """Trains a run for each seed, in folders of their own; those that are finished are left as they are."""
+    from sdcli.cli.talk import message
+
+    if not resumes and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"output '{folder}' is not an empty folder",
+            "a new or empty folder",
+            "--resume auto, if it holds these runs: finished ones are kept, others are resumed or started",
+        )
+    for number, seed in enumerate(seeds, start=1):
+        run = folder / f"seed{seed}"
+        if resumes and (run / "report.json").exists():
+            continue
+        message(f"run {number} of {len(seeds)}: seed {seed}")
+        own = asked._replace(settings={**asked.settings, "seed": seed}, typed={**asked.typed, "seed": seed})
+        stopped = _train(own, run, resumes=resumes and (run / "state" / "last.pt").exists())
+        if stopped is not None:
+            message("the same command with --resume auto continues with these runs")
+            return stopped
+    message("next: ", (f"sdcli compare {shlex.quote(str(folder))}", "bold"))
+    return None
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:

@@ -40,6 +40,8 @@ class Epoch:
     images_per_s: float
     shares: dict[str, float]
     validation: Report | None = None
+    cpu_seconds: float = 0.0
+    """As `seconds`, in time of this process on all its cores: on a busy machine, the fairer measure."""
     macs: int = 0
     """Of training on these images: forward and backward passes of all networks, without validation."""
     skipped: int = 0
@@ -62,6 +64,7 @@ class Epoch:
             "skipped": self.skipped,
             "validation": self.validation.to_dict() if self.validation else None,
             "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
             "images_per_s": round(self.images_per_s, 1),
         }
 

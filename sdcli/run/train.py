@@ -245,6 +245,7 @@ def train_epoch(
     training.loader.set_epoch(position.epoch, position.update)
     watch = Watch(training)
     start = logged = time.monotonic()
+    cpu_start = time.process_time()
     before = position.num_images
     loaded = iter(training.loader)
     losses: Tensor | None = None
@@ -328,6 +329,7 @@ def train_epoch(
         seconds,
         speed,
         position.shares,
+        cpu_seconds=time.process_time() - cpu_start,
         macs=training.learner.training_macs * position.num_images,
         skipped=position.skipped,
         weights=training.found_weights,

@@ -1,0 +1,151 @@
+"""What `compare` shows: tables, CSV and sentences."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sdcli.cli.grids import Cell, Grid
+from sdcli.errors import counted
+from sdcli.evaluation.columns import amount
+
+if TYPE_CHECKING:
+    from sdcli.compare.compare import Comparison, Group, Score, Task
+    from sdcli.compare.statistics import Difference
+
+HEADER = (
+    "task", "recipe", "seeds", "point", "top1", "top1_sd", "nll", "ece", "params", "macs", "epochs", "training_macs",
+    "seconds", "cpu_seconds", "difference", "low", "high", "p", "p_holm", "differs",
+)  # fmt: skip
+
+
+def grids(comparison: Comparison, point: str) -> Iterator[Grid]:
+    """The tables: for every task the scores, and each recipe against the baseline at one point."""
+    for task in comparison.tasks:
+        yield _scores(task)
+        if task.baseline is not None and len(task.groups) > 1:
+            yield _differences(task, point)
+    if comparison.overall:
+        yield _overall(comparison)
+
+
+def _scores(task: Task) -> Grid:
+    points = _points(task)
+    best = {p: max((g.points[p].mean for g in task.groups if p in g.points), default=0.0) for p in points}
+    several = len(task.groups) > 1
+    rows = []
+    for group in task.groups:
+        cells = [
+            Cell(score(group.points[p]), several and group.points[p].mean == best[p]) if p in group.points else Cell("")
+            for p in points
+        ]
+        rows.append((Cell(_name(group)), Cell(str(len(group.seeds))), *cells))
+    title = f"{task.name}  ·  top-1 % ({task.split}, {counted(task.num_images, 'image')})"
+    return Grid(title, ("recipe", "seeds", *points), tuple(rows))
+
+
+def _points(task: Task) -> list[str]:
+    """The points of all groups, shallowest first, the ensemble last."""
+    longest = max(task.groups, key=lambda group: len(group.points))
+    points = list(longest.points)
+    return points + [p for group in task.groups for p in group.points if p not in points]
+
+
+def _differences(task: Task, point: str) -> Grid:
+    rows = []
+    for group in task.groups:
+        if group.label == task.baseline:
+            continue
+        found = group.versus.get(point)
+        numbers = difference_cells(found, group.p_holm.get(point)) if found else ("-",) * 5
+        at = point if point in group.macs else ""
+        use = (amount(group.params[at]), amount(group.macs[at])) if at else ("-", "-")
+        rows.append(
+            tuple(
+                map(Cell, (_name(group), *numbers, _times(group.relative_macs), _times(group.relative_seconds), *use))
+            )
+        )
+    header = (
+        "recipe", "pairs", "difference", "95 % interval", "p", "p (Holm)", "training\nMACs", "training\ntime",
+        "params", "MACs",
+    )  # fmt: skip
+    return Grid(f"{task.name}  ·  {point} against {task.baseline}, in points", header, tuple(rows))
+
+
+def difference_cells(found: Difference, p_holm: float | None) -> tuple[str, ...]:
+    """A difference, its interval and p-values."""
+    interval = "-" if found.low is None or found.high is None else f"{signed(found.low)} to {signed(found.high)}"
+    p, corrected = ("-" if value is None else f"{value:.3f}" for value in (found.p, p_holm))
+    return str(found.num_seeds), signed(found.mean), interval, p, corrected
+
+
+def _overall(comparison: Comparison) -> Grid:
+    rows = [
+        tuple(map(Cell, (label, f"{found.iqm:.2f}", f"{found.low:.2f} to {found.high:.2f}", f"{found.improves:.2f}")))
+        for label, found in comparison.overall.items()
+    ]
+    header = ("recipe", "IQM", "95 % interval", "beats the\nbaseline")
+    return Grid("all tasks  ·  final: interquartile mean of top-1 %", header, tuple(rows))
+
+
+def score(value: Score) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{value.mean:.2f}" if value.sd is None else f"{value.mean:.2f} ± {value.sd:.2f}"
+
+
+def signed(value: float) -> str:
+    """With its sign: +0.35, -0.35."""
+    return f"{value:+.2f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _name(group: Group) -> str:
+    """The recipe, with a mark if it was trained otherwise than the baseline."""
+    return group.label + ("*" if group.differs else "")
+
+
+def remarks(comparison: Comparison) -> Iterator[str]:
+    """What the tables do not say: what differs besides the recipe, and which differences can be told from noise."""
+    for task in comparison.tasks:
+        where = f"{task.name}: " if len(comparison.tasks) > 1 else ""
+        for group in task.groups:
+            if group.differs:
+                shown = ", ".join(group.differs[:4]) + (", …" if len(group.differs) > 4 else "")
+                yield f"{where}* {group.label} differs in more than its method: {shown}"
+            if found := group.mcnemar:
+                yield (
+                    f"{where}{counted(found.only_first, 'image')} only {group.label} classifies correctly, "
+                    f"{found.only_second:,} only {task.baseline}: McNemar's p = {found.p:.3g}, for these two networks "
+                    "and not for their recipes"
+                )
+        if task.detectable is not None:
+            yield (
+                f"{where}{task.num_pairs} paired seeds: differences of final below about {task.detectable:.1f} points "
+                f"cannot be told from noise here (80 % power; the differences have a standard deviation of "
+                f"{task.sd:.2f})"
+            )
+        elif task.baseline is not None and len(task.groups) > 1:
+            yield f"{where}one seed: no difference can be told from the noise of training; see sdcli train --seeds"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """All values in full, one line for each recipe and point."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADER)
+    for task in comparison.tasks:
+        for group in task.groups:
+            for point, own in group.points.items():
+                found = group.versus.get(point)
+                versus = (found.mean, found.low, found.high, found.p) if found else (None,) * 4
+                costs = (group.epochs, group.training_macs, group.seconds, group.cpu_seconds)
+                scores = (own.mean, own.sd, group.nll[point].mean, group.ece[point].mean)
+                sizes = (group.params[point], group.macs[point])
+                last = (*versus, group.p_holm.get(point), "; ".join(group.differs))
+                writer.writerow([task.name, group.label, len(group.seeds), point, *scores, *sizes, *costs, *last])
+    return text.getvalue().rstrip("\n")

@@ -1,0 +1,280 @@
+"""What is known about a finished run: all that comparing it needs, in a few kilobytes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from sdcli import __version__
+from sdcli.devices import accelerator_for
+from sdcli.errors import UserError
+from sdcli.evaluation.answers import answer
+from sdcli.evaluation.evaluate import Report, report_of
+from sdcli.evaluation.scoring import Opened, open_checkpoint
+from sdcli.files import replacing
+from sdcli.network.blueprint import ENSEMBLE
+from sdcli.network.checkpoint import find_checkpoint
+from sdcli.recipe.address import FINAL
+from sdcli.recipe.check import check_recipe
+from sdcli.run.folder import read_log
+
+FORMAT = 1
+Which: TypeAlias = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run cost to train, without validation."""
+
+    epochs: int
+    images: int
+    """Images seen, over all epochs."""
+    seconds: float
+    macs: int | None = None
+    """Of all forward and backward passes of all networks; None for a run whose log does not have them."""
+    cpu_seconds: float | None = None
+    """Of all cores together."""
+
+    @classmethod
+    def of(cls, log: Sequence[Mapping[str, Any]]) -> Costs | None:
+        """From a run's log; None without epochs."""
+        if not log:
+            return None
+        images = sum(line["num_images"] for line in log)
+        macs = [int(line.get("macs", 0)) for line in log]
+        timed = [(line, _timed_images(line)) for line in log]
+        seconds = sum(line["seconds"] * line["num_images"] / max(seen, 1) for line, seen in timed)
+        known = [(line["cpu_seconds"], seen) for line, seen in timed if "cpu_seconds" in line]
+        cpu = sum(taken for taken, _ in known) / max(1.0, sum(seen for _, seen in known)) * images if known else None
+        return cls(len(log), images, round(seconds, 1), sum(macs) if all(macs) else None, cpu and round(cpu, 1))
+
+
+def _timed_images(line: Mapping[str, Any]) -> float:
+    """The images of an epoch whose time was measured: where it was resumed, those since then."""
+    return float(min(line["images_per_s"] * line["seconds"], line["num_images"]))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run."""
+
+    label: str
+    """What tables call its recipe."""
+    model: str
+    model_args: dict[str, Any]
+    image_size: int
+    dataset: str
+    val_fraction: float
+    split_seed: int
+    recipe: dict[str, Any]
+    """What differs from the defaults of the recipe language."""
+    checkpoint: str
+    """`best`, chosen on the validation split, or `last`; of another file, its name."""
+    epoch: int
+    test: Report
+    """The scores on the test split; where there is none, on the validation split."""
+    validation: Report | None = None
+    """The scores on the validation split, as the checkpoint has them."""
+    seed: int | None = None
+    limit_train: int | None = None
+    precision: str = "fp32"
+    training: Costs | None = None
+    correct: dict[str, str] = field(default_factory=dict)
+    """Which images of the test split `final` and the ensemble classify right: bits in base64."""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        label = re.sub(r"[^\w.+-]+", "-", self.label.replace(" + ", "+"))
+        return label[:100] + (f"-seed{self.seed}" if self.seed is not None else "")
+
+    def right(self, point: str) -> NDArray[np.bool_]:
+        """Which images a point classifies right [N]."""
+        bits = np.frombuffer(base64.b64decode(self.correct[point]), dtype=np.uint8)
+        return np.unpackbits(bits, count=self.test.num_images).astype(np.bool_)
+
+    def to_json(self) -> str:
+        """As `read` reads it."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def read_record(path: Path) -> Record:
+    """A record from its file; raises UserError for any other file."""
+    try:
+        return _RECORD.validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}", "a file of sdcli compare --save") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"'{path}' is not a record of a run: {reason}", "a file of sdcli compare --save") from None
+
+
+def save_record(record: Record, folder: Path) -> Path:
+    """Writes a record into a folder, which is made if it does not exist."""
+    path = folder / f"{record.name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside:
+            beside.write_text(record.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}", "a writable folder") from None
+    return path
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run folders, checkpoints and records: those named, and all inside folders that are no run themselves.
+
+    Raises UserError for a path without any.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        inside = list(_runs_in(path))
+        if not inside:
+            raise UserError(
+                f"'{path}' holds no finished run" if path.exists() else f"'{path}' does not exist",
+                "run folders of sdcli train, checkpoints, folders of those, or records (sdcli compare --save)",
+            )
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def _runs_in(path: Path) -> Iterator[Path]:
+    if path.is_file() or (path / "run.json").is_file():
+        yield path
+    elif path.is_dir():
+        runs = {file.parent for file in path.rglob("run.json") if (file.parent / "report.json").is_file()}
+        records = {file for file in path.rglob("*.json") if file.parent not in runs and _looks_like_record(file)}
+        yield from sorted(runs | records)
+
+
+def _looks_like_record(file: Path) -> bool:
+    with suppress(OSError, ValueError):
+        table = json.loads(file.read_text(encoding="utf-8"))
+        return isinstance(table, dict) and {"label", "test", "format"} <= table.keys()
+    return False
+
+
+def record_of(
+    path: Path,
+    *,
+    which: Which | None = None,
+    dataset: str | None = None,
+    batch_size: int = 256,
+    device: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Record:
+    """The record of a run folder, a checkpoint, or a record's own file.
+
+    Of a run folder `which` chooses the checkpoint, by default `best` or else `last`. It is scored on the test split
+    unless the folder has its scores from before. Raises UserError as `sdcli eval` does.
+    """
+    if path.suffix == ".json":
+        return read_record(path)
+    checkpoint = path / f"{which}.safetensors" if which and path.is_dir() else find_checkpoint(path)
+    kept = checkpoint.with_name(f"record-{checkpoint.stem}.json")
+    digest = _digest(checkpoint) if checkpoint.is_file() else ""
+    if dataset is None and (record := _kept(kept, digest)):
+        return _described(record, checkpoint)
+    opened = open_checkpoint(checkpoint, dataset=dataset)
+    record = _scored(opened, batch_size, device, workers, progress)
+    record = _described(replace(record, versions={**record.versions, "checkpoint": digest}), checkpoint)
+    if dataset is None and (checkpoint.parent / "run.json").is_file():
+        with suppress(UserError, OSError), replacing(kept) as beside:
+            beside.write_text(record.to_json(), encoding="utf-8")
+    return record
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _kept(file: Path, digest: str) -> Record | None:
+    """The record in a run folder, if it is that of the checkpoint as it is now."""
+    with suppress(UserError):
+        record = read_record(file)
+        if record.versions.get("checkpoint") == digest and record.format == FORMAT:
+            return record
+    return None
+
+
+def _scored(
+    opened: Opened,
+    batch_size: int,
+    device: str | None,
+    workers: int | None,
+    progress: Callable[[int, int], None],
+) -> Record:
+    """What the checkpoint itself says, and its scores."""
+    about, network = opened.about, opened.network
+    split, _ = opened.choose(None)
+    accelerator = accelerator_for(device)
+    chosen, loader, _ = opened.batches(split, None, batch_size, workers, accelerator.device)
+    answers = answer(
+        network.to(accelerator.device),
+        loader,
+        points=network.classifiers,
+        device=accelerator.device,
+        progress=lambda done: progress(done, len(chosen)),
+    )
+    blueprint = about.blueprint
+    report = report_of(answers, blueprint.costs(), model=blueprint.architecture.model, dataset=opened.name, split=split)
+    order = np.argsort(answers.index.numpy(), kind="stable")
+    points = [point for point in (FINAL, ENSEMBLE) if point in answers.points]
+    return Record(
+        label=opened.path.stem,
+        model=blueprint.architecture.model,
+        model_args={name: value for name, value in blueprint.architecture.model_args.items() if name != "num_classes"},
+        image_size=blueprint.plan.input_size[1],
+        dataset=opened.name,
+        val_fraction=about.dataset.val_fraction,
+        split_seed=about.dataset.seed,
+        recipe=check_recipe(about.recipe).model_dump(exclude_defaults=True, exclude_none=True),
+        checkpoint=opened.path.stem,
+        epoch=about.epoch,
+        test=report,
+        validation=Report.from_dict(about.scores) if about.scores else None,
+        correct={point: _bits(answers.correct(point).numpy()[order]) for point in points},
+        versions={"sdcli": __version__, "torch": version("torch"), "timm": version("timm")},
+    )
+
+
+def _bits(right: NDArray[np.bool_]) -> str:
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def _described(record: Record, checkpoint: Path) -> Record:
+    """The record with what only the run folder knows."""
+    folder = checkpoint.parent
+    try:
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return record
+    return replace(
+        record,
+        label=record.recipe.get("title", record.label) if not settings.get("label") else settings["label"],
+        seed=settings.get("seed"),
+        limit_train=settings.get("limit_train"),
+        precision=settings.get("precision", "fp32"),
+        training=Costs.of(read_log(folder)),
+    )

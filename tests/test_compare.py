@@ -1,0 +1,418 @@
+"""Runs compared: statistics against cases worked out by hand, groups, records, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Command, refused
+from PIL import Image
+from scipy import stats
+
+from sdcli.compare.compare import Comparison, compare
+from sdcli.compare.record import Costs, Record, find_runs, read_record, save_record
+from sdcli.compare.statistics import (
+    detectable,
+    holm,
+    iqm,
+    mcnemar,
+    over_tasks,
+    paired_difference,
+    sign_flip_p,
+)
+from sdcli.errors import UserError
+from sdcli.evaluation.evaluate import ExitResult, Report
+
+TRAIN = ("--dataset", "digits", "--epochs", "1", "--limit-train", "60", "--limit-val", "20", "--workers", "0",
+         "--device", "cpu")  # fmt: skip
+
+BASE = "baseline + schedules/cosine"
+
+
+def test_a_paired_difference_has_its_t_interval_worked_out_by_hand():
+    # 1, 2, 3: mean 2, standard deviation 1, t(0.975, 2) = 4.3027, half width 4.3027 / sqrt(3).
+    found = paired_difference([1.0, 2.0, 3.0])
+    assert (found.num_seeds, found.mean, found.sd) == (3, 2.0, 1.0)
+    assert (found.low, found.high) == (pytest.approx(2 - 2.48414, abs=1e-4), pytest.approx(2 + 2.48414, abs=1e-4))
+    interval = stats.ttest_1samp([1.0, 2.0, 3.0], 0).confidence_interval()
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+
+
+def test_one_pair_has_no_interval():
+    found = paired_difference([1.5])
+    assert (found.mean, found.sd, found.low, found.high, found.p) == (1.5, None, None, None, None)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [0.4, -0.1, 0.9, 0.3], [-2.0, -1.0, -1.5, -0.1, -3.0, -0.7]])
+def test_the_sign_flip_p_counts_all_patterns(values):
+    seen = abs(sum(values)) - 1e-12
+    flips = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in product((1, -1), repeat=len(values))
+    ]
+    assert sign_flip_p(values) == pytest.approx(np.mean([flip >= seen for flip in flips]))
+
+
+def test_the_smallest_sign_flip_p_is_that_of_the_number_of_seeds():
+    assert [sign_flip_p([1.0] * seeds) for seeds in (3, 6)] == [0.25, 0.03125]
+
+
+def test_holm_multiplies_by_how_many_are_left_and_never_falls():
+    # Sorted: 0.01 x 3 = 0.03, 0.02 x 2 = 0.04, 0.03 x 1 = 0.03, which may not be below the one before.
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(("seeds", "effect"), [(3, 3.26), (5, 1.68), (6, 1.43), (8, 1.16), (10, 1.00)])
+def test_what_can_be_detected_equals_tables_of_the_paired_t_test(seeds, effect):
+    assert detectable(1.0, seeds) == pytest.approx(effect, abs=0.006)
+    assert detectable(0.4, seeds) == pytest.approx(0.4 * detectable(1.0, seeds))
+
+
+def test_what_can_be_detected_is_found_four_times_out_of_five():
+    generator = np.random.default_rng(0)
+    draws = generator.normal(detectable(1.0, 4), 1.0, (20_000, 4))
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.01)
+    assert detectable(1.0, 1) == float("inf")
+
+
+def test_mcnemar_is_the_binomial_test_of_the_images_that_only_one_gets_right():
+    first = np.array([True] * 8 + [False] * 2 + [True] * 5)
+    second = np.array([False] * 8 + [True] * 2 + [True] * 5)
+    found = mcnemar(first, second)
+    # Two-sided, 2 of 10 at one half: 2 x (1 + 10 + 45) / 1024.
+    assert (found.only_first, found.only_second, found.p) == (8, 2, pytest.approx(112 / 1024))
+    assert mcnemar(first, first).p == 1.0
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
+    assert iqm([np.array([1.0, 100.0]), np.array([2.0, 3.0])]) == 2.5
+
+
+def test_over_tasks_compares_within_each_task():
+    own = {"a": [2.0, 3.0], "b": [52.0, 53.0], "c": [12.0, 13.0]}
+    base = {"a": [1.0, 1.5], "b": [52.0, 54.0], "c": [12.5, 11.0]}
+    found = over_tasks(own, base)
+    # a: always better; b: 52 ties with 52 and beats nothing else, 53 beats 52: 1.5 of 4; c: 12 > 11, 13 > both: 3 of 4.
+    assert found.improves == pytest.approx((1 + 1.5 / 4 + 3 / 4) / 3)
+    assert found.low <= found.iqm <= found.high
+    assert over_tasks(base, base).improves == pytest.approx(0.5)
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def row(point: str, top1: float, macs: int) -> ExitResult:
+    return ExitResult(point, top1, 99.0, 1.0, 0.1, 10 * macs, macs, 1.0)
+
+
+def record(label: str, seed: int, final: float, exit1: float | None = None, **changes: object) -> Record:
+    exits = (*([row("exit1", exit1, 40)] if exit1 is not None else []), row("final", final, 100))
+    ensemble = row("ensemble", final + 1, 110) if exit1 is not None else None
+    report = Report("resnet18", "cifar100", "test", 16, exits, ensemble)
+    base = Record(
+        label=label,
+        model="resnet18",
+        model_args={},
+        image_size=32,
+        dataset="cifar100",
+        val_fraction=0.1,
+        split_seed=42,
+        recipe={"losses": {"task": {"kind": "cross_entropy", "on": "final"}}},
+        checkpoint="last",
+        epoch=10,
+        test=report,
+        seed=seed,
+        training=Costs(10, 1000, 50.0, 300 if exit1 is None else 330, 40.0 if exit1 is None else 50.0),
+        correct={"final": "//8=" if exit1 is None else "/w8="},
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def three(label: str, finals: list[float], exit1: float | None = None, **changes: object) -> list[Record]:
+    return [record(label, seed, final, exit1, **changes) for seed, final in enumerate(finals)]
+
+
+def test_recipes_are_compared_seed_by_seed_with_the_baseline():
+    runs = [*three("byot", [52.0, 54.0, 53.0], 45.0), *three("baseline", [50.0, 51.0, 52.0])]
+    (task,) = compare(list(reversed(runs))).tasks
+    base, byot = task.groups
+    assert (task.baseline, base.label, byot.label, byot.seeds) == ("baseline", "baseline", "byot", (0, 1, 2))
+    assert (base.versus, byot.points["final"].mean, byot.points["final"].sd) == ({}, 53.0, 1.0)
+    assert byot.versus["final"].mean == pytest.approx(2.0), "2, 3 and 1"
+    assert byot.versus["exit1"].mean == pytest.approx(45.0 - 51.0), "the plain network has no exit1: its final"
+    assert (byot.relative_macs, byot.relative_seconds) == (pytest.approx(1.1), pytest.approx(1.25))
+    assert (byot.macs["exit1"], byot.params["exit1"]) == (40, 400)
+    assert (task.num_pairs, task.sd) == (3, pytest.approx(1.0))
+    assert task.detectable == pytest.approx(detectable(1.0, 3))
+
+
+def test_only_seeds_that_both_have_are_paired():
+    runs = [*three("baseline", [50.0, 51.0]), record("byot", 1, 53.0, 40.0), record("byot", 7, 90.0, 40.0)]
+    (task,) = compare(runs).tasks
+    found = task.groups[1].versus["final"]
+    assert (found.num_seeds, found.mean) == (1, 2.0)
+
+
+def test_p_values_are_corrected_over_the_recipes_of_a_task():
+    runs = [*three("baseline", [50.0] * 6), *three("a", [51.0 + 0.1 * n for n in range(6)])]
+    runs += three("b", [50.5, 49.0, 51.0, 50.2, 49.9, 50.3])
+    (task,) = compare(runs).tasks
+    a, b = task.groups[1:]
+    assert a.versus["final"].p == 0.03125
+    assert (a.p_holm["final"], b.p_holm["final"]) == (0.0625, b.versus["final"].p)
+
+
+def test_two_single_runs_are_compared_image_by_image():
+    (task,) = compare([record("baseline", 1, 50.0), record("byot", 1, 52.0, 40.0)]).tasks
+    found = task.groups[1].mcnemar
+    assert found is not None
+    # Bits: baseline right on all 16 images, byot on the first 8 and on the last 4.
+    assert (found.only_first, found.only_second) == (0, 4)
+    assert task.detectable is None
+    (many,) = compare([*three("baseline", [50.0, 51.0]), *three("byot", [52.0, 53.0], 40.0)]).tasks
+    assert many.groups[1].mcnemar is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"split_seed": 7}, {"val_fraction": 0.2}, {"limit_train": 500}, {"image_size": 16}, {"model": "resnet34"},
+     {"checkpoint": "best"}, {"precision": "bf16"}, {"dataset": "cifar10"}, {"model_args": {"channels": [8, 8, 8, 8]}}],
+)  # fmt: skip
+def test_runs_of_other_images_or_networks_are_never_compared(change):
+    found = compare([*three("baseline", [50.0, 51.0]), *three("byot", [52.0, 53.0], 40.0, **change)])
+    assert [task.baseline for task in found.tasks] == ["baseline", None]
+    assert all(not group.versus for task in found.tasks for group in task.groups)
+    assert any("no runs of baseline: nothing to compare with" in note for note in found.notes)
+    assert len({task.name for task in found.tasks}) == 2 or set(change) & {"checkpoint", "precision"}
+
+
+def test_another_split_is_said_loudly():
+    found = compare([*three("baseline", [50.0]), *three("byot", [52.0], 40.0, split_seed=7)])
+    assert "not compared with each other, because of another split_seed: 42, 7" in found.notes
+
+
+def test_another_schedule_is_named():
+    other = {"losses": {"task": {"kind": "cross_entropy", "on": "final"}}, "optimizer": {"lr": 0.2}}
+    costs = Costs(12, 1200, 50.0, 330, 40.0)
+    runs = [*three("baseline", [50.0]), *three("byot", [52.0], 40.0, recipe=other, training=costs)]
+    (task,) = compare(runs).tasks
+    assert task.groups[1].differs == ("optimizer.lr = 0.2 (baseline: 0.1)", "epochs = 12 (baseline: 10)")
+
+
+def test_an_average_over_tasks_needs_three():
+    def tasks(count: int) -> Comparison:
+        runs: list[Record] = []
+        for number in range(count):
+            data = f"data{number}"
+            runs += three("baseline", [50.0, 51.0], dataset=data) + three("byot", [52.0, 53.0], 40.0, dataset=data)
+        return compare(runs)
+
+    assert not tasks(2).overall
+    assert tasks(3).overall["byot"].iqm == pytest.approx(52.5)
+    assert (tasks(3).overall["byot"].improves, tasks(3).overall["baseline"].improves) == (1.0, 0.5)
+
+
+def test_mistakes_in_what_is_compared_are_explained():
+    with pytest.raises(UserError) as twice:
+        compare([record("byot", 1, 50.0), record("byot", 1, 51.0)])
+    assert str(twice.value) == (
+        "byot: 2 runs with seed 1 more than once\n"
+        "  expected: one run of each recipe and seed on a task\n"
+        "  fix:      leave one of them out, or tell them apart: sdcli train --set title=NAME"
+    )
+    with pytest.raises(UserError) as missing:
+        compare([record("byot", 1, 50.0)], "baselin")
+    assert str(missing.value) == "unknown group 'baselin'\n  expected: one of byot"
+    with pytest.raises(UserError, match="byot: its runs have different exits"):
+        compare([record("byot", 1, 50.0), record("byot", 2, 51.0, 40.0)])
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_survives_its_file(tmp_path):
+    own = record("byot + cosine, head=patch/8", 3, 52.0, 40.0)
+    path = save_record(own, tmp_path / "new" / "folder")
+    assert path.name == "byot+cosine-head-patch-8-seed3.json"
+    assert read_record(path) == own
+    assert find_runs([tmp_path]) == [path]
+
+
+def test_a_resumed_epoch_counts_with_all_its_images():
+    whole = {"num_images": 100, "macs": 500, "seconds": 10.0, "cpu_seconds": 8.0, "images_per_s": 10.0}
+    half = {"num_images": 100, "macs": 500, "seconds": 5.0, "cpu_seconds": 4.0, "images_per_s": 10.0}
+    assert Costs.of([whole, half]) == Costs(2, 200, 20.0, 1000, 16.0)
+    assert Costs.of([]) is None
+    old = {"num_images": 100, "seconds": 10.0, "images_per_s": 10.0}
+    assert Costs.of([old]) == Costs(1, 100, 10.0, None, None), "a log without MACs and CPU seconds"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"), ("{}", "label: Field required")],
+)
+def test_what_is_no_record_is_refused(tmp_path, sdcli: Command, text, reason):
+    file = tmp_path / "run.json.json"
+    file.write_text(text)
+    result = sdcli("compare", file)
+    refused(result, f"'{file}' is not a record of a run: {reason}\n  expected: a file of sdcli compare --save")
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recipes with two seeds each."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDCLI_CACHE", str(folder / "cache"))
+        from sdcli.cli import main
+
+        for name, *options in (
+            ("baseline", "--recipe", "baseline", "--recipe", "schedules/cosine"),
+            ("exits", "--recipe", "default", "--set", "title=exits"),
+        ):
+            arguments = ["train", "test_resnet", *TRAIN, *options, "--seeds", "2", "-o", str(folder / "runs" / name)]
+            patch.setattr("sys.argv", ["sdcli", *arguments])
+            with suppress(SystemExit):
+                main()
+    return folder / "runs"
+
+
+def test_seeds_are_trained_in_turn_on_the_same_split(runs):
+    folders = sorted(path.name for path in (runs / "exits").iterdir())
+    assert folders == ["seed42", "seed43"]
+    settings = [json.loads((runs / "exits" / name / "run.json").read_text()) for name in folders]
+    assert [(table["seed"], table["split_seed"], table["label"]) for table in settings] == [
+        (42, 42, "exits"),
+        (43, 42, "exits"),
+    ]
+    logs = [(runs / "exits" / name / "log.jsonl").read_text().splitlines()[-1] for name in folders]
+    losses = [json.loads(line)["losses"] for line in logs]
+    assert losses[0] != losses[1]
+
+
+def test_a_run_of_several_equals_one_that_was_trained_alone(runs, tmp_path, sdcli: Command):
+    alone = tmp_path / "alone"
+    options = ("--recipe", "default", "--set", "title=exits", "--seed", 43, "-o", alone)
+    assert sdcli("train", "test_resnet", *TRAIN, *options).code == 0
+    other = runs / "exits" / "seed43"
+    assert (alone / "last.safetensors").read_bytes() == (other / "last.safetensors").read_bytes()
+
+
+def test_finished_seeds_are_kept_and_missing_ones_trained(runs, sdcli: Command):
+    before = (runs / "exits" / "seed42" / "log.jsonl").stat().st_mtime_ns
+    options = ("--recipe", "default", "--set", "title=exits", "--seeds", 2, "-o", runs / "exits")
+    refused(
+        sdcli("train", "test_resnet", *TRAIN, *options),
+        f"output '{runs / 'exits'}' is not an empty folder\n"
+        "  expected: a new or empty folder\n"
+        "  fix:      --resume auto, if it holds these runs: finished ones are kept, others are resumed or started",
+    )
+    result = sdcli("train", "test_resnet", *TRAIN, *options, "--resume", "auto")
+    assert result.code == 0 and "run 1 of 2" not in result.err
+    assert (runs / "exits" / "seed42" / "log.jsonl").stat().st_mtime_ns == before
+    refused(
+        sdcli("train", "--seeds", 2, "--resume", runs / "exits"),
+        "--seeds and --resume RUN exclude each other\n  expected: --resume auto, which resumes each of the runs",
+    )
+
+
+def test_compare_scores_each_run_once_and_keeps_it(runs, tmp_path, sdcli: Command):
+    result = sdcli("compare", runs, "--json", "--save", tmp_path / "records", "--checkpoint", "last")
+    assert result.code == 0, result.err
+    (task,) = json.loads(result.out)["tasks"]
+    assert (task["name"], task["split"], task["num_images"]) == ("test_resnet on digits at 8 px", "test", 359)
+    assert [(group["label"], group["seeds"]) for group in task["groups"]] == [
+        (BASE, [42, 43]),
+        ("exits", [42, 43]),
+    ]
+    exits = task["groups"][1]
+    scored = json.loads(sdcli("eval", runs / "exits" / "seed42" / "last.safetensors", "--json").out)
+    assert exits["points"]["final"]["values"][0] == scored["exits"][-1]["top1"]
+    assert exits["points"]["ensemble"]["values"][0] == scored["ensemble"]["top1"]
+    assert 1.0 < exits["relative_macs"] < 1.5 and not exits["differs"]
+    assert (runs / "exits" / "seed42" / "record-last.json").is_file()
+    again = sdcli("compare", tmp_path / "records", "--json")
+    assert (again.code, again.out) == (0, result.out), "records stand for the runs"
+    assert "opening digits" not in again.err
+    assert str(runs) not in (tmp_path / "records" / "exits-seed42.json").read_text(), "records are shared"
+    kept = sdcli("compare", runs, "--json", "--checkpoint", "last")
+    assert (kept.out, "opening digits" in kept.err) == (result.out, False)
+
+
+def test_a_record_is_not_used_for_another_checkpoint(runs, tmp_path, sdcli: Command):
+    own = tmp_path / "run"
+    own.mkdir()
+    for file in (runs / "exits" / "seed42").iterdir():
+        if file.is_file():
+            (own / file.name).write_bytes(file.read_bytes())
+    assert sdcli("compare", own, "--checkpoint", "last").code == 0
+    (own / "last.safetensors").write_bytes((runs / "exits" / "seed43" / "last.safetensors").read_bytes())
+    result = sdcli("compare", own, "--checkpoint", "last", "--json")
+    scored = json.loads(sdcli("eval", runs / "exits" / "seed43" / "last.safetensors", "--json").out)
+    assert json.loads(result.out)["tasks"][0]["groups"][0]["points"]["final"]["values"] == [scored["exits"][-1]["top1"]]
+
+
+def test_the_tables_name_what_can_be_told_from_noise(runs, sdcli: Command):
+    result = sdcli("compare", runs)
+    assert result.code == 0
+    assert "test_resnet on digits at 8 px  ·  top-1 % (test, 359 images)" in result.out
+    assert f"final against {BASE}, in points" in result.out
+    assert "2 paired seeds: differences of final below about" in result.err
+    one = sdcli("compare", runs / "baseline" / "seed42", runs / "exits" / "seed42")
+    assert "McNemar's p = " in one.err
+    assert "one seed: no difference can be told from the noise of training; see sdcli train --seeds" in one.err
+
+
+def test_the_comparison_as_markdown_latex_csv_and_picture(runs, tmp_path, sdcli: Command):
+    markdown = sdcli("compare", runs, "--markdown").out
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert lines[0] == "| recipe | seeds | exit1 | exit2 | exit3 | final | ensemble |"
+    assert {line.count("|") for line in lines[:4]} == {8}
+    latex = sdcli("compare", runs, "--latex").out
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
+    assert latex.count("{") == latex.count("}") and r"$\pm$" in latex and r"95 \% interval" in latex
+    rows = list(csv.DictReader(sdcli("compare", runs, "--csv").out.splitlines()))
+    assert [(r["recipe"], r["point"]) for r in rows] == [
+        (BASE, "final"),
+        *(("exits", point) for point in ("exit1", "exit2", "exit3", "final", "ensemble")),
+    ]
+    assert sdcli("compare", runs, "--plot", tmp_path / "c.png").code == 0
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "'nowhere' does not exist\n  expected: run folders of sdcli train, checkpoints, folders of those, "
+         "or records (sdcli compare --save)"),
+        (["--json", "--csv", "x"], "--json, --csv, --markdown and --latex exclude each other\n  expected: one of them"),
+        (["x", "--plot", "c.gif"], "'c.gif' is not the name of a picture\n  expected: one of .png, .svg, .pdf, .jpg, "
+         ".webp\n  fix:      c.png"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_is_scored(sdcli: Command, options, message):
+    refused(sdcli("compare", *options), message)
+
+
+def test_a_point_that_no_run_has_is_refused(runs, sdcli: Command):
+    result = sdcli("compare", runs, "--point", "exit9")
+    refused(result, "no run has a point 'exit9'\n  expected: one of final, exit1, exit2, exit3, ensemble")
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, sdcli: Command):
+    refused(
+        sdcli("compare", tmp_path),
+        f"'{tmp_path}' holds no finished run\n  expected: run folders of sdcli train, checkpoints, folders of those, or "
+        "records (sdcli compare --save)",
+    )

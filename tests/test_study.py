@@ -1,0 +1,129 @@
+"""The study: its cells are commands that work, its records are those cells, and its page is made of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from sdcli.compare.record import read_record
+from sdcli.method.check import check_with_model
+from sdcli.recipe.load import read_recipe
+from sdcli.recipe.merge import Override
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "benchmarks" / "study").glob("*.toml"))
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
+from run import read_cells, record_of  # noqa: E402
+
+TINY = """
+dataset = "digits"
+checkpoint = "last"
+results = "results"
+
+[networks.tiny]
+model = "test_resnet"
+speed = 100
+options = ["--device", "cpu", "--limit-val", "20"]
+
+[regimes.few]
+images = 60
+epochs = 1
+options = ["--limit-train", "60"]
+
+[rows.baseline]
+options = ["--recipe", "baseline", "--recipe", "schedules/cosine"]
+
+[rows.longer]
+options = ["--recipe", "baseline", "--recipe", "schedules/cosine"]
+epochs = 2
+
+[rows.exits-only]
+options = ["--recipe", "exits-only"]
+start = "baseline"
+
+[[plan]]
+rows = ["exits-only", "baseline"]
+regimes = ["few"]
+seeds = [3]
+"""
+
+
+def option(options: tuple[str, ...], flag: str) -> list[str]:
+    return [value for name, value in pairwise(options) if name == flag]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda file: file.stem)
+def test_every_row_of_a_study_is_a_recipe_that_its_networks_can_train(study):
+    cells = read_cells(tomllib.loads(study.read_text()))
+    rows = {(cell.network, cell.row): cell for cell in cells}
+    assert len(rows) >= 3
+    for cell in rows.values():
+        overrides = [Override.parse(text) for text in option(cell.options, "--set")]
+        overrides += [Override.unset(key) for key in option(cell.options, "--unset")]
+        for key in ("head", "exits"):
+            overrides += [Override(f"networks.student.{key}", v, f"--{key}") for v in option(cell.options, f"--{key}")]
+        recipe, _ = read_recipe(option(cell.options, "--recipe"), overrides)
+        check_with_model(recipe, cell.options[0])
+        assert (recipe.title, cell.epochs > 0) == (cell.row, True)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda file: file.stem)
+def test_every_record_is_a_cell_of_its_study(study):
+    table = tomllib.loads(study.read_text())
+    cells = {record_of(table, cell): cell for cell in read_cells(table)}
+    for file in sorted((ROOT / table["results"]).rglob("*.json")):
+        cell = cells[file.relative_to(ROOT)]
+        record = read_record(file)
+        assert (record.label, record.seed, record.checkpoint) == (cell.row, cell.seed, table["checkpoint"])
+        assert record.training is not None and record.test.split == "test"
+        assert record.epoch == record.training.epochs
+        assert file.stat().st_size < 16_000
+
+
+def test_the_page_of_the_study_is_made_from_its_records():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from make_study import FOLDER, study
+    finally:
+        sys.path.pop(0)
+    page = (FOLDER / "study.md").read_text(encoding="utf-8")
+    assert page == study(FOLDER / "results" / "cifar100"), "run python docs/make_study.py"
+    pictures = [part.split(")")[0] for part in page.split("](")[1:] if ".png" in part.split(")")[0]]
+    assert pictures and all((FOLDER / picture).is_file() for picture in pictures)
+
+
+def run_study(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "study" / "run.py"), "study.toml", *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_a_study_runs_what_is_missing_in_the_order_of_what_starts_from_what(tmp_path):
+    (tmp_path / "study.toml").write_text(TINY)
+    planned = run_study(tmp_path, "--dry-run")
+    assert "0 of 2 cells are done, 2 are missing:" in planned.stdout
+    assert planned.stdout.count("sdcli train test_resnet") == 2 and not (tmp_path / "results").exists()
+    done = run_study(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = sorted((tmp_path / "results" / "tiny" / "few").glob("*.json"))
+    assert [file.name for file in records] == ["baseline-seed3.json", "exits-only-seed3.json"]
+    plain, exits = (json.loads(file.read_text()) for file in records)
+    finals = [record["test"]["exits"][-1]["top1"] for record in (plain, exits)]
+    assert finals[0] == finals[1], "the backbone was frozen"
+    assert exits["training"]["macs"] < plain["training"]["macs"]
+    again = run_study(tmp_path)
+    assert "2 of 2 cells are done, 0 are missing:" in again.stdout
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_done(tmp_path):
+    (tmp_path / "study.toml").write_text(TINY.replace('"exits-only"]\nstart', '"exits-only", "--lr", "-1"]\nstart'))
+    done = run_study(tmp_path)
+    assert done.returncode == 1
+    assert "failed: tiny/few/exits-only-seed3; see runs/study/logs/tiny/few/exits-only-seed3" in done.stderr
+    assert (tmp_path / "results" / "tiny" / "few" / "baseline-seed3.json").is_file()
