@@ -19,10 +19,14 @@ from photos import calibrated, save_network
 from sdcli.cli import main
 from sdcli.evaluation.answers import Answered, Answers
 from sdcli.evaluation.metrics import ece
+from sdcli.network.blueprint import Blueprint
 from sdcli.network.calibration import Promise
-from sdcli.network.checkpoint import describe_again, read_description
+from sdcli.network.checkpoint import Description, TrainedOn, describe_again, read_description, save_checkpoint
+from sdcli.network.multi_exit import build
+from sdcli.recipe.schema import Network
 from sdcli.report import charts
 from sdcli.report.figures import bins
+from sdcli.report.findings import examine
 from sdcli.report.pictures import SIDE, disagreeing, thumbnail, varied
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "source"}
@@ -145,6 +149,27 @@ def test_early_exit_is_scored_as_eval_scores_it(run: Path, sdcli: Command):
     assert f"images leave at {shares}. Promise: at most 2 points of top-1 accuracy lost" in page.text
     assert "As calibrated." in page.text
     assert "(measured there: 1.25)" in (run / "README.md").read_text()
+
+
+def test_the_curve_of_early_exit_is_measured_on_the_images_of_the_page(run: Path):
+    path = run / "best.safetensors"
+    calibrated(path)
+    found = examine(run, path, device="cpu")
+    early, passing = found.early, found.about.blueprint.passing(("exit1",))
+    assert early is not None and early.calibration.curve[0].thresholds == {"exit1": 0.0}
+    everyone, chosen = early.curve if early.curve[0].macs == passing["exit1"] else early.curve[::-1]
+    assert (everyone.macs, everyone.top1) == (passing["exit1"], pytest.approx(found.report.exits[0].top1))
+    assert (round(chosen.macs), chosen.top1) == (early.result.macs, pytest.approx(early.result.top1))
+
+
+def test_a_network_without_exits_has_a_page(tmp_path: Path, sdcli: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    blueprint = Blueprint.draft(Network(exits="none"), "test_resnet", [str(number) for number in range(10)])
+    about = Description(blueprint, TrainedOn("digits", "digits", 0.1, 42), recipe={}, epoch=1)
+    save_checkpoint(Path("plain.safetensors"), build(blueprint).state_dict(), about)
+    page = reported(sdcli, "plain.safetensors", "--limit", "40")
+    assert [row[0] for row in page.tables[0]] == ["exit", "final"]
+    assert "alibrated" not in page.text.replace("Not calibrated for early exit.", "") and "disagree" not in page.text
 
 
 def test_without_a_calibration_the_page_says_so(run: Path, sdcli: Command):
