@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcli import __version__
+from sdcli.errors import counted
 from sdcli.evaluation.columns import amount
 from sdcli.evaluation.evaluate import ExitResult
 from sdcli.export.card import TASK, UNKNOWN, front_matter, hub_id, plain
@@ -24,17 +25,17 @@ MARK = "<!-- Written by sdcli report, which replaces this file. Delete this line
 def card(found: Findings, license: str = "") -> str:
     """The card as Markdown; `license` is that of the weights, where the user states one."""
     license = license or found.license
-    report = found.report
-    name, data = plain(report.model), plain(report.dataset)
+    report, trained_on = found.report, found.about.dataset.name
+    exits = counted(len(found.points) - 1, "exit") if len(found.points) > 1 else "no exits"
     lines = [
-        *front_matter(found.about, license, f"{report.model} on {report.dataset}", list(_results(found))),
+        *front_matter(found.about, license, f"{report.model} on {trained_on}", list(_results(found))),
         "",
         MARK,
         "",
-        f"# {name}, trained on {data}",
+        f"# {plain(report.model)}, trained on {plain(trained_on)}",
         "",
-        f"An image classifier of {len(found.classes)} classes with an exit after each section, trained by "
-        f"self-distillation with sdcli {__version__}.",
+        f"An image classifier of {counted(len(found.classes), 'class', 'classes')} with {exits} before its end, trained "
+        f"with sdcli {__version__}.",
         "",
         *(f"- **{key}:** {plain(value)}" for key, value in about(found)),
         *([f"- **Licence of the weights:** {plain(license)}"] if license != UNKNOWN else []),
@@ -63,12 +64,13 @@ def _results(found: Findings) -> Iterator[EvalResult]:
     """Top-1 of every exit, as the hub lists results."""
     from huggingface_hub import EvalResult
 
-    source = found.about.dataset.source
+    trained_on, scored_on = found.about.dataset, found.report.dataset
+    hub = hub_id(trained_on.source) if scored_on == trained_on.name else ""
     for result in found.rows:
         yield EvalResult(
             task_type=TASK,
-            dataset_type=hub_id(source) or found.report.dataset,
-            dataset_name=found.report.dataset,
+            dataset_type=hub or scored_on,
+            dataset_name=scored_on,
             dataset_split=found.report.split,
             metric_type="accuracy",
             metric_name=f"Top-1 % of {result.point}",
@@ -156,8 +158,8 @@ def _limits(found: Findings) -> list[str]:
     lines = [
         "## Limits",
         "",
-        f"- Figures are those of the {report.split} split ({report.num_images:,} images). Intervals are Wilson's 95%: "
-        "the noise of the images, not of the training.",
+        f"- Figures are those of the {report.split} split of {plain(report.dataset)} ({report.num_images:,} images). "
+        "Intervals are Wilson's 95%: the noise of the images, not of the training.",
     ]
     if any(line.get("validation") for line in found.log) and found.path.name != "last.safetensors":
         lines.append("- The epoch was chosen on the validation split.")
