@@ -34,8 +34,8 @@ def card(found: Findings, license: str = "") -> str:
         "",
         f"# {plain(report.model)}, trained on {plain(trained_on)}",
         "",
-        f"An image classifier of {counted(len(found.classes), 'class', 'classes')} with {exits} before its end, trained "
-        f"with sdcli {__version__}.",
+        f"An image classifier of {counted(len(found.classes), 'class', 'classes')} with {exits} before its end, "
+        f"trained with sdcli {__version__}.",
         "",
         *(f"- **{key}:** {plain(value)}" for key, value in about(found)),
         *([f"- **Licence of the weights:** {plain(license)}"] if license != UNKNOWN else []),
