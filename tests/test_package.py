@@ -30,3 +30,4 @@ def test_a_wheel_installed_elsewhere_finds_its_recipes_and_digits(tmp_path):
     assert Path(folder) == tmp_path / "site" / "sdcli" / "recipes"
     assert rest == ["Be", "your", "own", "teacher", "1438"]
     assert (tmp_path / "site" / "sdcli" / "recipes" / "schedules" / "cifar.toml").is_file()
+    assert (tmp_path / "site" / "sdcli" / "report" / "page.html").is_file()

@@ -20,6 +20,7 @@ LAYERS = [
     ("evaluation", "export"),
     ("run",),
     ("compare",),
+    ("report",),
     ("cli",),
 ]
 """Packages and single modules, lowest first: one imports only from layers below its own, and from itself."""
@@ -97,7 +98,7 @@ def loaded_by(*arguments: str) -> set[str]:
 
 def test_help_and_recipes_load_neither_torch_nor_timm():
     heavy = {"torch", "timm", "datasets", "accelerate", "torchvision", "numpy", "optuna"}
-    commands = ["train", "eval", "inspect", "calibrate", "predict", "bench", "export", "tune"]
+    commands = ["train", "eval", "inspect", "calibrate", "predict", "bench", "export", "tune", "report"]
     for arguments in (["--help"], *([command, "--help"] for command in commands)):
         assert not loaded_by(*arguments) & heavy, arguments
     for arguments in (["list"], ["copy", "--help"], ["losses", "--help"]):

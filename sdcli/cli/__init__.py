@@ -20,6 +20,7 @@ from sdcli.cli import inspect as inspect_command
 from sdcli.cli import plot as plot_command
 from sdcli.cli import predict as predict_command
 from sdcli.cli import recipes as recipes_command
+from sdcli.cli import report as report_command
 from sdcli.cli import train as train_command
 from sdcli.cli import tune as tune_command
 from sdcli.cli.streams import secure
@@ -77,6 +78,7 @@ predict_command.register(app)
 bench_command.register(app)
 export_command.register(app)
 plot_command.register(app)
+report_command.register(app)
 recipes_command.register(app)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sdcli.cli.grids import Cell, Grid
-from sdcli.cli.tables import amount
 from sdcli.errors import counted
+from sdcli.evaluation.columns import amount
 
 if TYPE_CHECKING:
     from sdcli.compare.compare import Comparison, Group, Score, Task

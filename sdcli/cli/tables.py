@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent, shorten
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdcli.errors import counted
+from sdcli.evaluation.columns import COLUMNS, amount, cell, is_best, report_columns
 from sdcli.recipe.about import needs
 from sdcli.toml import write_value
 
@@ -34,18 +33,6 @@ if TYPE_CHECKING:
     from sdcli.method.catalogue import Item
     from sdcli.recipe.about import Difference, Overview
     from sdcli.run.tune import Search, Trial
-
-UNITS = ("", "K", "M", "G", "T")
-
-
-def amount(value: float) -> str:
-    """Three digits and a unit, as papers print parameters and MACs: 11.2 M, 555 M, 4.09 G."""
-    for unit in UNITS:
-        if abs(value) < 999.5 or unit == UNITS[-1]:
-            digits = 0 if value == int(value) and not unit else max(0, 3 - len(str(int(abs(value)))))
-            return f"{value:.{digits}f} {unit}".rstrip()
-        value /= 1000
-    raise AssertionError
 
 
 def inspect_table(plan: Mapping[str, Any], console: Console) -> Table:
@@ -310,35 +297,9 @@ def shape(stage: Mapping[str, Any]) -> str:
     return f"{height}x{width}" + (f"+{prefix}" if prefix else "") + f" x {channels}"
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the scores: its title, its field of `ExitResult`, how it reads, and which end is best."""
-
-    title: str
-    field: str
-    best: str  # "max", "min" or ""
-    style: str
-
-
-COLUMNS = (
-    Column("top-1 %", "top1", "max", ".2f"),
-    Column("top-5 %", "top5", "max", ".2f"),
-    Column("NLL", "nll", "min", ".3f"),
-    Column("ECE", "ece", "min", ".3f"),
-    Column("params", "params", "min", "amount"),
-    Column("MACs", "macs", "min", "amount"),
-    Column("speed-up", "speedup", "max", ".2f"),
-)
-
-
 def report_rows(report: Report, leaving: Dynamic | None = None) -> list[ExitResult]:
     """All exits, then the ensemble and early exit where there are any."""
     return [*report.exits, *([report.ensemble] if report.ensemble else []), *([leaving.result] if leaving else [])]
-
-
-def report_columns(num_classes: int) -> list[Column]:
-    """The columns of a report for a reader; with five classes or fewer top-5 is always 100 %."""
-    return [column for column in COLUMNS if column.field != "top5" or num_classes > 5]
 
 
 def report_table(report: Report, num_classes: int, leaving: Dynamic | None = None) -> Table:
@@ -412,24 +373,6 @@ def trade_off_table(found: Calibrated, confidence: float, *, change: bool) -> Ta
         ]
         table.add_row("→" if row.chosen else "", *cells, style="bold" if row.chosen else "")
     return table
-
-
-def cell(result: ExitResult, column: Column) -> str:
-    """One value as it is shown; "-" for one that is not a number."""
-    value = getattr(result, column.field)
-    if not math.isfinite(value):
-        return "-"
-    if column.style == "amount":
-        return amount(value)
-    return f"{value:{column.style}}" + ("x" if column.field == "speedup" else "")
-
-
-def is_best(result: ExitResult, column: Column, rows: Sequence[ExitResult]) -> bool:
-    """Whether this is the best value of its column; a single row has no best."""
-    values = [value for row in rows if math.isfinite(value := getattr(row, column.field))]
-    if len(rows) < 2 or not values or not column.best:
-        return False
-    return bool(getattr(result, column.field) == (max(values) if column.best == "max" else min(values)))
 
 
 def report_markdown(report: Report, num_classes: int, leaving: Dynamic | None = None) -> str:

@@ -153,6 +153,12 @@ def score_checkpoint(
             leaving = evaluate_dynamic(
                 network, loader, policy, accelerator.device, lambda done: progress(total + done, 2 * total)
             )
+    check_finite(report, path)
+    return Scored(report, notes, opened.data.classes, opened.about.epoch, leaving)
+
+
+def check_finite(report: Report, path: Path) -> None:
+    """Raises UserError where an exit's outputs are not finite."""
     for result in report.exits:
         if not math.isfinite(result.nll):
             raise UserError(
@@ -160,7 +166,6 @@ def score_checkpoint(
                 "a network whose outputs are finite",
                 "train it again with a lower learning rate",
             )
-    return Scored(report, notes, opened.data.classes, opened.about.epoch, leaving)
 
 
 def calibrated_policy(network: MultiExit, path: Path, budget: float | None) -> Policy:

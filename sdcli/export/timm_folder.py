@@ -11,12 +11,10 @@ from safetensors.torch import save_file
 from sdcli import __version__
 from sdcli.data.transforms import SMALL
 from sdcli.errors import UserError
+from sdcli.export.card import UNKNOWN, front_matter, license_of, plain
 from sdcli.export.compare import Reader
 from sdcli.export.job import Job
 from sdcli.recipe.address import FINAL
-
-UNKNOWN = "unknown"
-"""The hub's name for a licence that nobody has stated."""
 
 
 def write(job: Job, path: Path) -> None:
@@ -63,33 +61,16 @@ def check(job: Job) -> None:
         )
 
 
-def license_of(job: Job) -> str:
-    """`--license`, or that of the pretrained weights it was trained from; `UNKNOWN` where nobody has said."""
-    if job.license:
-        return job.license
-    student = job.about.recipe.get("networks", {}).get("student", {})
-    if isinstance(student, dict) and student.get("weights") == "pretrained":
-        config: Any = job.network.backbone.pretrained_cfg
-        return str(config.get("license") or UNKNOWN)
-    return UNKNOWN
-
-
 def _card(job: Job) -> str:
     blueprint, data = job.network.blueprint, job.about.dataset
-    license = license_of(job)
+    license = license_of(job.network, job.about, job.license)
     if license == UNKNOWN:
         job.notes.append("the card states no licence: add one with --license, such as --license apache-2.0")
     final, size = blueprint.costs()[FINAL], "x".join(map(str, blueprint.preprocess.size))
-    front = ["tags:", "- image-classification", "- timm", "- sdcli", "pipeline_tag: image-classification"]
-    front += ["library_name: timm", f"license: {license}"]
-    if "/" in data.source and " " not in data.source:
-        front += ["datasets:", f"- {data.source}"]
     lines = [
-        "---",
-        *front,
-        "---",
+        *front_matter(job.about, license, blueprint.architecture.model),
         "",
-        f"# {blueprint.architecture.model}, trained on {_plain(data.name)}",
+        f"# {blueprint.architecture.model}, trained on {plain(data.name)}",
         "",
         f"An image classifier of {len(blueprint.classes)} classes, trained by self-distillation with sdcli "
         f"{__version__}. This folder holds the whole timm model, without the exits that it was trained with.",
@@ -97,7 +78,7 @@ def _card(job: Job) -> str:
         f"- **Model:** {blueprint.architecture.model} of timm",
         f"- **Parameters:** {final.params / 1e6:.1f} M",
         f"- **MACs:** {final.macs / 1e9:.2f} G at {size} pixels",
-        f"- **Data:** {_plain(data.name)}",
+        f"- **Data:** {plain(data.name)}",
         f"- **Epochs:** {job.about.epoch}",
         f"- **Licence of the weights:** {license}",
         *_scores(job),
@@ -122,13 +103,8 @@ def _scores(job: Job) -> list[str]:
     scores = job.about.scores
     for result in scores.get("exits", []):
         if isinstance(result, dict) and result.get("point") == FINAL and isinstance(result.get("top1"), float):
-            return [f"- **Top-1:** {result['top1']:.2f} % ({_plain(str(scores.get('split', 'validation')))} split)"]
+            return [f"- **Top-1:** {result['top1']:.2f} % ({plain(str(scores.get('split', 'validation')))} split)"]
     return []
-
-
-def _plain(text: str) -> str:
-    """A name that a user has chosen, as one line without Markdown."""
-    return " ".join("".join(c for c in text if c.isprintable() and c not in "<>[]`*_|#\\").split()) or "data"
 
 
 def read(path: Path, job: Job) -> Reader:

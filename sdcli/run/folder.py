@@ -11,6 +11,7 @@ state/last.pt      the training state, for `--resume` (`state.py`)
 state/previous.pt  the training state saved before it
 state/lock         locked while a process trains the run (`lock.py`)
 curves.png         losses and accuracies by epoch, if matplotlib is installed (`cli/plots.py`)
+report.html        the page of `sdcli report`, and README.md its model card (`sdcli.report`)
 """
 
 from __future__ import annotations
