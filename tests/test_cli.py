@@ -661,6 +661,15 @@ def test_a_run_keeps_freed_memory_for_the_next_step(tmp_path, sdcli, monkeypatch
     assert asked == [torch.device("cpu")]
 
 
+def test_commands_that_score_keep_freed_memory_for_the_next_batch(trained, sdcli, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(devices, "keep_freed_memory", asked.append)
+    for command in (["compare"], ["report", "--output", tmp_path / "page.html", "--no-card"], ["bench", "-b", 1]):
+        asked.clear()
+        assert sdcli(command[0], trained, *command[1:]).code == 0
+        assert asked == [torch.device("cpu")]
+
+
 def test_curves_and_the_table_have_the_losses_of_all_phases():
     def epoch(number, losses):
         return Epoch(number, f"phase{number}", 0.1, losses, 10, 1.0, 10.0, {}, skipped=number - 1)
