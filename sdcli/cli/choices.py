@@ -87,6 +87,15 @@ Weights: TypeAlias = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Teacher: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        help="The network that teaches, in recipes with one: a run, a checkpoint, or a timm model with pretrained "
+        "weights.",
+        rich_help_panel=MODEL,
+    ),
+]
 Exits: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -262,7 +271,22 @@ def overrides_of(given: Mapping[str, Any]) -> list[Override]:
     ]
     if given["pretrained"]:
         found.append(Override("networks.student.weights", "pretrained", "--pretrained"))
+    if given["teacher"]:
+        found += _teacher(given["teacher"])
     return found
+
+
+def _teacher(named: str) -> list[Override]:
+    """What `--teacher` changes: a path names weights, any other word a model of timm."""
+    from sdcli.recipe.merge import Override
+
+    source = f"--teacher {Path(named).name}"
+    if os.path.exists(named) or set("./~") & set(named):
+        return [Override("networks.teacher.weights", _weights_file(Path(named)), source)]
+    return [
+        Override("networks.teacher.model", named, source),
+        Override("networks.teacher.weights", "pretrained", source),
+    ]
 
 
 def _weights_file(path: Path) -> str:

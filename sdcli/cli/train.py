@@ -51,6 +51,7 @@ def train(
     import_: choices.Import = None,
     pretrained: choices.Pretrained = False,
     weights: choices.Weights = None,
+    teacher: choices.Teacher = None,
     exits: choices.Exits = None,
     head: choices.Head = None,
     stem: choices.Stem = None,

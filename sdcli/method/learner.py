@@ -19,6 +19,7 @@ from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.objective import Objective
 from sdcli.method.signals import SIGNALS, SignalContext
+from sdcli.network.foreign import Translated, Translation
 from sdcli.network.multi_exit import PARTS, MultiExit, PointSpec
 from sdcli.network.signals import Signal
 from sdcli.recipe.address import FINAL, STUDENT, Address
@@ -192,6 +193,13 @@ def read_densely(networks: Mapping[str, MultiExit], derived: Mapping[str, Derive
                 raise error.within(f"signals.{name}", key=f"signals.{name}") from None
 
 
+def keep_statistics(network: nn.Module) -> None:
+    """Batch norms in train mode use the statistics of the batch from now on, and leave their own as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+
+
 class Learner(nn.Module):
     """The networks of a run and the objective that teaches them."""
 
@@ -201,14 +209,22 @@ class Learner(nn.Module):
         objective: Objective,
         frozen: Collection[str] = (),
         derived: Mapping[str, DerivedSignal] | None = None,
+        *,
+        translations: Mapping[str, Translation] | None = None,
+        batch_mode: Collection[str] = (),
     ) -> None:
-        """`frozen` names the networks that do not learn: they run in eval mode and without gradients."""
+        """`frozen` names the networks that do not learn: they run without gradients and in eval mode, but those of
+        `batch_mode` in train mode. `translations` belong to networks that were trained elsewhere."""
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.derived = nn.ModuleDict(derived or {})
         self.frozen = frozenset(frozen)
+        self.translations = nn.ModuleDict(translations or {})
+        self.batch_mode = frozenset(batch_mode)
         for name in self.frozen:
             self.networks[name].requires_grad_(False)
+        for name in self.batch_mode:
+            keep_statistics(self.networks[name])
         read_densely(networks, derived or {})
         self.teach(objective)
 
@@ -276,11 +292,22 @@ class Learner(nn.Module):
             made.renew()
 
     def train(self, mode: bool = True) -> Learner:
-        """Frozen networks stay in eval mode: in train mode their batch-norm statistics would keep changing."""
+        """Frozen networks stay in eval mode, unless the recipe says `mode = "train"`."""
         super().train(mode)
         for name in self.frozen:
-            self.networks[name].eval()
+            self.networks[name].train(mode and name in self.batch_mode)
         return self
+
+    def answers(self, name: str) -> bool:
+        """Whether a network tells the run's classes apart."""
+        translation = dict(self.translations.items()).get(name)
+        return not isinstance(translation, Translation) or translation.knows_classes
+
+    def seen(self, name: str) -> nn.Module:
+        """A network as the run sees it, whatever it was trained on."""
+        network = self.networks[name]
+        translation = dict(self.translations.items()).get(name)
+        return Translated(network, translation) if isinstance(translation, Translation) else network
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Runs every network on the batch, with those exits that a loss reads, and every loss on their outputs; returns
@@ -289,9 +316,16 @@ class Learner(nn.Module):
         The parts keep their graphs too, so that the gradient of each can be computed on its own.
         """
         signals: dict[str, Signal] = {}
+        # torch.compile cannot look up a module by a name that varies.
+        translations = dict(self.translations.items())
         for (name, images), points in self.passes.items():
+            shown = batch.views[images] if images else batch.images
+            translation = translations.get(name)
             with torch.set_grad_enabled(torch.is_grad_enabled() and any(points.values())):
-                said = self.networks[name](batch.views[images] if images else batch.images, points)
+                if translation is None:
+                    said = self.networks[name](shown, points)
+                else:
+                    said = translation.signals(self.networks[name](translation.images(shown), points))
             signals |= {str(Address(name, point, images)): signal for point, signal in said.items()}
         for name in self.makes:
             signals[name] = self.derived[name](signals, batch)

@@ -57,7 +57,7 @@ def _check_networks(recipe: Recipe) -> None:
     if not recipe.student.learns:
         raise UserError("networks.student.learns = false", "a student that learns", key="networks.student.learns")
     for name, network in recipe.others.items():
-        if network.model is None:
+        if network.model is None and network.learns and network.trains == "all":
             raise UserError(
                 f"networks.{name}.model is missing",
                 "the name of a timm model; only the student's comes from the command line",

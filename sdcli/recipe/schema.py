@@ -38,13 +38,18 @@ class Network(Table):
     other network."""
 
     model: str | None = None
-    """A timm model; not for the student."""
+    """A timm model; not for the student, and not needed for a checkpoint of sdcli, which names its own."""
     learns: bool = True
-    """Whether the network is trained. If not, it runs in eval mode and without gradients."""
+    """Whether the network is trained. If not, it runs without gradients, and its weights are loaded again when the run
+    is resumed."""
+    mode: Literal["eval", "train"] = "eval"
+    """Of a network that does not learn: `eval`, or `train`, in which batch norms use the statistics of the batch and
+    dropout is on, as in some authors' code. Its own statistics stay as they are in both."""
     weights: str = "random"
-    """`random`, `pretrained` (timm's), or the path of a checkpoint of sdcli or of timm's own format. A relative path
-    starts at the working directory, not at the recipe. Unless they are random, the student's weights decide the input
-    size, mean and standard deviation of the images; `--image-size` sets another size."""
+    """`random`, `pretrained` (timm's), or the path of a run, or of a checkpoint of sdcli or of timm's own format. A
+    relative path starts at the working directory, not at the recipe. Unless they are random, the student's weights
+    decide the input size, mean and standard deviation of the images; `--image-size` sets another size. A network that
+    does not learn gets the same crops in its own size and colours, and its classes are found by name."""
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] = "auto"
     """`auto` (one per stage), `none` (the plain model), the number of exits including the final one, or a list of
     modules to tap."""
@@ -65,6 +70,16 @@ class Network(Table):
     gradients: Gradients = "sum"
     """What the stages hear of the exits behind them: the `sum` of their gradients, the mean (`equilibrium`, Li et al.
     2019, arXiv:1908.06294), or nothing (`detached`: heads learn from the trunk, and the trunk only from `final`)."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether its backbone is what it was before the run: then a checkpoint decides what it is."""
+        return (not self.learns or self.trains == "heads") and self.weights != "random"
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it is left open which network this is: another than the student, without model and weights."""
+        return self.model is None and self.weights == "random"
 
     @property
     def from_file(self) -> bool:
@@ -377,6 +392,11 @@ class Recipe(Table):
         return [phase.epochs or self.epochs for phase in self.all_phases]
 
     @property
+    def awaited(self) -> list[str]:
+        """The networks that the command line has yet to name."""
+        return [name for name, network in self.others.items() if network.awaited]
+
+    @property
     def taking_part(self) -> dict[str, bool]:
         """Every network by name, including those without a table, and whether it learns."""
         networks = {STUDENT: True} | {name: table.learns for name, table in self.others.items()}
@@ -411,6 +431,10 @@ class Recipe(Table):
     def reads(self, network: str, losses: Iterable[str] | None = None) -> bool:
         """Whether one of these losses, or a signal that it reads, names a point of this network."""
         return any(address.network == network for address in self.addresses(losses))
+
+    def points_of(self, network: str) -> set[str]:
+        """The points of this network that losses and signals name, as they are written."""
+        return {address.point for address in self.addresses() if address.network == network}
 
 
 def with_weights(recipe: Recipe, found: Mapping[str, float]) -> Recipe:

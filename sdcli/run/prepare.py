@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import digests, load_imports
 from sdcli.method.catalogue import completed
-from sdcli.method.check import check_files, check_names, check_with_model, idle_losses, remarks
+from sdcli.method.check import check_files, check_named, check_names, check_with_model, idle_losses, remarks
 from sdcli.method.learner import Learner, build_objectives
 from sdcli.method.losses import LOSSES
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import Description, TrainedOn
+from sdcli.network.foreign import Translation, columns_of, draft_foreign
 from sdcli.network.memory_format import suitable_format
 from sdcli.network.multi_exit import MultiExit
-from sdcli.network.weights import Loaded, build_network, read_weights_file
+from sdcli.network.weights import Loaded, build_network, file_of, read_weights_file
 from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
 from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import Recipe, as_list
@@ -89,7 +90,7 @@ def settled(recipe: Recipe) -> Recipe:
     networks = {
         name: network
         if not network.from_file
-        else network.model_copy(update={"weights": os.path.realpath(os.path.expanduser(network.weights))})
+        else network.model_copy(update={"weights": os.path.realpath(file_of(network))})
         for name, network in recipe.networks.items()
     }
     return completed(recipe).model_copy(update={"networks": networks})
@@ -101,6 +102,7 @@ def check(settings: Settings, recipe: Recipe, begins: bool = False) -> Settings:
     load_imports(settings.imports)
     check_names(recipe)
     _LOG.info("checking the recipe with %s", settings.model)
+    check_named(recipe)
     if begins:
         check_files(recipe)
         settings = replace(settings, weights_file=read_weights_file(recipe.student, settings.model))
@@ -167,8 +169,19 @@ def build(
         _check_data(about_data, trained_on)
     classes = splits.dataset.classes
     set_seed(settings.seed)
-    networks, notes = _build_networks(settings, recipe, splits, begins=trained_on is None)
+    foreign = {
+        name: draft_foreign(table, name, recipe.points_of(name))
+        for name, table in recipe.others.items()
+        if table.finished
+    }
+    answers = {name: _columns(name, blueprint.classes, classes, recipe) for name, blueprint in foreign.items()}
+    networks, notes = _build_networks(settings, recipe, splits, foreign, begins=trained_on is None)
     student = networks[STUDENT]
+    translations = {
+        name: Translation(student.blueprint.preprocess, blueprint.preprocess, *answers[name])
+        for name, blueprint in foreign.items()
+    }
+    notes += [f"{name}: {note}" for name, translation in translations.items() for note in translation.notes]
     loaded = {name: digest_of(networks[name].state_dict()) for name, t in recipe.others.items() if not t.learns}
     blueprint = student.blueprint
     ema = _average(student, recipe)
@@ -180,7 +193,8 @@ def build(
     specs = {str(Address(name, p)): spec for name, network in networks.items() for p, spec in network.specs.items()}
     num_images = int(splits.train.index.max()) + 1
     objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed)
-    learner = Learner(networks, objectives[0], frozen, making)
+    batch_mode = [name for name, table in recipe.others.items() if table.mode == "train"]
+    learner = Learner(networks, objectives[0], frozen, making, translations=translations, batch_mode=batch_mode)
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
 
@@ -241,10 +255,10 @@ def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
 
 
 def _build_networks(
-    settings: Settings, recipe: Recipe, splits: Splits, begins: bool
+    settings: Settings, recipe: Recipe, splits: Splits, foreign: Mapping[str, Blueprint], begins: bool
 ) -> tuple[dict[str, MultiExit], list[str]]:
-    """The recipe's networks, and notes for the user about them. Networks that learn load their weights only if the run
-    `begins`; a resumed run has them in its state."""
+    """The recipe's networks, and notes for the user about them; `foreign` are the plans of those that were trained
+    elsewhere. Networks that learn load their weights only if the run `begins`; a resumed run has them in its state."""
     _LOG.info("measuring the images")
     size, *colours = measure(splits.dataset)
     mean, std = colours
@@ -258,7 +272,9 @@ def _build_networks(
     for name, table in {STUDENT: recipe.student, **recipe.others}.items():
         model = settings.model if name == STUDENT else str(table.model)
         file = settings.weights_file if name == STUDENT else None
-        blueprint = Blueprint.draft(table, model, classes, image_size=image_size, colours=(mean, std), file=file)
+        blueprint = foreign.get(name) or Blueprint.draft(
+            table, model, classes, image_size=image_size, colours=(mean, std), file=file
+        )
         # A run's state leaves out the weights of networks that do not learn: they are loaded again.
         networks[name], loaded = build_network(table, blueprint, begins=begins or not table.learns)
         if begins and name != STUDENT and not table.learns:
@@ -269,9 +285,23 @@ def _build_networks(
         if begins and name == STUDENT and table.from_file:
             more.append(_as_trained(blueprint.preprocess, settings.image_size is not None))
         notes += more if name == STUDENT else [f"{name}: {note}" for note in more]
-        # All networks see images of the student's size.
+        # All networks that learn see images of the student's size.
         image_size = networks[STUDENT].plan.input_size[1]
     return networks, notes
+
+
+def _columns(
+    name: str, theirs: Sequence[str], classes: Sequence[str], recipe: Recipe
+) -> tuple[list[int] | None, bool]:
+    """Where the run's classes stand among those of a network that was trained elsewhere, and whether it knows them;
+    raises UserError where a loss compares predictions about other classes."""
+    compared = [loss for loss, table in recipe.losses.items() if LOSSES.find(table.kind).reads == "logits"]
+    try:
+        return columns_of(classes, theirs, f"networks.{name}.weights"), True
+    except UserError:
+        if any(address.network == name for address in recipe.addresses(compared)):
+            raise
+        return None, False
 
 
 def _as_trained(preprocess: Preprocess, sized: bool) -> str:

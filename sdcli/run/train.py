@@ -15,9 +15,12 @@ from sdcli.data.batch import Batch
 from sdcli.data.loaders import Loader
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
+from sdcli.evaluation.answers import answer
 from sdcli.evaluation.evaluate import Report, evaluate
 from sdcli.method.optimizer import base_rate
 from sdcli.method.shares import is_measured_at
+from sdcli.network.multi_exit import MultiExit
+from sdcli.recipe.address import FINAL
 from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import with_weights
 from sdcli.run.best import Best
@@ -108,7 +111,7 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
                 return
             except UserError as error:
                 raise _saved(training, error) from None
-            epoch = replace(epoch, validation=finite(report, training))
+            epoch = replace(epoch, validation=finite(report, training), networks=score_others(training))
         if training.is_first:
             training.run.log_epoch(epoch.to_log())
             _save_checkpoint(training, "last", epoch)
@@ -164,6 +167,29 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
         autocast=training.accelerator.autocast,
         collect=lambda own: interleaved(training.accelerator, [tensor.cpu() for tensor in own]),
     )
+
+
+def score_others(training: Training) -> dict[str, float]:
+    """The top-1 in percent of every other network that takes part, on the split that is scored: a bad teacher is seen
+    in the first epoch. Those that do not learn are scored once."""
+    learner, found = training.learner, {}
+    for name in training.recipe.others:
+        network = learner.networks[name]
+        assert isinstance(network, MultiExit)
+        if not learner.answers(name):
+            continue
+        if name not in training.known_scores or name not in learner.frozen:
+            said = answer(
+                learner.seen(name),
+                training.scored_loader,
+                points=[FINAL],
+                device=training.accelerator.device,
+                autocast=training.accelerator.autocast,
+                collect=lambda own: interleaved(training.accelerator, [tensor.cpu() for tensor in own]),
+            )
+            training.known_scores[name] = 100.0 * said.correct(FINAL).double().mean().item()
+        found[name] = training.known_scores[name]
+    return found
 
 
 def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,8 @@ class Training:
     schedule: Any = None
     position: Position = field(default_factory=Position)
     notes: list[str] = field(default_factory=list)
+    known_scores: dict[str, float] = field(default_factory=dict)
+    """The top-1 of networks that do not learn, once they are scored."""
     stillness: Stillness | None = None
     """Watches the first updates of a phase; None where a run was resumed within them."""
 
