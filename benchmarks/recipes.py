@@ -77,7 +77,7 @@ def held(training: Training, batches: list[Batch]) -> tuple[float, float]:
     """MiB that a run holds permanently, and within a step (autograd's saved tensors and gradients). Call it after a
     first step."""
     parts = [*training.learner.state_dict().values()]
-    parts += [value for state in training.optimizer.state.values() for value in state.values()]
+    parts += [value for state in training.optimizers["student"].state.values() for value in state.values()]
     storages = [part.untyped_storage() for part in parts if isinstance(part, torch.Tensor)]
     lasting = {storage.data_ptr(): storage.nbytes() for storage in storages}
     kept: dict[int, int] = {}

@@ -115,7 +115,7 @@ def _follow_plain(training: Training, events: Iterable[Event]) -> Finished | Sto
                         f"  |  {_losses(event.losses)}  |  {speed}")  # fmt: skip
         else:
             shown = now
-            scores = f"  |  {_scores(event.validation, event.networks)}" if event.validation else ""
+            scores = f"  |  {_scores(event.validation, event.networks)}" if event.validation or event.networks else ""
             speed = f"{event.images_per_s:,.0f} images/s{left(event.epoch * steps)}"
             message(f"epoch {event.epoch}/{training.epochs}  |  {_losses(event.losses)}{_skipped(event)}{scores}"
                     f"  |  {speed}")  # fmt: skip
@@ -260,9 +260,12 @@ def _losses(losses: dict[str, float]) -> str:
     return "loss: " + " + ".join(f"{name} {value:.3g}" for name, value in losses.items())
 
 
-def _scores(report: Report, others: Mapping[str, float] | None = None) -> str:
-    own = [(result.point, result.top1) for result in report_rows(report)]
-    return f"{report.split} top-1 %: " + ", ".join(f"{name} {top1:.2f}" for name, top1 in [*own, *(others or {}).items()])
+def _scores(report: Report | None, others: Mapping[str, float] | None = None) -> str:
+    """Top-1 of the student, if it was scored, and of other networks; those are scored on the same split."""
+    own = [(result.point, result.top1) for result in report_rows(report)] if report else []
+    return f"{report.split if report else 'validation'} top-1 %: " + ", ".join(
+        f"{name} {top1:.2f}" for name, top1 in [*own, *(others or {}).items()]
+    )
 
 
 def _time(seconds: float) -> str:

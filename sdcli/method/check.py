@@ -117,6 +117,11 @@ def check_named(recipe: Recipe) -> None:
         )
 
 
+def left_open(recipe: Recipe) -> list[str]:
+    """A note for each network that is still to be named."""
+    return [f"networks.{name} is to be named: {_naming(name)}" for name in recipe.awaited]
+
+
 def _naming(name: str) -> str:
     """The option that says which network this is."""
     return "--teacher RUN" if name == TEACHER else f"--set networks.{name}.weights=RUN"
@@ -214,7 +219,7 @@ def _other_on_meta(name: str, table: Network, recipe: Recipe, student: str, imag
 
 def remarks(recipe: Recipe, model: str | None = None) -> list[str]:
     """Settings that are allowed but have no effect, one note for each; `model` is the student's, if it is known."""
-    found = [f"networks.{name} is to be named: {_naming(name)}" for name in recipe.awaited]
+    found = []
     for name, network in {STUDENT: recipe.student, **recipe.others}.items():
         named = model if name == STUDENT else network.model
         if named is not None and names_weights(named) and network.weights == "random":

@@ -5,7 +5,7 @@ B batch, C channels, D embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -199,17 +199,25 @@ class Objective(nn.Module):
         `on`."""
         return [name for name in self._losses if name not in self.names]
 
-    def forward(self, signals: Mapping[str, Signal], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all terms (a scalar), and what each loss of the recipe contributes to it."""
+    def forward(
+        self, signals: Mapping[str, Signal], batch: Batch, scales: Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms (a scalar), and what each loss of the recipe contributes to it.
+
+        `scales` has a factor for each term, or None for one that is left out.
+        """
         signals = {point: signal.at_least_float() for point, signal in signals.items()}
         # Autocast would compute products inside a loss in half precision.
         with torch.autocast(batch.images.device.type, enabled=False):
-            parts = self._parts(signals, batch)
+            parts = self._parts(signals, batch, scales or [])
         return torch.stack(list(parts.values())).sum(), parts
 
-    def _parts(self, signals: Mapping[str, Signal], batch: Batch) -> dict[str, Tensor]:
+    def _parts(self, signals: Mapping[str, Signal], batch: Batch, scales: Sequence[Tensor | None]) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for number, term in enumerate(self.terms):
+            if scales and scales[number] is None:
+                parts.setdefault(term.name, batch.images.new_zeros(()))
+                continue
             student = getattr(signals[term.on], term.reads)
             if term.target is None:
                 value = term.compare(student, batch)
@@ -218,6 +226,8 @@ class Objective(nn.Module):
             _check_value(term, student, value)
             varies = term.weight.varies or self._seed is not None
             value = value.mean() * (self.now[number] if varies else term.weight.value)
+            if scales and (scale := scales[number]) is not None:
+                value = value * scale
             parts[term.name] = parts[term.name] + value if term.name in parts else value
         return parts
 

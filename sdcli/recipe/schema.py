@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from sdcli.recipe import ramps
 from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
@@ -70,6 +70,13 @@ class Network(Table):
     gradients: Gradients = "sum"
     """What the stages hear of the exits behind them: the `sum` of their gradients, the mean (`equilibrium`, Li et al.
     2019, arXiv:1908.06294), or nothing (`detached`: heads learn from the trunk, and the trunk only from `final`)."""
+
+    optimizer: Optimizer | None = None
+    """The table `[networks.NAME.optimizer]`: keys of `[optimizer]` that are different for this network; not for the
+    student."""
+    schedule: Schedule | None = None
+    """The table `[networks.NAME.schedule]`: keys of `[schedule]` that are different for this network; not for the
+    student."""
 
     @property
     def finished(self) -> bool:
@@ -305,15 +312,33 @@ class Ema(Table):
     """Whether the decay starts low, so that the first weights are soon forgotten."""
 
 
+class Rule(Table):
+    """`[rules.NAME]`: whether a network learns from a batch."""
+
+    kind: Literal["switokd"]
+    """`switokd`: the network rests while it is too far ahead (SwitOKD, Qian et al. 2022, arXiv:2204.00793)."""
+    network: Word
+    """The network that rests."""
+    behind: str = FINAL
+    """The point that it must not leave too far behind."""
+    condition: Literal["code", "paper"] = "code"
+    """`paper`: it rests if G > s - exp(-t / (s + t)) t, with the batch's means of the L1 distances between the
+    predictions of the two (G), and between either's and the labels (s of `behind`, t of the network's `final`);
+    `code`: only if also t < s, as in all of the authors' code."""
+
+
 class Phase(Table):
     """`[[phases]]`: a part of the run, with a schedule and an optimizer of its own."""
 
     name: str
     """The name of the phase in the log."""
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    """The length of the phase; by default the recipe's `epochs`."""
+    epochs: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The length of the phase; by default the recipe's `epochs`, and below 1 a fraction of those."""
     losses: Annotated[list[str], Field(min_length=1)] | None = None
     """The losses that apply in this phase; by default all."""
+    learns: Annotated[list[Word], Field(min_length=1)] | None = None
+    """The networks that learn in this phase; by default all that learn at all. The others are as they are, in eval
+    mode. The student learns in the last phase at least."""
     trains: Trains | None = None
     """What is trained of the student in this phase; by default what `[networks.student]` says."""
     teacher: bool = False
@@ -356,8 +381,29 @@ class Recipe(Table):
     """The table `[schedule]`."""
     ema: Ema | None = None
     """The table `[ema]`; without it, no average is kept."""
+    rules: dict[Word, Rule] = {}
+    """The tables `[rules.NAME]`."""
+    updates: Literal["simultaneous", "sequential"] = "simultaneous"
+    """Whether the networks that learn all take a step after the same predictions, or one after the other, each after
+    new predictions of all (DML, as in its paper)."""
     phases: list[Phase] = []
     """The tables `[[phases]]`, in the order in which they run; without any, the run is one phase with all losses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, tables: Any) -> Any:
+        """What a network's own optimizer and schedule leave out is that of the recipe."""
+        networks = tables.get("networks") if isinstance(tables, dict) else None
+        if not isinstance(networks, dict):
+            return tables
+        filled = {}
+        for name, network in networks.items():
+            filled[name] = network
+            for part in ("optimizer", "schedule"):
+                own = network.get(part) if isinstance(network, dict) else None
+                if isinstance(own, dict) and isinstance(shared := tables.get(part, {}), dict):
+                    filled[name] = {**filled[name], part: {**shared, **own}}
+        return {**tables, "networks": filled}
 
     @property
     def student(self) -> Network:
@@ -377,7 +423,7 @@ class Recipe(Table):
         return [
             phase.model_copy(
                 update={
-                    "epochs": phase.epochs or self.epochs,
+                    "epochs": self._length(phase),
                     "losses": phase.losses or list(self.losses),
                     "trains": phase.trains or self.student.trains,
                 }
@@ -386,10 +432,15 @@ class Recipe(Table):
             for _ in range(phase.rounds)
         ]
 
+    def _length(self, phase: Phase) -> int:
+        if phase.epochs is None:
+            return self.epochs
+        return max(1, round(phase.epochs * self.epochs)) if phase.epochs < 1 else int(phase.epochs)
+
     @property
     def phase_epochs(self) -> list[int]:
         """The number of epochs of each of `all_phases`."""
-        return [phase.epochs or self.epochs for phase in self.all_phases]
+        return [self._length(phase) for phase in self.all_phases]
 
     @property
     def awaited(self) -> list[str]:
@@ -406,6 +457,20 @@ class Recipe(Table):
             networks[TEACHER] = False
         return networks
 
+    def learning(self, phase: int) -> list[str]:
+        """The networks that learn in a phase of `all_phases`."""
+        able = [name for name, learns in self.taking_part.items() if learns]
+        wanted = self.all_phases[phase].learns
+        return [name for name in able if wanted is None or name in wanted]
+
+    def optimizer_of(self, network: str) -> Optimizer:
+        """A network's own optimizer, or else that of the recipe."""
+        return (self.networks[network].optimizer if network in self.networks else None) or self.optimizer
+
+    def schedule_of(self, network: str) -> Schedule:
+        """A network's own schedule, or else that of the recipe."""
+        return (self.networks[network].schedule if network in self.networks else None) or self.schedule
+
     def named(self, losses: Iterable[str] | None = None) -> list[str]:
         """All points, signals and keywords that these losses name, and those that the signals among them are made from;
         without `losses`, those of all losses and all signals. Each as it is written."""
@@ -418,6 +483,11 @@ class Recipe(Table):
     def addresses(self, losses: Iterable[str] | None = None) -> list[Address]:
         """The points among the names that `named` returns."""
         found = [Address.find(name) for name in self.named(losses) if name not in self.signals]
+        return [address for address in found if address is not None]
+
+    def addresses_on(self, loss: str) -> list[Address]:
+        """The points that a loss teaches, signals left out."""
+        found = [Address.find(name) for name in as_list(self.losses[loss].on) if name not in self.signals]
         return [address for address in found if address is not None]
 
     def only_on_exits(self, loss: str) -> bool:
@@ -456,7 +526,8 @@ def as_list(value: str | list[str]) -> list[str]:
 # By path. An error about a misplaced key points to the first table that has it.
 TABLES: dict[str, type[BaseModel]] = {
     "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
-    "networks.NAME": Network, "ema": Ema, "signals.NAME": Derived, "batch.views.NAME": View, "phases": Phase,
+    "networks.NAME": Network, "networks.NAME.optimizer": Optimizer, "networks.NAME.schedule": Schedule,
+    "rules.NAME": Rule, "ema": Ema, "signals.NAME": Derived, "batch.views.NAME": View, "phases": Phase,
 }  # fmt: skip
 
 RENAMED = {

@@ -27,7 +27,7 @@ from sdcli.errors import UserError
 from sdcli.extensions import digests, load_imports
 from sdcli.method.catalogue import completed
 from sdcli.method.check import check_files, check_named, check_names, check_with_model, idle_losses, remarks
-from sdcli.method.learner import Learner, build_objectives
+from sdcli.method.learner import Learner, build_objectives, what_trains
 from sdcli.method.losses import LOSSES
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
@@ -163,6 +163,7 @@ def build(
 
     Raises UserError for mistakes that only show with the data.
     """
+    _check_many(recipe, accelerator)
     splits = _open_splits(settings, accelerator)
     about_data = _identity(splits.train)
     if trained_on is not None:
@@ -194,7 +195,16 @@ def build(
     num_images = int(splits.train.index.max()) + 1
     objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed)
     batch_mode = [name for name, table in recipe.others.items() if table.mode == "train"]
-    learner = Learner(networks, objectives[0], frozen, making, translations=translations, batch_mode=batch_mode)
+    learner = Learner(
+        networks,
+        objectives[0],
+        frozen,
+        making,
+        translations=translations,
+        batch_mode=batch_mode,
+        rules=recipe.rules.values(),
+        in_turn=recipe.updates == "sequential",
+    )
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
 
@@ -211,10 +221,12 @@ def build(
     learner.to(accelerator.device)
     if ema is not None:
         ema.to(accelerator.device)
-    for epochs in recipe.phase_epochs:
+    for number, epochs in enumerate(recipe.phase_epochs):
         # A schedule that does not fit a later phase is refused now.
-        optimizer = create_optimizer([learner], recipe.optimizer)
-        create_schedule(optimizer, recipe.schedule, epochs, order.updates)
+        learner.teach(objectives[number], what_trains(recipe, number), recipe.learning(number))
+        for name in learner.learning:
+            optimizer = create_optimizer(learner.parts_of(name), recipe.optimizer_of(name))
+            create_schedule(optimizer, recipe.schedule_of(name), epochs, order.updates)
     notes += idle_losses(objectives)
     coupled = [f"losses.{term.name}" for objective in objectives for term in objective.terms if term.sees_batch]
     coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
@@ -244,6 +256,24 @@ def build(
         objectives=objectives,
         notes=[*splits.dataset.notes, *notes, *remarks(recipe, settings.model)],
     )
+
+
+def _check_many(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises UserError for what several networks that learn cannot do."""
+    learning = [name for name, learns in recipe.taking_part.items() if learns]
+    if recipe.updates == "sequential" and accelerator.num_processes > 1:
+        raise UserError(
+            f'updates = "sequential" with {accelerator.num_processes} processes',
+            "one process: networks that take turns leave the others without gradients to exchange",
+            '--set updates="simultaneous"',
+            key="updates",
+        )
+    if len(learning) > 1 and accelerator.scaler is not None:
+        raise UserError(
+            f"--precision fp16 with several networks that learn: {', '.join(learning)}",
+            "a precision without a gradient scaler, which all of them would share",
+            "--precision bf16",
+        )
 
 
 def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
@@ -290,9 +320,7 @@ def _build_networks(
     return networks, notes
 
 
-def _columns(
-    name: str, theirs: Sequence[str], classes: Sequence[str], recipe: Recipe
-) -> tuple[list[int] | None, bool]:
+def _columns(name: str, theirs: Sequence[str], classes: Sequence[str], recipe: Recipe) -> tuple[list[int] | None, bool]:
     """Where the run's classes stand among those of a network that was trained elsewhere, and whether it knows them;
     raises UserError where a loss compares predictions about other classes."""
     compared = [loss for loss, table in recipe.losses.items() if LOSSES.find(table.kind).reads == "logits"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +20,7 @@ from sdcli.evaluation.evaluate import Report, evaluate
 from sdcli.method.optimizer import base_rate
 from sdcli.method.shares import is_measured_at
 from sdcli.network.multi_exit import MultiExit
-from sdcli.recipe.address import FINAL
+from sdcli.recipe.address import FINAL, STUDENT
 from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import with_weights
 from sdcli.run.best import Best
@@ -104,14 +104,15 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
                 # On a signal they cannot stop in the middle of scoring, and a launcher may not wait until it ends.
                 save(training)
             try:
-                report = score(training, told_to_stop)
+                report = score(training, told_to_stop) if STUDENT not in training.learner.frozen else None
             except _Stop as stop:
                 save(training)
                 yield Stopped(position.epoch, position.update, stop.args[0])
                 return
             except UserError as error:
                 raise _saved(training, error) from None
-            epoch = replace(epoch, validation=finite(report, training), networks=score_others(training))
+            others = score_others(training)
+            epoch = replace(epoch, validation=report and finite(report, training), networks=others)
         if training.is_first:
             training.run.log_epoch(epoch.to_log())
             _save_checkpoint(training, "last", epoch)
@@ -198,6 +199,9 @@ def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor
     `batches` are this process's micro-batches. Returns each loss's contribution to the total, averaged over them
     [losses], and the gradient norm before clipping [].
     """
+    training.learner.resting()
+    if training.recipe.updates == "sequential":
+        return _in_turn(training, batches)
     skips = training.recipe.optimizer.nonfinite == "skip"
     buffers = [buffer.clone() for buffer in training.learner.buffers()] if skips else []
     losses = backward(training, batches)
@@ -205,9 +209,23 @@ def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor
     if skips and not all_finite(training, losses, norm):
         skip_update(training, batches, buffers)
     else:
-        take_step(training)
-    training.optimizer.zero_grad(set_to_none=True)
+        take_step(training, training.optimizers)
+    for optimizer in training.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
     return losses, norm
+
+
+def _in_turn(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """One update in which the networks take their steps one after the other, each after new predictions of all."""
+    losses, norms = [], []
+    for name, optimizer in training.optimizers.items():
+        training.learner.only = name
+        losses.append(backward(training, batches))
+        norms.append(clip_gradient(training))
+        take_step(training, [name])
+        optimizer.zero_grad(set_to_none=True)
+    training.learner.only = None
+    return torch.stack(losses).sum(dim=0), torch.stack(norms).norm()
 
 
 def backward(training: Training, batches: list[Batch]) -> Tensor:
@@ -224,13 +242,18 @@ def backward(training: Training, batches: list[Batch]) -> Tensor:
 
 
 def clip_gradient(training: Training) -> Tensor:
-    """Clips the norm of the whole gradient to `optimizer.clip_grad`; returns the norm before clipping []."""
+    """Clips the norm of each network's whole gradient to its `optimizer.clip_grad`; returns the norm of all before
+    clipping []."""
     training.accelerator.unscale_gradients()
-    trained = [parameter for parameter in training.learner.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    if (limit := training.recipe.optimizer.clip_grad) is not None:
-        nn.utils.clip_grads_with_norm_(trained, limit, norm)
-    return norm
+    norms = []
+    for name in training.optimizers:
+        trained = [p for part in training.learner.parts_of(name) for p in part.parameters() if p.grad is not None]
+        if not trained:
+            continue
+        norms.append(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        if (limit := training.recipe.optimizer_of(name).clip_grad) is not None:
+            nn.utils.clip_grads_with_norm_(trained, limit, norms[-1])
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def all_finite(training: Training, losses: Tensor, norm: Tensor) -> bool:
@@ -239,10 +262,13 @@ def all_finite(training: Training, losses: Tensor, norm: Tensor) -> bool:
     return bool(training.accelerator.reduce(losses.clone()).isfinite().all() & norm.isfinite())
 
 
-def take_step(training: Training) -> None:
-    """Updates the weights and their moving average."""
-    training.optimizer.step()
-    if training.ema is not None:
+def take_step(training: Training, names: Collection[str]) -> None:
+    """Updates the weights of these networks, but of those that a rule lets rest, and the student's moving average."""
+    resting = training.learner.resting()
+    for name in names:
+        if name not in resting:
+            training.optimizers[name].step()
+    if training.ema is not None and STUDENT in names and STUDENT not in training.learner.frozen:
         training.ema.update(training.learner.student, step=training.updates_averaged + 1)
     training.position.in_a_row = 0
 
@@ -296,7 +322,7 @@ def train_epoch(
             objective.set_time(done / training.updates_per_epoch, epochs)
         shares, notes = _measured(training, batches[0])
         position.shares = shares or position.shares
-        position.lr = base_rate(training.optimizer)
+        position.lr = base_rate(next(iter(training.optimizers.values())))
         losses, norm = train_step(training, batches)
         # Skipped updates do not count.
         own = 0 if position.in_a_row else sum(len(batch.labels) for batch in batches)
@@ -312,7 +338,8 @@ def train_epoch(
             training.stillness.see(losses)
         if has_to_give_up(training):
             raise gave_up(training, batches[0])
-        training.schedule.step(training.updates_done)
+        for schedule in training.schedules.values():
+            schedule.step(training.updates_done)
         now = time.monotonic()
         if now - logged >= LOG_EVERY_S or position.update == 1 or shares or notes:
             logged = now
