@@ -18,6 +18,7 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.objective import Objective
+from sdcli.method.pruning import Masks
 from sdcli.method.rules import rule_of
 from sdcli.method.signals import SIGNALS, SignalContext
 from sdcli.network.foreign import Translated, Translation
@@ -112,10 +113,15 @@ def build_signals(
 
 
 def build_objectives(
-    recipe: Recipe, specs: Mapping[str, PointSpec], num_classes: int, num_images: int, seed: int = 0
+    recipe: Recipe,
+    specs: Mapping[str, PointSpec],
+    num_classes: int,
+    num_images: int,
+    seed: int = 0,
+    labels: Tensor | None = None,
 ) -> tuple[list[Objective], dict[str, DerivedSignal]]:
     """The objective of each phase, and the signals made from predictions; `specs` are those of the points, by address,
-    and random weights are drawn with `seed`.
+    random weights are drawn with `seed`, and `labels` are those of the training images, by index.
 
     Raises UserError for mistakes that only show with the networks: points that do not exist, widths that do not match,
     exits that nothing teaches.
@@ -132,7 +138,9 @@ def build_objectives(
             for name, spec in specs.items()
         }
         random = key(seed, "weights", number) if recipe.random_weights else None
-        objectives.append(Objective(losses, own, frozen=frozen, derived=made, mixes=recipe.batch.mixes, seed=random))
+        objectives.append(
+            Objective(losses, own, frozen=frozen, derived=made, mixes=recipe.batch.mixes, seed=random, labels=labels)
+        )
     check_taught(objectives, recipe, specs, never)
     for name, make in making.items():
         read = [objective.reads[name] for objective in objectives if name in objective.reads]
@@ -220,10 +228,12 @@ class Learner(nn.Module):
         batch_mode: Collection[str] = (),
         rules: Iterable[Rule] = (),
         in_turn: bool = False,
+        pruned: Collection[str] = (),
     ) -> None:
         """`frozen` names the networks that never learn: they run without gradients and in eval mode, but those of
         `batch_mode` in train mode. `translations` belong to networks that were trained elsewhere; `rules` let networks
-        rest, and `in_turn` says that every network that learns gets passes of its own."""
+        rest; `in_turn` says that every network that learns gets passes of its own, and `pruned` names those of which
+        phases prune weights."""
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.derived = nn.ModuleDict(derived or {})
@@ -234,6 +244,7 @@ class Learner(nn.Module):
         self.batch_mode = frozenset(batch_mode)
         self.rules = list(rules)
         self.in_turn = in_turn
+        self.masks = nn.ModuleDict({name: Masks(networks[name]) for name in pruned})
         self.only: str | None = None
         """The network that alone learns from the next pass, where networks take turns."""
         self._may_learn: list[dict[str, Tensor]] = []
@@ -352,6 +363,12 @@ class Learner(nn.Module):
         for name in self.frozen:
             self.networks[name].train(mode and name in self.batch_mode)
         return self
+
+    def mask(self, name: str, network: nn.Module) -> None:
+        """Keeps what is pruned of a network at 0, in it or in an average of it."""
+        masks = dict(self.masks.items()).get(name)
+        if isinstance(masks, Masks) and isinstance(network, MultiExit):
+            masks.apply_to(network)
 
     def answers(self, name: str) -> bool:
         """Whether a network tells the run's classes apart."""

@@ -40,11 +40,13 @@ class Objective(nn.Module):
         derived: Mapping[str, PointSpec] | None = None,
         mixes: bool = False,
         seed: int | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         """Builds the terms for networks with the points of `specs`, by address, each network's shallowest first.
 
         `frozen` names the networks that do not learn, `derived` holds the predictions that are made from others;
-        `mixes` is true if labels are mixtures of several classes. With a `seed`, random weights replace those of the
+        `mixes` is true if labels are mixtures of several classes; `labels` are those of the training images, by index,
+        for losses that remember images. With a `seed`, random weights replace those of the
         losses, except 0. Raises UserError for an unknown loss or key, a point that does not exist, does not learn or
         has no classifier, weights or targets that do not match the points, and a loss that needs one class per image
         where classes are mixed. `check_taught` finds points that nothing teaches.
@@ -53,6 +55,7 @@ class Objective(nn.Module):
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
         self._seed = seed
+        self._labels = torch.zeros(1, dtype=torch.long) if labels is None else labels
         self._addresses = Addresses(specs, derived or {}, frozen)
         check_mixing(losses, mixes)
         self._losses = [name for name, loss in losses.items() if any(w.varies or w.value for w in loss.weights)]
@@ -161,7 +164,8 @@ class Objective(nn.Module):
         side = "embedding_dim" if entry.reads == "embedding" else "num_chs"
         widths = [getattr(self._addresses.spec(name), side) for name in (point, target)]
         try:
-            built: nn.Module = entry.call(*widths, **options)
+            more = [self._labels] if "labels" in entry.takes else []
+            built: nn.Module = entry.call(*widths, *more, **options)
         except UserError as error:
             raise error.within(f"{where} at {point}", key=where) from None
         except Exception as error:  # it may be the user's own code

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sdcli.data.batch import Batch
+from sdcli.devices import everyones
 from sdcli.method.losses.labels import hard_labels
 from sdcli.method.losses.labels import votes as count_votes
 from sdcli.method.losses.logits import gated
@@ -128,7 +129,7 @@ class Memory(nn.Module):
         past = torch.where(self.seen[batch.index][:, None], self.past[batch.index].float(), sure)
         if self.training:
             # The same prediction, within half precision's range.
-            index, said = _everyones(batch.index), _everyones(logits.log_softmax(dim=1).clamp(min=-6e4).half())
+            index, said = everyones(batch.index), everyones(logits.log_softmax(dim=1).clamp(min=-6e4).half())
             self.past[index] = said
             self.seen[index] = True
         return past
@@ -144,12 +145,3 @@ def votes(signal: Signal, batch: Batch) -> Tensor:
     """
     assert signal.dense is not None
     return count_votes(signal.dense)
-
-
-def _everyones(own: Tensor) -> Tensor:
-    """This tensor from all processes, concatenated [B of all, …]."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return own
-    shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(shares, own.contiguous())
-    return torch.cat(shares)

@@ -123,6 +123,9 @@ def _check_learning(recipe: Recipe) -> None:
             if name not in able:
                 key = f"phases.{number}.learns"
                 raise unknown("network", name, able).within(f"{key}: of those that learn", key=key)
+        if phase.prune and phase.prune.network not in able:
+            key = f"phases.{number}.prune.network"
+            raise unknown("network", phase.prune.network, able).within(f"{key}: of those that learn", key=key)
     for number, phase in enumerate(recipe.all_phases):
         learning = recipe.learning(number)
         for name in phase.losses or ():

@@ -327,6 +327,18 @@ class Rule(Table):
     `code`: only if also t < s, as in all of the authors' code."""
 
 
+class Prune(Table):
+    """`[phases.prune]`: weights that are set to 0 at the start of the phase and stay 0 from then on."""
+
+    amount: Annotated[float, Field(gt=0, lt=1)]
+    """The share of the weights still there that goes, over all convolutions and linear layers together."""
+    network: Word = STUDENT
+    """The network that is pruned."""
+    by: Literal["magnitude", "random", "prue"] = "magnitude"
+    """What goes: the smallest weights, any, or those of convolutions without which predictions are less certain (PrUE,
+    Wang et al. 2022)."""
+
+
 class Phase(Table):
     """`[[phases]]`: a part of the run, with a schedule and an optimizer of its own."""
 
@@ -341,6 +353,8 @@ class Phase(Table):
     mode. The student learns in the last phase at least."""
     trains: Trains | None = None
     """What is trained of the student in this phase; by default what `[networks.student]` says."""
+    prune: Prune | None = None
+    """The table `[phases.prune]`; with `rounds`, every round prunes again, and its schedule starts anew."""
     teacher: bool = False
     """Whether a frozen copy of the student at the start of this phase (with `[ema]`, of its average) teaches from then
     on, as `teacher.final`."""
@@ -443,6 +457,11 @@ class Recipe(Table):
         return [self._length(phase) for phase in self.all_phases]
 
     @property
+    def pruned(self) -> list[str]:
+        """The networks that a phase prunes."""
+        return list(dict.fromkeys(phase.prune.network for phase in self.phases if phase.prune))
+
+    @property
     def awaited(self) -> list[str]:
         """The networks that the command line has yet to name."""
         return [name for name, network in self.others.items() if network.awaited]
@@ -528,6 +547,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
     "networks.NAME": Network, "networks.NAME.optimizer": Optimizer, "networks.NAME.schedule": Schedule,
     "rules.NAME": Rule, "ema": Ema, "signals.NAME": Derived, "batch.views.NAME": View, "phases": Phase,
+    "phases.prune": Prune,
 }  # fmt: skip
 
 RENAMED = {

@@ -193,7 +193,9 @@ def build(
     frozen = [name for name in networks if not recipe.taking_part[name]]
     specs = {str(Address(name, p)): spec for name, network in networks.items() for p, spec in network.specs.items()}
     num_images = int(splits.train.index.max()) + 1
-    objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed)
+    labels = torch.full((num_images,), -1)
+    labels[torch.from_numpy(splits.train.index)] = torch.from_numpy(splits.train.labels)
+    objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed, labels)
     batch_mode = [name for name, table in recipe.others.items() if table.mode == "train"]
     learner = Learner(
         networks,
@@ -204,6 +206,7 @@ def build(
         batch_mode=batch_mode,
         rules=recipe.rules.values(),
         in_turn=recipe.updates == "sequential",
+        pruned=recipe.pruned,
     )
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)

@@ -268,8 +268,10 @@ def take_step(training: Training, names: Collection[str]) -> None:
     for name in names:
         if name not in resting:
             training.optimizers[name].step()
+            training.learner.mask(name, training.learner.networks[name])
     if training.ema is not None and STUDENT in names and STUDENT not in training.learner.frozen:
         training.ema.update(training.learner.student, step=training.updates_averaged + 1)
+        training.learner.mask(STUDENT, training.ema.module)
     training.position.in_a_row = 0
 
 
@@ -321,6 +323,7 @@ def train_epoch(
             measure_shares(training, batches[0])
             objective.set_time(done / training.updates_per_epoch, epochs)
         shares, notes = _measured(training, batches[0])
+        notes, training.news = [*training.news, *notes], []
         position.shares = shares or position.shares
         position.lr = base_rate(next(iter(training.optimizers.values())))
         losses, norm = train_step(training, batches)

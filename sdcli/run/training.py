@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
 from sdcli.data.augment import Mixing
+from sdcli.data.batch import Batch
 from sdcli.data.dataset import Split
 from sdcli.data.loaders import Loader
 from sdcli.data.resident import ResidentLoader
@@ -22,11 +23,12 @@ from sdcli.errors import UserError
 from sdcli.method.learner import Learner, what_trains
 from sdcli.method.objective import Objective
 from sdcli.method.optimizer import complete_momentum, create_optimizer, create_schedule
+from sdcli.method.pruning import Masks, left_in, uncertainty_scores
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import build_network
 from sdcli.recipe.address import AVERAGE, TEACHER
-from sdcli.recipe.schema import Recipe
+from sdcli.recipe.schema import Prune, Recipe
 from sdcli.run.folder import Run
 from sdcli.run.settings import Settings, unchanging
 from sdcli.run.state import Position, random_states, restore_random_states, save_state, unusable
@@ -77,6 +79,8 @@ class Training:
     notes: list[str] = field(default_factory=list)
     known_scores: dict[str, float] = field(default_factory=dict)
     """The top-1 of networks that do not learn, once they are scored."""
+    news: list[str] = field(default_factory=list)
+    """Remarks on what a new phase has done, not yet reported."""
     stillness: Stillness | None = None
     """Watches the first updates of a phase; None where a run was resumed within them."""
 
@@ -146,6 +150,8 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         if training.ema is not None:
             training.ema.module.load_state_dict(new.state_dict())
         set_seed(training.settings.seed + number + accelerator.process_index)
+    if begins and phase.prune:
+        training.news.append(_prune(training, phase.prune))
     objective = training.objectives[number].to(accelerator.device)
     if begins and number and not phase.fresh:
         objective.go_on_from(training.objectives[number - 1])
@@ -163,6 +169,29 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         training.module, *prepared = accelerator.prepare(learner, *made.values())
     training.optimizers = dict(zip(made, prepared, strict=True))
     training.phase = number
+
+
+def _prune(training: Training, table: Prune) -> str:
+    """Prunes a network; returns what is left of it, in words."""
+    network, masks = training.learner.networks[table.network], training.learner.masks[table.network]
+    assert isinstance(network, MultiExit) and isinstance(masks, Masks)
+    scores = None
+    if table.by == "prue":
+        scores = uncertainty_scores(network, Again(training), training.accelerator.reduce)
+    masks.prune(network, table, scores)
+    return f"{table.network} pruned by {table.by}: {left_in(network, masks)}"
+
+
+@dataclass
+class Again:
+    """The training batches of this epoch on the device, as often as they are asked for."""
+
+    training: Training
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader, device = self.training.loader, self.training.accelerator.device
+        loader.set_epoch(self.training.position.epoch)
+        return (batch.to(device) for batch in loader)
 
 
 def save(training: Training) -> None:
