@@ -52,7 +52,7 @@ class DerivedSignal(nn.Module):
         sources = [signals[point].at_least_float() for point in self.of]
         with torch.autocast(batch.images.device.type, enabled=False):
             logits = self.make(sources[0] if self.reads_one else sources, batch)
-        return Signal(sources[0].features, sources[0].embedding, logits)
+        return Signal(sources[0].features, sources[0].embedding, logits, sources=tuple(sources))
 
 
 def check_signals(tables: Mapping[str, Derived], mixes: bool) -> None:
@@ -108,7 +108,7 @@ def build_signals(
         made[name] = DerivedSignal(of, entry, context, options)
         taught = [point for point, spec in zip(points, own, strict=True) if "logits" in spec.learns]
         learns = not entry.constant and any(point.network not in frozen for point in taught)
-        known[name] = replace(own[0], learns=PARTS if learns else frozenset())
+        known[name] = replace(own[0], learns=PARTS if learns else frozenset(), sources=tuple(own))
     return made, known
 
 
@@ -129,6 +129,8 @@ def build_objectives(
     never = [name for name, learns in recipe.taking_part.items() if not learns]
     making, made = build_signals(recipe.signals, specs, num_classes, num_images, never)
     objectives = []
+    if labels is None:
+        labels = torch.zeros(num_images, dtype=torch.long, device="cpu")
     for number, phase in enumerate(recipe.all_phases):
         frozen = [name for name in recipe.taking_part if name not in recipe.learning(number)]
         losses = {name: recipe.losses[name] for name in phase.losses or ()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sdcli.method.addresses import Addresses
 from sdcli.method.losses import LOSSES
 from sdcli.method.random_weights import random_weights
 from sdcli.method.shares import Shares
-from sdcli.method.terms import Term, check_mixing, needs_target
+from sdcli.method.terms import SIGNAL, Term, check_mixing, needs_target
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
 from sdcli.recipe.address import Address
@@ -55,7 +56,7 @@ class Objective(nn.Module):
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
         self._seed = seed
-        self._labels = torch.zeros(1, dtype=torch.long) if labels is None else labels
+        self._labels = torch.zeros(1, dtype=torch.long, device="cpu") if labels is None else labels
         self._addresses = Addresses(specs, derived or {}, frozen)
         check_mixing(losses, mixes)
         self._losses = [name for name, loss in losses.items() if any(w.varies or w.value for w in loss.weights)]
@@ -149,7 +150,7 @@ class Objective(nn.Module):
                 continue
             if entry.reads == "logits":
                 self._addresses.check_classifies([point, *([target] if target else [])], where)
-            self._addresses.check_taught([point], entry.reads, where)
+            self._addresses.check_taught([point], "features" if entry.reads == SIGNAL else entry.reads, where)
             compare = self._built(entry, options, point, target, where)
             if isinstance(compare, nn.Module):
                 self.trained.append(compare)
@@ -162,10 +163,17 @@ class Objective(nn.Module):
         if not isinstance(entry.call, type) or target is None:
             return partial(entry.call, **options)
         side = "embedding_dim" if entry.reads == "embedding" else "num_chs"
-        widths = [getattr(self._addresses.spec(name), side) for name in (point, target)]
+        own, other = (self._addresses.spec(name) for name in (point, target))
+        given: dict[str, Any] = {
+            "student_width": getattr(own, side),
+            "teacher_width": getattr(other, side),
+            "labels": self._labels,
+            "sources": [(spec.num_chs, spec.embedding_dim) for spec in other.sources],
+        }
         try:
-            more = [self._labels] if "labels" in entry.takes else []
-            built: nn.Module = entry.call(*widths, *more, **options)
+            more = {name: given[name] for name in ("labels", "sources") if name in entry.takes}
+            widths = [given["student_width"], *([] if "sources" in more else [given["teacher_width"]])]
+            built: nn.Module = entry.call(*widths, **more, **options)
         except UserError as error:
             raise error.within(f"{where} at {point}", key=where) from None
         except Exception as error:  # it may be the user's own code
@@ -222,12 +230,14 @@ class Objective(nn.Module):
             if scales and scales[number] is None:
                 parts.setdefault(term.name, batch.images.new_zeros(()))
                 continue
-            student = getattr(signals[term.on], term.reads)
+            own = signals[term.on]
+            student: Any = own if term.reads == SIGNAL else getattr(own, term.reads)
             if term.target is None:
                 value = term.compare(student, batch)
             else:
-                value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
-            _check_value(term, student, value)
+                target = signals[term.target].detached()
+                value = term.compare(student, target if term.reads == SIGNAL else getattr(target, term.reads), batch)
+            _check_value(term, own.features if term.reads == SIGNAL else student, value)
             varies = term.weight.varies or self._seed is not None
             value = value.mean() * (self.now[number] if varies else term.weight.value)
             if scales and (scale := scales[number]) is not None:

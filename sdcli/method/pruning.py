@@ -128,7 +128,8 @@ def widths_for(network: MultiExit, masks: Masks, stages: Sequence[Stage]) -> lis
     """
     from timm.models.resnet import ResNet
 
-    if not isinstance(network.backbone, ResNet) or len(stages) < 2:
+    layers = [f"layer{number}" for number in range(1, 5)]
+    if not isinstance(network.backbone, ResNet) or [stage.module for stage in stages] != layers:
         return None
     before, scale, widths = 0, 1.0, []
     for stage, names in zip(stages, by_stage(network, stages), strict=True):
@@ -137,6 +138,8 @@ def widths_for(network: MultiExit, masks: Masks, stages: Sequence[Stage]) -> lis
         b = sum(masks.of(name).numel() for name in reading)
         a = sum(masks.of(name).numel() for name in own) - b
         kept = sum(int(masks.of(name).sum()) for name in own)
+        if not a:
+            return None
         scale = (math.sqrt((b * scale) ** 2 + 4 * a * kept) - b * scale) / (2 * a)
         widths.append(max(1, round(stage.num_chs * scale / _expansion(network.backbone))))
         before = stage.num_chs

@@ -21,7 +21,7 @@ from sdcli.data.batch import Batch
 from sdcli.devices import everyones
 from sdcli.method.losses.labels import hard_labels
 from sdcli.method.losses.labels import votes as count_votes
-from sdcli.method.losses.logits import gated
+from sdcli.method.losses.logits import confidence, gated
 from sdcli.method.losses.relations import propagate
 from sdcli.network.signals import Signal
 from sdcli.registry import Registry
@@ -81,6 +81,24 @@ class Gated(nn.Module):
         # The loss on the mix trains the gate and the shared layers before it.
         weights = self.gate(signals[0].features.mean(dim=(2, 3))).softmax(dim=1)
         return gated([_logits(signal) for signal in signals], weights)
+
+
+@SIGNALS.register("confident")
+def confident(signals: Sequence[Signal], batch: Batch, *, temperature: Annotated[float, Field(gt=0)] = 4.0) -> Tensor:
+    """The points' predictions, each image's weighted by how well they know its label: the teacher of CA-MKD (Zhang et
+    al. 2022, arXiv:2201.00007).
+
+        T log sum over E of w_e softmax(z_e / T),  w = (1 - softmax over E of CE(z_e, y)) / (|E| - 1)
+
+    E are the points in `of`, two or more. The loss that reads this signal needs the same `temperature`: at that
+    temperature, a softmax of these logits gives the weighted mean of the predictions, and the cross entropy with it
+    has the gradient of the weighted sum of divergences. The authors' code divides by |E| once more.
+    """
+    logits = [_logits(signal) for signal in signals]
+    weights = confidence(logits, batch)
+    mixed = sum(weight[:, None] * (z / temperature).softmax(dim=1) for weight, z in zip(weights, logits, strict=True))
+    assert isinstance(mixed, Tensor)
+    return temperature * mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
 
 
 @SIGNALS.register("propagated", reads_one=True, sees_batch=True, constant=True)

@@ -6,7 +6,7 @@ B batch, K classes
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -177,14 +177,19 @@ class Translation(nn.Module):
         if self.columns is None:
             return signals
         return {
-            point: Signal(
-                signal.features,
-                signal.embedding,
-                None if signal.logits is None else signal.logits[:, self.columns],
-                None if signal.dense is None else signal.dense[:, self.columns],
+            point: replace(
+                signal,
+                logits=None if signal.logits is None else signal.logits[:, self.columns],
+                dense=None if signal.dense is None else signal.dense[:, self.columns],
+                classify=self._classifying(signal.classify),
             )
             for point, signal in signals.items()
         }
+
+    def _classifying(self, classify: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+        if classify is None:
+            return None
+        return lambda embedding: classify(embedding)[:, self.columns]
 
 
 class Translated(nn.Module):

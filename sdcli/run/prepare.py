@@ -326,7 +326,7 @@ def _build_networks(
 def _columns(name: str, theirs: Sequence[str], classes: Sequence[str], recipe: Recipe) -> tuple[list[int] | None, bool]:
     """Where the run's classes stand among those of a network that was trained elsewhere, and whether it knows them;
     raises UserError where a loss compares predictions about other classes."""
-    compared = [loss for loss, table in recipe.losses.items() if LOSSES.find(table.kind).reads == "logits"]
+    compared = [loss for loss, table in recipe.losses.items() if LOSSES.find(table.kind).reads in ("logits", "signal")]
     try:
         return columns_of(classes, theirs, f"networks.{name}.weights"), True
     except UserError:
@@ -353,7 +353,8 @@ def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:
         address.point
         for loss, kind in kinds.items()
         for address in recipe.addresses([loss])
-        if address.network == name and (kind == "logits" or (kind == "embedding" and address.point != FINAL))
+        if address.network == name
+        and (kind in ("logits", "signal") or (kind == "embedding" and address.point != FINAL))
     }
     for module in loaded.fresh:
         point = module.removeprefix("heads.") if module.startswith("heads.") else FINAL
