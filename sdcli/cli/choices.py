@@ -173,6 +173,12 @@ SaveEvery: TypeAlias = Annotated[
     int | None,
     typer.Option(min=1, metavar="UPDATES", help="Save the state after this many updates too.", rich_help_panel=RUN),
 ]
+KeepEvery: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="EPOCHS", help="Keep the checkpoint of every Nth epoch too, as epochN.", rich_help_panel=RUN
+    ),
+]
 Seed: TypeAlias = Annotated[
     int,
     typer.Option(
@@ -238,7 +244,7 @@ GradCheckpointing: TypeAlias = Annotated[
 SETTINGS = (
     "model", "dataset", "image_key", "label_key", "image_size", "val_fraction", "limit_train", "limit_val",
     "split_seed", "seed", "device", "workers", "precision", "compile", "memory_format", "grad_checkpointing",
-    "grad_accum_steps", "save_every", "track", "imports",
+    "grad_accum_steps", "save_every", "keep_every", "track", "imports",
 )  # fmt: skip
 PARAMETERS = {"compile": "compile_", "imports": "import_"}
 """The parameters of the commands that are not called like their setting."""

@@ -72,6 +72,7 @@ def train(
         ),
     ] = None,
     save_every: choices.SaveEvery = None,
+    keep_every: choices.KeepEvery = None,
     seed: choices.Seed = 42,
     seeds: Annotated[
         int | None,

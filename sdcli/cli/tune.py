@@ -111,6 +111,7 @@ def tune(
     split_seed: choices.SplitSeed = 42,
     workers: choices.Workers = None,
     save_every: choices.SaveEvery = None,
+    keep_every: choices.KeepEvery = None,
     seed: choices.Seed = 42,
     device: choices.Device = None,
     precision: choices.Precision = "fp32",

@@ -116,6 +116,8 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
         if training.is_first:
             training.run.log_epoch(epoch.to_log())
             _save_checkpoint(training, "last", epoch)
+            if (every := training.settings.keep_every) and epoch.epoch % every == 0:
+                _save_checkpoint(training, f"epoch{epoch.epoch}", epoch)
         if epoch.validation and best.see(epoch.epoch, epoch.validation) and training.is_first:
             _save_checkpoint(training, "best", epoch)
         position = training.position = Position(epoch.epoch + 1)
