@@ -122,7 +122,7 @@ class ConfidentHint(nn.Module):
             raise UserError(
                 "the target is not made from two or more ends of networks whose classifiers read their last maps",
                 "a signal of two or more teachers such as ResNets",
-                'kind = "confident", of = ["teacher.final", "second.final"]',
+                'kind = "confident", of = ["teacher.final", "second.final"]; or leave this loss out',
             )
         self.adapt = nn.ModuleList(
             nn.Sequential(nn.Conv2d(student_width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
