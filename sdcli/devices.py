@@ -19,6 +19,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from torch import Tensor
 
 from sdcli.errors import UserError, unknown
 
@@ -79,6 +80,15 @@ def accelerator_for(
             "accelerate launch --multi_gpu, or torchrun",
         )
     return accelerator
+
+
+def everyones(own: Tensor) -> Tensor:
+    """This tensor from all processes, concatenated [B of all, …]."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(shares, own.contiguous())
+    return torch.cat(shares)
 
 
 def keep_freed_memory(device: torch.device) -> None:

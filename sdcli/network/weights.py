@@ -42,7 +42,12 @@ def build_network(table: Network, blueprint: Blueprint, *, begins: bool = True) 
         return network, Loaded()
     if table.weights == "pretrained":
         return network, Loaded(fresh=_fresh_classifier(network))
-    return network, load_weights(network, Path(os.path.expanduser(table.weights)))
+    return network, load_weights(network, file_of(table))
+
+
+def file_of(table: Network) -> Path:
+    """The file that `weights` names: of a run folder its best checkpoint, else the last."""
+    return find_checkpoint(Path(os.path.expanduser(table.weights)))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def read_weights_file(table: Network, model: str) -> WeightsFile | None:
     """
     if not table.from_file:
         return None
-    described = read_description(Path(os.path.expanduser(table.weights)))
+    described = read_description(file_of(table))
     if described is not None:
         return WeightsFile(described.blueprint.preprocess, of_timm=False)
     own = resolve(model, num_classes=None, image_size=None, stem="imagenet", model_args=table.model_args)
