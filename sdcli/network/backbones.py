@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,11 +48,19 @@ class Architecture:
 
     @property
     def family(self) -> str:
-        """The timm module that defines the model, such as "resnet"; "" for a name that timm does not know."""
+        """The module that defines the model, such as "resnet"; "" for a name that timm does not know."""
         from timm.models import is_model, model_entrypoint, split_model_name_tag
 
+        models()
         name, _ = split_model_name_tag(self.model)
         return model_entrypoint(name).__module__.rpartition(".")[2] if is_model(name) else ""
+
+    @property
+    def in_zoo(self) -> bool:
+        """Whether timm knows the model only with `sdcli.zoo`."""
+        from sdcli.zoo import NAMES
+
+        return self.model in NAMES
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without `source`; `from_dict` restores the rest."""
@@ -63,6 +72,15 @@ class Architecture:
     def from_dict(cls, table: Mapping[str, Any]) -> Architecture:
         """The architecture that `to_dict` described."""
         return cls(**{**table, "input_size": tuple(table["input_size"]), "notes": tuple(table["notes"])})
+
+
+def models() -> ModuleType:
+    """timm, which also knows the networks of `sdcli.zoo`: whatever looks up a model's name asks here."""
+    import timm
+
+    import sdcli.zoo  # noqa: F401
+
+    return cast(ModuleType, timm)
 
 
 def resolve(
@@ -147,8 +165,7 @@ def build(
 ) -> nn.Module:
     """timm's `create_model`, with a UserError for whatever it raises. Waits seconds for the Hugging Face hub, then
     falls back to the local cache."""
-    import timm
-
+    timm = models()
     repo = _repository(model) if pretrained else ""
     silence = ""
     try:
@@ -177,12 +194,10 @@ def build(
 
 def _repository(model: str) -> str:
     """The repository of a model's weights on the Hugging Face hub; "" if they are elsewhere."""
-    import timm
-
     kind, _, name = model.partition(":")
     if name:
         return "" if kind == "local-dir" else name.partition("@")[0]
-    known = timm.get_pretrained_cfg(model)
+    known = models().get_pretrained_cfg(model)
     return (known.hf_hub_id or "") if known else ""
 
 
@@ -195,11 +210,11 @@ def names_weights(model: str) -> bool:
 
 def _check_name(model: str) -> None:
     """Raises UserError for a name that timm does not know, and suggests the nearest one."""
-    import timm
     from timm.models import split_model_name_tag
 
     if model.startswith(SOURCES):
         return
+    timm = models()
     name, tag = split_model_name_tag(model)
     if not timm.is_model(name):
         owner, _, repository = model.rpartition("/")
@@ -208,6 +223,8 @@ def _check_name(model: str) -> None:
             fix = f"{repository} --pretrained"
         elif owner:
             fix = f"hf-hub:{model}, if this is a timm model on the Hugging Face hub"
+        elif timm.is_model(f"cifar_{name}"):
+            fix = f"did you mean 'cifar_{name}'?"
         else:
             fix = did_you_mean(name, timm.list_models()) or "sdcli inspect 'resnet*' lists a family"
         raise UserError(f"unknown model '{model}'", "a timm architecture, such as resnet18", fix)
