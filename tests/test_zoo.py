@@ -206,6 +206,12 @@ def test_three_exits_are_the_ends_of_the_stages() -> None:
         assert [stage.module for stage in stages] == ["stages.0", "stages.1", "stages.2"]
 
 
+@pytest.mark.parametrize("size", [8, 16, 28, 32, 64])
+def test_smaller_and_larger_images_leave_the_network_as_it_is(size: int) -> None:
+    for name in ("cifar_resnet20", "cifar_vgg8_bn", "cifar_shufflenetv1"):
+        assert resolve(name, num_classes=10, image_size=size).stem == "imagenet"
+
+
 def test_a_papers_name_is_answered_with_the_zoos() -> None:
     with pytest.raises(UserError, match="unknown model 'wrn_40_2'") as caught:
         resolve("wrn_40_2", num_classes=100, image_size=32)
@@ -264,6 +270,8 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(name: str, tm
     network, about = rebuild(tmp_path / "whole" / "last.safetensors")
     assert about.blueprint.architecture.model == name
     assert network.eval()(torch.zeros(1, 3, 8, 8))["final"].logits is not None
+    exported = export(tmp_path / "whole" / "last.safetensors", "timm", "final", tmp_path / "out")
+    assert "import sdcli.zoo" in exported.usage
 
 
 # Export

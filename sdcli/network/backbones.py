@@ -23,10 +23,13 @@ from sdcli.network.stem import (
     parameters_of,
     patch_size,
     smaller_patches,
+    smallest_map,
 )
 
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 DEFAULT_SIZE = (3, 224, 224)
+SMALL_IMAGE = 32
+"""The side of the images that the networks of `sdcli.zoo` are made for."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def resolve(
     """Decides how to build `model` for images of this size, without weights.
 
     `num_classes` and `image_size` default to the model's own. `stem` "auto" changes the stem only if the last map
-    would be smaller than 4x4, "cifar" always, "imagenet" never. With `pretrained`, the changed stem keeps its weights.
+    would be smaller than 4x4 (for the zoo's networks: than an eighth of the image), "cifar" always, "imagenet" never.
+    With `pretrained`, the changed stem keeps its weights.
 
     Raises UserError for an unknown model, unknown arguments, and an image size that the model does not accept.
     """
@@ -304,7 +308,9 @@ def _choose_stem(
         find_stages(plain, input_size, name=model)
     except UserError as error:
         plain, refusal = None, _refused(error, own_size)
-    if stem == "auto" and plain is not None and last_map(plain, input_size) >= SMALLEST_MAP:
+    # The strides of a network that is made for small images are meant for them.
+    least = smallest_map(input_size) if min(own_size[1:]) <= SMALL_IMAGE else SMALLEST_MAP
+    if stem == "auto" and plain is not None and last_map(plain, input_size) >= least:
         return "imagenet", given, ()
     try:
         return _small_stem(model, num_classes, given, input_size, stem, pretrained)
