@@ -125,9 +125,12 @@ def test_a_copy_to_where_nothing_can_be_written_is_refused(place: str, sdcli: Co
 def test_every_recipe_is_right_with_a_model(sdcli: Command) -> None:
     result = sdcli("recipes", "check", *recipe_names(), "--model", "test_resnet", "--image-size", 64)
     # It is `byot` with its hint turned off: what the note says is what it is for.
-    notes = {"byot-nohint": "losses.hint has no effect: its weight is 0"}
-    notes |= {n: "networks.teacher is to be named: --teacher RUN" for n in recipe_names() if load_recipe([n]).awaited}
-    assert (result.code, result.err) == (0, "".join(f"note: {name}: {notes[name]}\n" for name in sorted(notes)))
+    notes = {("byot-nohint", "losses.hint has no effect: its weight is 0")}
+    for name in recipe_names():
+        for network in load_recipe([name]).awaited:
+            how = "--teacher RUN" if network == "teacher" else f"--set networks.{network}.weights=RUN"
+            notes.add((name, f"networks.{network} is to be named: {how}"))
+    assert result.code == 0 and set(result.err.splitlines()) == {f"note: {name}: {text}" for name, text in notes}
     lines = result.out.splitlines()
     assert [line.split(":")[0] for line in lines] == recipe_names()
     assert (
@@ -472,7 +475,7 @@ def test_an_import_that_fails_says_where_and_why(text: str | None, wrong: str, s
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (', reads="logits"', "", "loss 'mine' is registered with reads=''\n  expected: one of features, embedding, logits\n"
+        (', reads="logits"', "", "loss 'mine' is registered with reads=''\n  expected: one of features, embedding, logits, signal\n"
          '  fix:      @LOSSES.register("mine", reads="logits")'),
         ("teacher, batch, *,", "target, batch, *,", "loss 'mine' takes (student, target, batch)\n"
          "  expected: (student, batch) or (student, teacher, batch), with these names; recipe keys follow a *\n"
