@@ -18,7 +18,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sdcli.cli.plots import has_matplotlib, save_curves
-from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import end_stage, is_watched, message, note, talk
 from sdcli.errors import UserError, counted
 from sdcli.evaluation.evaluate import Report
@@ -205,14 +204,14 @@ def _epoch_table(epochs: list[Epoch], by: str, with_losses: bool = True) -> Tabl
     names = list(dict.fromkeys(name for epoch in epochs[-ROWS:] for name in epoch.losses)) if with_losses else []
     for name in names:
         table.add_column(f"{name}\nloss", justify="right", style="dim", no_wrap=True)
-    scored = report_rows(epochs[-1].validation) if epochs[-1].validation else []
+    scored = epochs[-1].validation.rows if epochs[-1].validation else []
     for result in scored:
         table.add_column(f"{result.point}\ntop-1 %", justify="right", no_wrap=True)
     compared = [e for e in epochs if e.validation and e.phase == epochs[-1].phase]
     best = max(compared, key=lambda e: quality(e.validation, by) if e.validation else (0.0, 0.0), default=None)
     for epoch in epochs[-ROWS:]:
         cells = [f"{epoch.losses[name]:.4f}" if name in epoch.losses else "" for name in names]
-        cells += [f"{result.top1:.2f}" for result in (report_rows(epoch.validation) if epoch.validation else [])]
+        cells += [f"{result.top1:.2f}" for result in (epoch.validation.rows if epoch.validation else [])]
         table.add_row(str(epoch.epoch), *cells, style="bold" if epoch is best else "")
     return table
 
@@ -257,7 +256,7 @@ def _losses(losses: dict[str, float]) -> str:
 
 
 def _scores(report: Report) -> str:
-    return f"{report.split} top-1 %: " + ", ".join(f"{r.point} {r.top1:.2f}" for r in report_rows(report))
+    return f"{report.split} top-1 %: " + ", ".join(f"{r.point} {r.top1:.2f}" for r in report.rows)
 
 
 def _time(seconds: float) -> str:
