@@ -27,7 +27,7 @@ Example:  sdcli eval runs/first --against runs/teacher --per-class --json
 Example:  sdcli eval resnet18 --weights FILE.safetensors --dataset photos
 """
 
-MORE, FILES, FORMAT = "More scores", "Files", "Format"
+MORE, FILES = "More scores", "Files"
 
 
 def register(app: typer.Typer) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EARLY, TOGETHER, TRUE = "#d1495b", "#e08e0b", "#9a9a9a"
 MARKERS = {ENSEMBLE: "D", PROBABILITIES: "s", WEIGHTED: "^"}
+LETTER = 0.09
+"""Inches."""
 MOST_NAMED, MOST_NUMBERED = 40, 16
 """Classes that are named on the axes of a confusion matrix, and those whose counts are written into its cells."""
 
@@ -131,23 +133,25 @@ def _reliability(panels: Sequence[Any], scored: Scored, across: int) -> None:
 
 
 def save_confusion(matrix: Any, classes: Sequence[str], point: str, file: Path) -> None:
-    """Draws a confusion matrix, each row as shares of its class."""
+    """Draws a confusion matrix, each row as shares of its class; small ones are darker than in proportion."""
+    from matplotlib.colors import PowerNorm
+
     counts = matrix.numpy()
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(1.0 + 0.28 * len(classes), 11.0) if len(classes) <= MOST_NAMED else 8.0
     with picture(file, max(side + 1.6, 5.0), max(side + 1.0, 4.4)) as figure:
         axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
         axes.spines[:].set_visible(False)
         if len(classes) <= MOST_NAMED:
             short = [name if len(name) <= 18 else f"{name[:17]}…" for name in classes]
-            upright = max(map(len, short)) > 2
+            upright = LETTER * max(map(len, short)) > side / len(classes)
             axes.set_xticks(range(len(classes)), short, rotation=90 if upright else 0, fontsize=8)
             axes.set_yticks(range(len(classes)), short, fontsize=8)
             axes.tick_params(length=0)
         if len(classes) <= MOST_NUMBERED:
             for row, column in zip(*counts.nonzero(), strict=True):
-                dark = shares[row, column] > 0.55
+                dark = shares[row, column] > 0.3
                 axes.text(
                     column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "#1b2a3d",

@@ -174,7 +174,8 @@ def sentences(scored: Scored, *, per_class: bool, with_confusion: bool) -> Itera
             f"{found.top1:.2f} % on these images)."
         )
     if scored.ensembles:
-        weights = " + ".join(f"{weight:.3f} {point}" for point, weight in scored.ensembles.weights.items())
+        used = ((point, weight) for point, weight in scored.ensembles.weights.items() if weight)
+        weights = " + ".join(f"{weight:.3f} {point}" for point, weight in used)
         fitted = counted(scored.ensembles.num_images, "validation image")
         yield f"weighted ensemble: {weights}, fitted on {fitted}."
     if per_class:
