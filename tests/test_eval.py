@@ -56,6 +56,7 @@ from sdcli.evaluation.outputs import Outputs
 from sdcli.evaluation.sharpness import HessianProduct, hutchinson, largest_eigenvalue, measure_sharpness
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.multi_exit import build
+from sdcli.network.policies import decide
 from sdcli.network.weights import load, rebuild
 from sdcli.recipe.schema import Network
 
@@ -573,7 +574,14 @@ def test_early_exit_is_scored_like_an_exit_and_drawn_along_its_curve(runs, sdcli
     result = sdcli("eval", runs / "one", *ON, "--dynamic", "--plot", picture, "--json")
     early = json.loads(result.out)["early_exit"]["result"]
     assert 0 <= early["auroc"] <= 1 and early["top1_low"] < early["top1"] < early["top1_high"]
-    assert 0 < early["agreement"] <= 100
+    split, network = open_dataset("digits").splits["test"], load(runs / "one")
+    with torch.no_grad():
+        signals = network(torch.stack([network.transform(split.image(i)) for i in range(len(split))]))
+    decided = decide(network.calibration.policy, {point: signals[point].logits for point in network.exits})
+    same = decided.answers.argmax(dim=1) == signals["final"].logits.argmax(dim=1)
+    assert early["agreement"] == pytest.approx(100 * float(same.double().mean()))
+    right = decided.answers.argmax(dim=1) == torch.from_numpy(split.labels)
+    assert early["auroc"] == pytest.approx(auroc(decided.answers.amax(dim=1).exp(), right), abs=1e-4)
     with Image.open(picture) as opened:
         assert opened.size[0] > 1000
     assert f"note: wrote {picture}" in result.err
