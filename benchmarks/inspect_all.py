@@ -39,6 +39,7 @@ from sdcli.network.head_choice import EACH, TOGETHER
 from sdcli.network.multi_exit import attach
 from sdcli.network.stages import StagePlan
 from sdcli.recipe.schema import Network
+from sdcli.zoo import NAMES
 
 COLUMNS = (
     *("model", "family", "input_size", "found_by", "num_stages", "clean", "stages", "reductions", "num_chs", "shares"),
@@ -227,7 +228,7 @@ def main() -> None:
     options = parser.parse_args()
 
     warnings.simplefilter("ignore")  # timm's warnings about renamed models
-    everything = timm.list_models(pretrained=False)
+    everything = [name for name in timm.list_models(pretrained=False) if name not in NAMES]
     names = [name for name in everything if any(fnmatch.fnmatch(name, pattern) for pattern in options.pattern)]
     former = {}
     if options.output.exists():

@@ -4,11 +4,11 @@
     python benchmarks/recipes.py --recipes byot cs-kd --model resnet18 --batch-size 64
 
 Each recipe runs in a separate process, and its steps alternate with steps of `baseline`; the result is the median of
-the ratios of adjacent steps. The expected time counts the MACs of all passes, heads included: once for a forward pass,
-three times with a backward pass. `overhead` is the time ratio over the ratio of these counts. `peak` is the process's
-peak memory in MiB. The expected memory is the peak of a process that only runs `baseline`, plus the recipe's weights
-and optimizer state, which are held beside baseline's, plus the additional memory that its forward pass keeps for the
-backward pass, gradients included.
+the ratios of adjacent steps. Teachers and peers are the same model. The expected time counts the MACs of all passes,
+heads included: once for a forward pass, twice for a backward pass. `overhead` is the time ratio over the ratio of these
+counts. `peak` is the process's peak memory in MiB. The expected memory is the peak of a process that only runs
+`baseline`, plus the recipe's weights and optimizer state, which are held beside baseline's, plus the additional memory
+that its forward pass keeps for the backward pass, gradients included.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import torch
 
 from sdcli.data.batch import Batch
 from sdcli.devices import keep_freed_memory
-from sdcli.network.multi_exit import MultiExit
 from sdcli.recipe.load import load_recipe, recipe_names
 from sdcli.run.prepare import prepare
 from sdcli.run.settings import Settings
@@ -42,12 +41,16 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
     overrides = [f"batch.size={options.batch_size}", "optimizer.lr=0.001", "schedule.warmup_epochs=0"]
     settings = Settings(options.model, "digits", image_size=options.image_size, device="cpu", workers=0)
     loaded = load_recipe([recipe], overrides)
-    if loaded.student.weights == "pretrained":
-        # In the place of weights from the hub: a plain network as it begins.
+    more = [f"networks.{name}.model={options.model}" for name, table in loaded.others.items() if table.model]
+    if loaded.student.weights == "pretrained" or loaded.awaited:
+        # In the place of weights from the hub, and of a trained teacher: a plain network as it begins.
         plain = prepare(settings, load_recipe([BASELINE], overrides), folder / "plain")
         start = plain.run.save("start", plain.network.state_dict(), plain.description)
-        loaded = load_recipe([recipe], [*overrides, f"networks.student.weights={start}"])
+        more += [f"networks.{name}.weights={start}" for name in loaded.awaited]
+        more += [f"networks.student.weights={start}"] if loaded.student.weights == "pretrained" else []
         folder = folder / "run"
+    if more:
+        loaded = load_recipe([recipe], [*overrides, *more])
     training = prepare(settings, loaded, folder)
     keep_freed_memory(training.accelerator.device)
     if (last := len(training.objectives) - 1) > 0:
@@ -60,24 +63,12 @@ def prepared(recipe: str, options: argparse.Namespace, folder: Path) -> tuple[Tr
     return training, next_update(training, iter(training.loader))
 
 
-def units(training: Training) -> float:
-    """MACs of all passes for one image, three times for passes with gradients."""
-    total = 0.0
-    for (name, _), points in training.learner.passes.items():
-        network = training.learner.networks[name]
-        assert isinstance(network, MultiExit)
-        heads = network.blueprint.head_costs()
-        own = sum(heads[point].macs for point in points if point in network.heads)
-        learns = any(points.values())
-        total += network.plan.macs * (3 if learns and network.trains == "all" else 1) + own * (3 if learns else 1)
-    return total
-
-
 def held(training: Training, batches: list[Batch]) -> tuple[float, float]:
     """MiB that a run holds permanently, and within a step (autograd's saved tensors and gradients). Call it after a
     first step."""
     parts = [*training.learner.state_dict().values()]
-    parts += [value for state in training.optimizer.state.values() for value in state.values()]
+    for optimizer in training.optimizers.values():
+        parts += [value for state in optimizer.state.values() for value in state.values()]
     storages = [part.untyped_storage() for part in parts if isinstance(part, torch.Tensor)]
     lasting = {storage.data_ptr(): storage.nbytes() for storage in storages}
     kept: dict[int, int] = {}
@@ -109,7 +100,7 @@ def measure(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
                     times[name].append(time.perf_counter() - start)
         # Ratios of adjacent steps: the machine's load changes more slowly than that.
         ratio = statistics.median(one / other for one, other in zip(times[recipe], times[BASELINE], strict=True))
-        explained = units(runs[recipe][0]) / units(runs[BASELINE][0])
+        explained = runs[recipe][0].learner.training_macs / runs[BASELINE][0].learner.training_macs
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         (lasting, step), (_, plain) = held(*runs[recipe]), held(*runs[BASELINE])
     return {

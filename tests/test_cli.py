@@ -402,8 +402,8 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of byot, byot-auto, byot-nohint, byot-scan, "
-          f"byot-journal, wttm, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
+        (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of byot, byot-auto, byot-nohint, byot-dkd, "
+          f"byot-scan, byot-journal, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
         (["--set", "losses.soft.temprature=3"], "--set losses.soft.temprature=3: losses.soft: unknown key 'temprature'\n  expected: one of direction, rescale, standardize, temperature\n"
          "  fix:      did you mean 'temperature'?"),
         (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of kl, dkd, nkd, balanced_kl, "
@@ -660,6 +660,15 @@ def test_a_run_keeps_freed_memory_for_the_next_step(tmp_path, sdcli, monkeypatch
     monkeypatch.setattr(devices, "keep_freed_memory", asked.append)
     assert sdcli("train", "test_resnet", *QUICK, "--epochs", 1, "--output", tmp_path / "run").code == 0
     assert asked == [torch.device("cpu")]
+
+
+def test_commands_that_score_keep_freed_memory_for_the_next_batch(trained, sdcli, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(devices, "keep_freed_memory", asked.append)
+    for command in (["compare"], ["report", "--output", tmp_path / "page.html", "--no-card"], ["bench", "-b", 1]):
+        asked.clear()
+        assert sdcli(command[0], trained, *command[1:]).code == 0
+        assert asked == [torch.device("cpu")]
 
 
 def test_curves_and_the_table_have_the_losses_of_all_phases():

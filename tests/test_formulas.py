@@ -429,7 +429,7 @@ def test_classmates_depend_on_the_generator_alone():
 
 ENTRIES = list(LOSSES)
 COMPARED = [entry for entry in ENTRIES if isinstance(entry.call, type) or "teacher" in entry.takes]
-NO_DISTANCE = {"soft_cross_entropy", "nkd", "zipf", "wttm"}
+NO_DISTANCE = {"soft_cross_entropy", "nkd", "zipf", "wttm", "crd"}
 """Not zero where student equals target: cross entropies, and targets that only rank or are flattened."""
 
 every_loss = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -444,7 +444,7 @@ def taught(entry, student: Signal, target: Signal) -> Tensor:
     """What the objective makes of one loss, next to nothing else."""
     signals, target_name = {"exit1": student, "final": target}, "final" if entry in COMPARED else "label"
     losses = {"it": Loss(kind=entry.name, on="exit1", target=target_name), "task": Loss(kind="cross_entropy", on="all")}
-    objective = Objective(losses, {point: PointSpec(6, 6) for point in signals})
+    objective = Objective(losses, {point: PointSpec(6, 6) for point in signals}, labels=torch.arange(6))
     objective.terms = [term for term in objective.terms if term.name == "it"]
     total, _ = objective(signals, batch_of(list(range(6))))
     return total
@@ -452,7 +452,9 @@ def taught(entry, student: Signal, target: Signal) -> Tensor:
 
 def compared(entry, student: Tensor, target: Tensor) -> Tensor:
     """What one loss returns for two bare tensors."""
-    loss = entry.call(6, 6, adapt="none") if isinstance(entry.call, type) else entry.call
+    loss = entry.call
+    if isinstance(entry.call, type):
+        loss = entry.call(6, 6, torch.arange(6)) if "labels" in entry.takes else entry.call(6, 6, adapt="none")
     batch = batch_of(list(range(6)))
     return loss(student, target, batch) if entry in COMPARED else loss(student, batch)
 

@@ -42,12 +42,14 @@ def settings(model: str) -> Settings:
     return Settings(MODELS[model], "digits", limit_train=64, limit_val=20, device="cpu", workers=0)
 
 
-def recipe_of(name: str, weights: Path | None = None) -> Any:
-    """A recipe cut short; one that starts from trained weights starts from `weights`."""
+def recipe_of(name: str, weights: Path | None = None, model: str = "") -> Any:
+    """A recipe cut short; one that starts from trained weights, or has a trained teacher, gets `weights`. Other
+    networks are a small `model`."""
     recipe = load_recipe([name], SHORT)
-    if weights is not None and recipe.student.weights == "pretrained":
-        recipe = load_recipe([name], [*SHORT, f"networks.student.weights={weights}"])
-    return recipe
+    more = [] if recipe.student.weights != "pretrained" else [f"networks.student.weights={weights}"]
+    more += [f"networks.{other}.weights={weights}" for other in recipe.awaited]
+    more += [f"networks.{other}.model={model}" for other, table in recipe.others.items() if table.model and model]
+    return load_recipe([name], [*SHORT, *more]) if weights is not None else recipe
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def outcome(folder: Path) -> Any:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, finished: dict[str, Path], tmp_path: Path) -> None:
-    recipe = recipe_of(name, finished[model])
+    recipe = recipe_of(name, finished[model], MODELS[model])
     whole = list(fit(prepare(settings(model), recipe, tmp_path / "whole")))
     assert isinstance(whole[-1], Finished)
     log = outcome(tmp_path / "whole")
@@ -405,7 +407,7 @@ def test_the_average_teaches_and_has_no_gradient(tmp_path: Path) -> None:
     assert training.learner.networks["ema"] is training.ema.module
     list(fit(training))
     assert all(parameter.grad is None for parameter in training.ema.module.parameters())
-    trained = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for group in training.optimizers["student"].param_groups for p in group["params"]}
     assert not trained & {id(p) for p in training.ema.module.parameters()}
 
 

@@ -116,7 +116,7 @@ def test_a_recipe_cannot_be_changed_once_it_is_read():
     [
         ("batch.siez=3", "batch: unknown key 'siez'\n  expected: one of augment, cutmix, mates, mixup, mixup_prob, size, views\n  fix:      did you mean 'size'?"),
         ("epoch=3", "recipe: unknown key 'epoch'\n  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, "
-         "paper, phases, random_weights, schedule, signals, title\n  fix:      did you mean 'epochs'?"),
+         "paper, phases, random_weights, rules, schedule, signals, title, updates\n  fix:      did you mean 'epochs'?"),
         ("epochs=abc", "epochs = 'abc'\n  expected: a valid integer\n  fix:      the default is 200"),
         ("epochs=0", "epochs = 0\n  expected: greater than or equal to 1\n  fix:      the default is 200"),
         ("batch.augment.crop=padd", "batch.augment.crop = 'padd'\n  expected: 'auto', 'pad', 'resized' or 'none'\n  fix:      did you mean 'pad'?"),
@@ -166,7 +166,7 @@ def test_the_students_model_is_the_command_lines():
 
 def test_an_unknown_recipe_gets_the_nearest_name():
     said = message(["byott"])
-    assert said.startswith("unknown recipe 'byott'\n  expected: one of byot, byot-auto, byot-nohint, byot-scan, ")
+    assert said.startswith("unknown recipe 'byott'\n  expected: one of byot, byot-auto, byot-nohint, byot-dkd, ")
     assert said.endswith("\n  fix:      did you mean 'byot'?")
 
 

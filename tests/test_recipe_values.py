@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from conftest import Case
 from torch import Tensor, nn
 
+from sdcli.data.batch import Batch
 from sdcli.method.learner import DerivedSignal, build_objectives
+from sdcli.method.losses.contrast import Crd
 from sdcli.method.losses.labels import cross_entropy, virtual_teacher
+from sdcli.method.losses.logits import confidence, dist, dkd, nkd
 from sdcli.method.losses.relations import propagate
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
@@ -253,3 +256,123 @@ def test_the_last_student_teaches_a_born_again_one(case):
 def test_mixed_labels_are_the_recipes_only_loss(case, recipe):
     of = case("ce")
     assert of.agrees(taught(recipe, {"final": said(of["S"])}, of)[0], "ce")
+
+
+# A second network
+
+
+def pair(case: Case, other: str = "teacher.final") -> Signals:
+    return {"final": said(case["S"]), other: said(case["T"])}
+
+
+def test_kd_equals_hintons_formula(case):
+    of = case("hinton_kd_total")
+    assert of.agrees(taught("kd", pair(of), of)[0], "total")
+
+
+def test_takd_sums_over_classes_where_the_authors_code_takes_their_mean(case):
+    of = case("takd_total_as_coded")
+    total, parts = taught("takd", {"final": said(of["S"]), "assistant.final": said(of["T"]), **pair(of)}, of)
+    assert of.agrees(total, "total_batchmean_form")
+    # The pitfall: nn.KLDivLoss() divides by the number of classes too.
+    assert of.equals(parts["task"] + parts["soft"] / 3, of.expected["total"])
+
+
+def test_dml_equals_its_formula_for_either_network(case):
+    of = case("dml")
+    total, _ = taught("dml", pair(of, "peer.final"), of)
+    assert of.equals(total, of.expected["loss_student_net"] + of.expected["loss_peer_net"])
+
+
+def test_bd_kd_equals_the_reconstruction(case):
+    of = case("bdkd_reconstruction")
+    total, _ = taught("bd-kd", pair(of, "peer.final"), of)
+    assert of.equals(total, of.expected["student_loss"] + of.expected["teacher_loss"])
+
+
+def test_switokd_teaches_both_as_in_learning_mode(case):
+    of = case("switokd")
+    total, _ = taught("switokd", pair(of, "peer.final"), of)
+    assert of.equals(total, of.expected["student_loss"] + of.expected["teacher_loss_learning_mode"])
+
+
+def test_sokd_equals_the_authors_code(case):
+    of = case("sokd")
+    signals = {"teacher.exit1": said(of["A"]), "teacher.final": said(of["T"]), "final": said(of["S"])}
+    total, _ = taught("sokd", signals, of)
+    assert of.equals(total, of.expected["loss_bridge"] + of.expected["loss_student"])
+
+
+def test_dkd_dist_and_nkd_have_the_papers_settings_for_cifar(case):
+    of = case("dkd")
+    task = cross_entropy(of["S4"], of.batch).mean()
+    four = {"final": said(of["S4"]), "teacher.final": said(of["T4"])}
+    for recipe, parts in (("dkd", "dkd"), ("nkd", "nkd_cifar100"), ("dist", "dist")):
+        found = taught(recipe, four, of)[1]
+        assert of.equals(found["task"], task.item())
+        assert of.equals(found["soft"], soft_part(recipe, case(parts)), scale=10)
+
+
+def soft_part(recipe: str, of: Case) -> float:
+    student, teacher = of["S4"], of["T4"]
+    match recipe:
+        case "dkd":
+            return dkd(student, teacher, of.batch, alpha=1.0, beta=8.0, temperature=4.0).mean().item()
+        case "nkd":
+            return nkd(student, teacher, of.batch, gamma=3.5, temperature=3.0).mean().item()
+        case _:
+            return 2 * dist(student, teacher, of.batch, beta=1.0, gamma=1.0, temperature=4.0).mean().item()
+
+
+def test_mix_kd_equals_the_authors_code_as_a_whole(case):
+    of = case("mix_kd")
+    of.batch.labels = torch.tensor(of.expected["mixed_targets"], dtype=of.dtype)
+    assert of.agrees(taught("mix-kd", pair(of), of)[0], "total")
+
+
+def test_ca_mkd_weighs_teachers_as_the_authors_code_and_has_its_gradient(case):
+    of = case("ca_mkd")
+    teachers = list(of["teachers"])
+    assert of.agrees(confidence(teachers, of.batch), "weights")
+    student = of["student"].requires_grad_()
+    names = ["teacher.final", "second.final", "third.final"]
+    signals = {"final": said(student)} | {n: said(t) for n, t in zip(names, teachers, strict=True)}
+    _, parts = taught("ca-mkd", signals, of, "losses.maps=false")
+    # A cross entropy: without the teachers' own entropies it is the weighted sum of divergences.
+    weights, q = confidence(teachers, of.batch), (of["teachers"] / 4).softmax(-1)
+    mixed = (weights[:, :, None] * q).sum(0)
+    own = -(weights * (q * q.log()).sum(-1)).sum(0).mean()
+    assert of.equals(parts["soft"] - 16 * own, of.expected["kd_paper (sum_k, mean_b)"], scale=100)
+    (gradient,) = torch.autograd.grad(parts["soft"], student)
+    assert of.equals(gradient, 4 * ((student.detach() / 4).softmax(-1) - mixed) / 2, scale=10)
+
+
+def test_crd_equals_the_authors_code(case):
+    of = case("crd_memory_nce")
+    loss = Crd(4, 4, torch.arange(6), negatives=3, dim=4).to(of.dtype)
+    loss.memory_s, loss.memory_t = of["mem_s"], of["mem_t"]
+    places = torch.tensor(of.inputs["contrast_idx"])
+    student = loss.contrast(of["embed_s"], loss.memory_t[places], 0)
+    teacher = loss.contrast(of["embed_t"], loss.memory_s[places], 1)
+    # float32 divides exponentials of up to a million.
+    assert of.equals(student.mean(), of.expected["loss_s"], scale=100)
+    assert of.equals(teacher.mean(), of.expected["loss_t"], scale=100)
+    assert loss.z.tolist() == pytest.approx([of.expected["Z_s"], of.expected["Z_t"]], rel=1e-5)
+
+
+def test_crd_draws_negatives_of_other_classes_and_remembers_what_it_has_seen():
+    labels = torch.tensor([0, 1, 0, 2, 1, -1, 2, 0])
+    torch.manual_seed(0)
+    loss = Crd(3, 3, labels, negatives=4, dim=3)
+    for _ in range(20):
+        drawn = loss.others(torch.tensor([0, 1, 3]))
+        assert all(
+            labels[row].ne(own).all() and labels[row].ne(-1).all() for row, own in zip(drawn, (0, 1, 2), strict=True)
+        )
+        assert all(len(row.unique()) == 4 for row in drawn)
+    nn.init.eye_(loss.embed_s.weight), nn.init.zeros_(loss.embed_s.bias)
+    before, new = loss.memory_s.clone(), F.normalize(torch.randn(2, 3), dim=1)
+    loss(new, torch.randn(2, 3), Batch(torch.zeros(2, 3, 1, 1), labels[[3, 0]], torch.tensor([3, 0])))
+    wanted = F.normalize(0.5 * before[[3, 0]] + 0.5 * new, dim=1)
+    torch.testing.assert_close(loss.memory_s[[3, 0]], wanted)
+    assert torch.equal(loss.memory_s[1], before[1])

@@ -125,7 +125,9 @@ def test_a_copy_to_where_nothing_can_be_written_is_refused(place: str, sdcli: Co
 def test_every_recipe_is_right_with_a_model(sdcli: Command) -> None:
     result = sdcli("recipes", "check", *recipe_names(), "--model", "test_resnet", "--image-size", 64)
     # It is `byot` with its hint turned off: what the note says is what it is for.
-    assert (result.code, result.err) == (0, "note: byot-nohint: losses.hint has no effect: its weight is 0\n")
+    notes = {"byot-nohint": "losses.hint has no effect: its weight is 0"}
+    notes |= {n: "networks.teacher is to be named: --teacher RUN" for n in recipe_names() if load_recipe([n]).awaited}
+    assert (result.code, result.err) == (0, "".join(f"note: {name}: {notes[name]}\n" for name in sorted(notes)))
     lines = result.out.splitlines()
     assert [line.split(":")[0] for line in lines] == recipe_names()
     assert (
@@ -141,7 +143,7 @@ MISTAKES = {
         BYOT + "epoch = 30\n",
         "FILE: recipe: unknown key 'epoch'\n"
         "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
-        "random_weights, schedule, signals, title\n"
+        "random_weights, rules, schedule, signals, title, updates\n"
         "  fix:      did you mean 'epochs'?",
     ),
     "a key in the wrong table": (
@@ -154,7 +156,7 @@ MISTAKES = {
         BYOT + '[augment]\npolicy = "trivial"\n',
         "FILE: recipe: unknown key 'augment'\n"
         "  expected: one of batch, best, ema, epochs, extends, losses, networks, optimizer, paper, phases, "
-        "random_weights, schedule, signals, title\n"
+        "random_weights, rules, schedule, signals, title, updates\n"
         "  fix:      [batch.augment]",
     ),
     "a loss under another name": (
@@ -167,7 +169,7 @@ MISTAKES = {
         BYOT + "[losses.task]\ntemperature = 3.0\n",
         "FILE: losses.task: unknown key 'temperature'\n"
         "  expected: one of smooth_over, smoothing, standardize\n"
-        "  fix:      kinds that have temperature: virtual_teacher, kl, soft_cross_entropy, balanced_kl, dkd, nkd, dist",
+        "  fix:      kinds that have temperature: crd, virtual_teacher, kl, soft_cross_entropy, balanced_kl, dkd, nkd, dist",
     ),
     "a number in quotes": (
         BYOT + '[losses.soft]\nweight = "0.5"\n',
@@ -219,7 +221,7 @@ MISTAKES = {
     "a parent that there is not": (
         'extends = "byot-jurnal"\n',
         "FILE: extends = 'byot-jurnal': unknown recipe 'byot-jurnal'\n"
-        "  expected: one of byot-journal, byot-auto, byot-scan, byot-nohint, byot, born-again, …; "
+        "  expected: one of byot-journal, byot-auto, byot-scan, byot-nohint, byot, byot-dkd, …; "
         f"{len(recipe_names())} in all: sdcli recipes list\n"
         "  fix:      did you mean 'byot-journal'?",
     ),
@@ -269,7 +271,7 @@ def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcl
     ("name", "message"),
     [
         ("mine.yaml", "unknown recipe 'mine.yaml'\n"
-         f"  expected: one of default, baseline, finetune, exits-then-all, one, exits-only, …; {len(recipe_names())} in all: sdcli recipes list\n"
+         f"  expected: one of fitnet, default, baseline, finetune, exits-then-all, dml, …; {len(recipe_names())} in all: sdcli recipes list\n"
          "  fix:      recipes are TOML files: sdcli recipes copy default mine.toml makes one to change"),
         ("./byott.toml", "recipe file 'byott.toml' does not exist\n"
          "  expected: a .toml file, or a name of sdcli recipes list\n"
@@ -278,7 +280,7 @@ def test_a_mistake_is_told_with_file_key_value_and_what_to_do(mistake: str, sdcl
          "  expected: a .toml file, or a name of sdcli recipes list\n"
          "  fix:      did you mean 'mine.toml'?"),
         ("my-recipe", "unknown recipe 'my-recipe'\n"
-         f"  expected: one of mixup, baseline, random-weights, byot-scan, one-exits, zipf, …; {len(recipe_names())} in all: sdcli recipes list\n"
+         f"  expected: one of mixup, baseline, random-weights, byot-scan, one-exits, prue, …; {len(recipe_names())} in all: sdcli recipes list\n"
          "  fix:      for your own file write its path: ./my-recipe.toml"),
     ],
 )  # fmt: skip

@@ -83,11 +83,11 @@ def test_a_damaged_state_without_an_earlier_one_is_refused(folder: Path) -> None
 def test_the_state_of_another_version_is_refused(folder: Path) -> None:
     last = folder / "state" / "last.pt"
     content = last.read_bytes()
-    for written, version in ((content.replace(b"state 4", b"state 5", 1), "5"), (b"PK\x03\x04" * 20, "2 or older")):
+    for written, version in ((content.replace(b"state 5", b"state 6", 1), "6"), (b"PK\x03\x04" * 20, "2 or older")):
         last.write_bytes(written)
         assert refusal(folder) == (
             f"state cannot be used: '{last}' has format {version}\n"
-            "  expected: format 4, which this sdcli reads\n"
+            "  expected: format 5, which this sdcli reads\n"
             "  fix:      resume with the version of sdcli that saved it"
         )
 
@@ -157,13 +157,13 @@ MISFITS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("stray", lambda s: s["ema"].update(more=torch.ones(2)), "ema.more is not part of this run"),
     ("shape", lambda s: s["learner"].update({CONV: torch.ones(3)}), f"learner.{CONV} has shape [3], not [64, 3, 1, 1]"),
     ("dtype", lambda s: s["learner"].update({CONV: s["learner"][CONV].half()}), f"learner.{CONV} is float16, not float32"),
-    ("momentum", lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1)),
-     "optimizer.state.0.momentum_buffer has shape [1], not [1, 1, 64]"),
-    ("none", lambda s: s["optimizer"]["state"][0].update(momentum_buffer=None),
-     "optimizer.state.0.momentum_buffer is nothing, not a tensor"),
-    ("parameter", lambda s: s["optimizer"]["state"].update({999: {}}), "optimizer.state.999 belongs to no parameter"),
-    ("group", lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "optimizer.param_groups.0 has other parameters"),
-    ("rate", lambda s: s["optimizer"]["param_groups"][0].update(lr="x"), "optimizer.param_groups.0.lr is str, not a number"),
+    ("momentum", lambda s: s["optimizers"]["student"]["state"][0].update(momentum_buffer=torch.ones(1)),
+     "optimizers.student.state.0.momentum_buffer has shape [1], not [1, 1, 64]"),
+    ("none", lambda s: s["optimizers"]["student"]["state"][0].update(momentum_buffer=None),
+     "optimizers.student.state.0.momentum_buffer is nothing, not a tensor"),
+    ("parameter", lambda s: s["optimizers"]["student"]["state"].update({999: {}}), "optimizers.student.state.999 belongs to no parameter"),
+    ("group", lambda s: s["optimizers"]["student"]["param_groups"][0]["params"].pop(), "optimizers.student.param_groups.0 has other parameters"),
+    ("rate", lambda s: s["optimizers"]["student"]["param_groups"][0].update(lr="x"), "optimizers.student.param_groups.0.lr is str, not a number"),
 ]  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_the_state_of_another_network_is_refused_before_anything_is_changed(
 ) -> None:
     """A wrong shape would be a crash in a fused optimizer."""
     training = resume(folder, *resumed(folder, {}, None, []))
-    before = copy.deepcopy((training.learner.state_dict(), training.optimizer.state_dict()["state"]))
+    before = copy.deepcopy((training.learner.state_dict(), training.optimizers["student"].state_dict()["state"]))
     generator = torch.get_rng_state()
     state = states.load_state(folder / "state" / "last.pt")
     change(state)
@@ -218,11 +218,11 @@ def test_a_forged_state_of_other_optimizers_is_refused_before_anything_is_change
     recipe = load_recipe(["quick"], [*SHORT, f"optimizer.opt={opt}", "optimizer.lr=0.001"])
     list(fit(prepare(QUICK, recipe, folder), lambda: 15 if next(asked) == 2 else None))
     training = resume(folder, *resumed(folder, {}, None, []))
-    before = copy.deepcopy((training.learner.state_dict(), training.optimizer.state_dict()["state"]))
+    before = copy.deepcopy((training.learner.state_dict(), training.optimizers["student"].state_dict()["state"]))
     state = states.load_state(folder / "state" / "last.pt")
     for change in FOREIGN:
         forged = copy.deepcopy(state)
-        change(forged["optimizer"]["state"][0])
+        change(forged["optimizers"]["student"]["state"][0])
         try:
             restore(training, forged)
         except UserError as error:
@@ -290,7 +290,7 @@ def attempt_all(folder: str, results: str) -> None:
             if number < 25:
                 last.write_bytes(damaged(content, random))
             else:
-                part = random.choice([None, "position", "learner", "optimizer", "optimizer", "ema", "random", "data"])
+                part = random.choice([None, "position", "learner", "optimizers", "optimizers", "ema", "random", "data"])
                 mine = copy.deepcopy(state)
                 states.save_state(last, {**mine, part: changed(mine[part], random)} if part else changed(mine, random))
             file.write(f"{number} {outcome(training, run, settings)}\n")

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "sdcli"
 
 LAYERS = [
     ("errors", "files", "toml"),
-    ("registry", "extensions", "devices", "hub"),
+    ("registry", "extensions", "devices", "hub", "zoo"),
     ("recipe",),
     ("data",),
     ("network",),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "benchmarks" / "study").glob("*.toml"))
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
-from run import read_cells, record_of  # noqa: E402
+from run import Lanes, expected_hours, read_cells, record_of  # noqa: E402
 
 TINY = """
 dataset = "digits"
@@ -119,6 +120,48 @@ def test_a_study_runs_what_is_missing_in_the_order_of_what_starts_from_what(tmp_
     assert exits["training"]["macs"] < plain["training"]["macs"]
     again = run_study(tmp_path)
     assert "2 of 2 cells are done, 0 are missing:" in again.stdout
+
+
+def test_a_teacher_is_another_network_s_cell_and_ends_first(tmp_path):
+    study = tomllib.loads(
+        TINY
+        + """
+[networks.large]
+model = "test_vit"
+speed = 50
+options = []
+
+[rows.kd]
+options = ["--recipe", "kd"]
+teacher = "baseline"
+cost = 2
+"""
+    )
+    study["networks"]["tiny"]["teacher"] = "large"
+    study["plan"] = [
+        {"networks": ["tiny"], "rows": ["kd"], "regimes": ["few"], "seeds": [1]},
+        {"networks": ["large"], "rows": ["baseline"], "regimes": ["few"], "seeds": [1]},
+    ]
+    taught, teacher = read_cells(study)
+    words = taught.command("digits", tmp_path, device="cuda")
+    assert option(tuple(words), "--set")[1:] == [
+        "networks.teacher.model=test_vit",
+        f"networks.teacher.weights={tmp_path}/large/few/baseline-seed1/last.safetensors",
+    ]
+    assert option(tuple(words), "--device")[-1] == "cuda"
+    lanes = Lanes(study, [taught, teacher], Namespace(runs=tmp_path))
+    assert (lanes.next_ready(), lanes.next_ready()) == (teacher, None)
+    (tmp_path / teacher.name).mkdir(parents=True)
+    (tmp_path / teacher.name / "report.json").touch()
+    assert lanes.next_ready() == taught
+    # 60 images at 100 per second, twice as dear; 60 at 50.
+    assert expected_hours(study, [taught, teacher], [taught, teacher]) * 3600 == pytest.approx(1.2 + 1.2)
+
+
+def test_a_study_on_a_gpu_counts_its_hours(tmp_path):
+    (tmp_path / "study.toml").write_text(TINY.replace('checkpoint = "last"', 'checkpoint = "last"\ndevice = "cuda"'))
+    planned = run_study(tmp_path, "--dry-run")
+    assert "about 0.0 h of one GPU" in planned.stdout and planned.stdout.count("--device cuda") == 2
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_done(tmp_path):

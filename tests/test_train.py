@@ -891,7 +891,7 @@ def all_tensors(training: Training) -> dict[str, Any]:
     """Copies of all that an update may change."""
     return copy.deepcopy({
         "learner": training.learner.state_dict(),
-        "optimizer": training.optimizer.state_dict()["state"],
+        "optimizer": training.optimizers["student"].state_dict()["state"],
         "ema": training.ema.module.state_dict(),
     })  # fmt: skip
 
@@ -936,7 +936,7 @@ def test_an_infinite_gradient_stops_the_run_and_keeps_the_state(
     before = training.run.state.read_bytes()
     with pytest.raises(UserError) as error:
         finish(training)
-    rate = training.schedule._get_lr(2)[0]
+    rate = training.schedules["student"]._get_lr(2)[0]
     assert str(error.value) == (
         "the gradient of losses.task, losses.exits, losses.soft, losses.hint was not finite in epoch 1, update 3, "
         f"at learning rate {rate:g}, but all losses were\n"
@@ -1050,7 +1050,7 @@ def test_too_little_memory_is_explained_before_and_after_a_run_too(
     assert not (training.run.folder.parent / "other").exists()
 
     list(fit(training))
-    monkeypatch.setattr("sdcli.evaluation.scoring.evaluate", full)
+    monkeypatch.setattr("sdcli.evaluation.scoring.answer", full)
     with pytest.raises(UserError) as error:
         score_checkpoint(training.run.folder / "last.safetensors", device="cpu", batch_size=32)
     assert str(error.value) == (

@@ -192,7 +192,7 @@ def test_ctrl_c_stops_the_search_and_the_same_command_continues(
         (
             ["--try", "lr=0.1..1"],
             "--try lr=0.1..1: recipe: unknown key 'lr'\n  expected: one of batch, best, ema, epochs, extends, losses, "
-            "networks, optimizer, paper, phases, random_weights, schedule, signals, title\n  fix:      lr belongs in [optimizer]",
+            "networks, optimizer, paper, phases, random_weights, rules, schedule, signals, title, updates\n  fix:      lr belongs in [optimizer]",
         ),
         (
             ["--try", "networks.student.exits=2,99", "--exits", "auto"],

@@ -3,10 +3,10 @@
     python benchmarks/study/run.py benchmarks/study/cifar100.toml --data ../shared/data/cifar100 --dry-run
     python benchmarks/study/run.py benchmarks/study/cifar100.toml --data ../shared/data/cifar100
 
-`--lanes` cells run side by side, with one thread each. Ctrl-C or SIGTERM stops them with their state saved, and the
-same command resumes them. A finished cell is a small JSON file in the folder that the study names, which `sdcli
-compare` reads; the run folders in `--runs` can then be deleted. `--dry-run` prints what is missing, and about how long
-it takes.
+`--lanes` cells run side by side, with one thread each; on a GPU, where the study names one, with as many as they like.
+Ctrl-C or SIGTERM stops them with their state saved, and the same command resumes them. A finished cell is a small JSON
+file in the folder that the study names, which `sdcli compare` reads; the run folders in `--runs` can then be deleted.
+`--dry-run` prints what is missing, and about how long it takes.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ class Cell:
     """Of `sdcli train`."""
     start: str | None = None
     """The cell whose weights it starts from; None: random ones, or those that the options name."""
+    teacher: str | None = None
+    """The cell whose network teaches it; None: it has no second network."""
+    cost: float = 1.0
+    """The time of an epoch beside the baseline's, as long as none was measured."""
 
     @property
     def name(self) -> str:
         return f"{self.network}/{self.regime}/{self.row}-seed{self.seed}"
 
-    def command(self, dataset: str, runs: Path, pretrained: str | None = None) -> list[str]:
+    def command(self, dataset: str, runs: Path, pretrained: str | None = None, device: str = "cpu") -> list[str]:
         """The arguments of sdcli; a file of `pretrained` weights replaces those of the hub."""
         options, weights = list(self.options), None
         if self.start:
@@ -57,6 +61,10 @@ class Cell:
             weights = pretrained
         if weights:
             options = [*(option for option in options if option != "--pretrained"), "--weights", str(weights)]
+        if self.teacher:
+            options += ["--set", f"networks.teacher.weights={runs / self.teacher / 'last.safetensors'}"]
+        if device != "cpu":
+            options += ["--device", device]
         own = ["--seed", str(self.seed), "--workers", "0", "--resume", "auto", "--output", str(runs / self.name)]
         return ["train", *options, "--dataset", dataset, *own]
 
@@ -74,7 +82,15 @@ def read_cells(study: dict[str, Any]) -> list[Cell]:
                         options = [about["model"], *about["options"], *data["options"], *how["options"]]
                         options += ["--epochs", str(epochs), "--set", f"title={row}"]
                         start = f"{network}/{regime}/{how['start']}-seed{seed}" if "start" in how else None
-                        cell = Cell(network, regime, row, seed, epochs, tuple(options), start)
+                        teacher = None
+                        if "teacher" in how:
+                            teacher = f"{about['teacher']}/{regime}/{how['teacher']}-seed{seed}"
+                            options += [
+                                "--set",
+                                f"networks.teacher.model={study['networks'][about['teacher']]['model']}",
+                            ]
+                        cost = how.get("cost", 1.0)
+                        cell = Cell(network, regime, row, seed, epochs, tuple(options), start, teacher, cost)
                         cells.setdefault(cell.name, cell)
     return list(cells.values())
 
@@ -114,10 +130,11 @@ class Lanes:
                 self.failed.append(cell.name)
 
     def next_ready(self) -> Cell | None:
-        """The next cell whose weights to start from are there; None where others have to end first."""
+        """The next cell whose weights to start from and teacher are there; None where others have to end first."""
         with self.lock:
             for cell in self.cells:
-                if cell.start is None or (self.options.runs / cell.start / "report.json").exists():
+                needed = [name for name in (cell.start, cell.teacher) if name]
+                if all((self.options.runs / name / "report.json").exists() for name in needed):
                     self.cells.remove(cell)
                     return cell
         return None
@@ -130,16 +147,18 @@ class Lanes:
             if code:
                 return code
         checkpoint = run / f"{self.study['checkpoint']}.safetensors"
-        save = ["compare", str(checkpoint), "--save", str(record_of(self.study, cell).parent), "--device", "cpu"]
+        save = ["compare", str(checkpoint), "--save", str(record_of(self.study, cell).parent)]
+        save += ["--device", device_of(self.study)]
         return self.call(cell, save, "score.log")
 
     def call(self, cell: Cell, arguments: list[str], log: str) -> int:
-        """Runs sdcli with one thread; what it prints goes into a file beside the run."""
+        """Runs sdcli, on a CPU with one thread; what it prints goes into a file beside the run."""
         place = self.options.runs / "logs" / cell.name
         place.mkdir(parents=True, exist_ok=True)
         with (place / log).open("ab") as file:
             command = [sys.executable, "-m", "sdcli", *arguments]
-            process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=file, stderr=file, process_group=0)
+            threads = ONE_THREAD if device_of(self.study) == "cpu" else {}
+            process = subprocess.Popen(command, env=os.environ | threads, stdout=file, stderr=file, process_group=0)
             self.running[cell.name] = process
             if self.stopping:
                 process.terminate()
@@ -155,14 +174,22 @@ def give_way() -> None:
         Path("/proc/self/autogroup").write_text("19", encoding="ascii")
 
 
+def device_of(study: dict[str, Any]) -> str:
+    """Where the cells run: "cpu", or the GPU that the study names."""
+    return str(study.get("device", "cpu"))
+
+
 def record_of(study: dict[str, Any], cell: Cell) -> Path:
     """The file of a finished cell."""
     return Path(study["results"]) / f"{cell.name}.json"
 
 
 def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]) -> float:
-    """Hours of one core for what is missing: a cell that was measured stands for others with its row, or else the
-    longest of its network and regime; before anything was measured, the images per second that the study names."""
+    """Hours of one core, or of one GPU, for what is missing.
+
+    A cell that was measured stands for others with its row, or else the longest of its network and regime; before
+    anything was measured, the images per second that the study names.
+    """
     known: dict[tuple[str, str, str], float] = {}
     for cell in cells:
         if (record := record_of(study, cell)).exists():
@@ -173,7 +200,7 @@ def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]
         place = cell.network, cell.regime
         alike = [cost for (network, regime, _), cost in known.items() if (network, regime) == place]
         guess = max(alike, default=study["regimes"][cell.regime]["images"] / study["networks"][cell.network]["speed"])
-        total += cell.epochs * known.get((cell.network, cell.regime, cell.row), guess)
+        total += cell.epochs * known.get((cell.network, cell.regime, cell.row), guess * cell.cost)
     return total / 3600
 
 
@@ -188,12 +215,14 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what is missing")
     options = parser.parse_args()
     study = tomllib.loads(options.study.read_text(encoding="utf-8"))
-    options.command = lambda cell: cell.command(options.data or study["dataset"], options.runs, options.weights)
+    place = options.data or study["dataset"], options.runs, options.weights, device_of(study)
+    options.command = lambda cell: cell.command(*place)
     cells = [cell for cell in read_cells(study) if options.only in cell.name]
     missing = [cell for cell in cells if not record_of(study, cell).exists()]
     hours = expected_hours(study, cells, missing)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done, {len(missing)} are missing:")
-    print(f"about {hours:.1f} h of one core, {hours / options.lanes:.1f} h in {options.lanes} lanes", flush=True)
+    one = "core" if device_of(study) == "cpu" else "GPU"
+    print(f"about {hours:.1f} h of one {one}, {hours / options.lanes:.1f} h in {options.lanes} lanes", flush=True)
     if options.dry_run:
         for cell in missing:
             print(shlex.join(["sdcli", *options.command(cell)]))

@@ -75,12 +75,13 @@ def bench(
         import torch
 
         from sdcli.cli.tables import bench_tables
-        from sdcli.devices import accelerator_for, short_of_memory
+        from sdcli.devices import accelerator_for, keep_freed_memory, short_of_memory
         from sdcli.evaluation import bench as measuring
 
         log = logging.getLogger("sdcli.cli.bench")
         load = measuring.current_load()
         place = accelerator_for(device).device
+        keep_freed_memory(place)
         if threads is not None:
             torch.set_num_threads(threads)
         if threads is not None and place.type != "cpu":

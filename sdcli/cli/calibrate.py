@@ -128,6 +128,7 @@ def calibrate(
     with stages(), only_results():
         from sdcli.cli import tables
         from sdcli.cli.progress import scoring
+        from sdcli.devices import accelerator_for, keep_freed_memory
         from sdcli.evaluation.calibrate import Goal
         from sdcli.evaluation.held_out import calibrate_checkpoint
         from sdcli.network.checkpoint import find_checkpoint
@@ -137,6 +138,7 @@ def calibrate(
             POLICIES.find(policy)
         path = find_checkpoint(checkpoint)
         load_imports(import_ or [])
+        keep_freed_memory(accelerator_for(device).device)
         goal = Goal(
             max_drop=max_drop if goals else DEFAULT_DROP,
             budget=budget,

@@ -87,6 +87,15 @@ Weights: TypeAlias = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Teacher: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        help="The network that teaches, in recipes with one: a run, a checkpoint, or a timm model with pretrained "
+        "weights.",
+        rich_help_panel=MODEL,
+    ),
+]
 Exits: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -164,6 +173,12 @@ SaveEvery: TypeAlias = Annotated[
     int | None,
     typer.Option(min=1, metavar="UPDATES", help="Save the state after this many updates too.", rich_help_panel=RUN),
 ]
+KeepEvery: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="EPOCHS", help="Keep the checkpoint of every Nth epoch too, as epochN.", rich_help_panel=RUN
+    ),
+]
 Seed: TypeAlias = Annotated[
     int,
     typer.Option(
@@ -229,7 +244,7 @@ GradCheckpointing: TypeAlias = Annotated[
 SETTINGS = (
     "model", "dataset", "image_key", "label_key", "image_size", "val_fraction", "limit_train", "limit_val",
     "split_seed", "seed", "device", "workers", "precision", "compile", "memory_format", "grad_checkpointing",
-    "grad_accum_steps", "save_every", "track", "imports",
+    "grad_accum_steps", "save_every", "keep_every", "track", "imports",
 )  # fmt: skip
 PARAMETERS = {"compile": "compile_", "imports": "import_"}
 """The parameters of the commands that are not called like their setting."""
@@ -262,7 +277,22 @@ def overrides_of(given: Mapping[str, Any]) -> list[Override]:
     ]
     if given["pretrained"]:
         found.append(Override("networks.student.weights", "pretrained", "--pretrained"))
+    if given["teacher"]:
+        found += _teacher(given["teacher"])
     return found
+
+
+def _teacher(named: str) -> list[Override]:
+    """What `--teacher` changes: a path names weights, any other word a model of timm."""
+    from sdcli.recipe.merge import Override
+
+    source = f"--teacher {Path(named).name}"
+    if os.path.exists(named) or set("./~") & set(named):
+        return [Override("networks.teacher.weights", _weights_file(Path(named)), source)]
+    return [
+        Override("networks.teacher.model", named, source),
+        Override("networks.teacher.weights", "pretrained", source),
+    ]
 
 
 def _weights_file(path: Path) -> str:

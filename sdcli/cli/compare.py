@@ -90,9 +90,11 @@ def compare(
         from sdcli.cli.progress import scoring
         from sdcli.compare.compare import compare as compare_records
         from sdcli.compare.record import find_runs, record_of, save_record
+        from sdcli.devices import accelerator_for, keep_freed_memory
 
         paths = find_runs(runs)
         load_imports(import_ or [])
+        keep_freed_memory(accelerator_for(device).device)
         records = []
         for number, path in enumerate(paths, start=1):
             with scoring(f"scoring run {number} of {len(paths)}") as progress:

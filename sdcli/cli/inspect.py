@@ -126,10 +126,10 @@ def inspect(
 
 
 def _names(pattern: str) -> list[str]:
-    """timm's models that match, in natural order; raises UserError where none does."""
-    import timm
+    """timm's models and those of the zoo that match, in natural order; raises UserError where none does."""
+    from sdcli.network.backbones import models
 
-    known = timm.list_models()
+    known = models().list_models()
     if names := matching(known, pattern):
         return names
     near = did_you_mean(pattern.strip("*?"), {name.split("_")[0] for name in known})

@@ -86,7 +86,7 @@ def predict(
         from sdcli.cli import predictions
         from sdcli.cli.progress import scoring
         from sdcli.data.photos import find_photos, read_photos
-        from sdcli.devices import accelerator_for, short_of_memory
+        from sdcli.devices import accelerator_for, keep_freed_memory, short_of_memory
         from sdcli.network.checkpoint import find_checkpoint
         from sdcli.network.predict import predictions as read_answers
         from sdcli.network.weights import load
@@ -104,6 +104,7 @@ def predict(
             exit=exit_, ensemble=ensemble, budget=budget, threshold=threshold, early_exit=not no_early_exit
         )
         place = accelerator_for(device).device
+        keep_freed_memory(place)
         network = network.to(place)
         end_stage()
     for text in [*found.notes, *filter(None, [strategy.note])]:

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -114,7 +114,7 @@ def _follow_plain(training: Training, events: Iterable[Event]) -> Finished | Sto
                         f"  |  {_losses(event.losses)}  |  {speed}")  # fmt: skip
         else:
             shown = now
-            scores = f"  |  {_scores(event.validation)}" if event.validation else ""
+            scores = f"  |  {_scores(event.validation, event.networks)}" if event.validation or event.networks else ""
             speed = f"{event.images_per_s:,.0f} images/s{left(event.epoch * steps)}"
             message(f"epoch {event.epoch}/{training.epochs}  |  {_losses(event.losses)}{_skipped(event)}{scores}"
                     f"  |  {speed}")  # fmt: skip
@@ -207,11 +207,15 @@ def _epoch_table(epochs: list[Epoch], by: str, with_losses: bool = True) -> Tabl
     scored = epochs[-1].validation.rows if epochs[-1].validation else []
     for result in scored:
         table.add_column(f"{result.point}\ntop-1 %", justify="right", no_wrap=True)
+    others = list(epochs[-1].networks)
+    for name in others:
+        table.add_column(f"{name}\ntop-1 %", justify="right", style="dim", no_wrap=True)
     compared = [e for e in epochs if e.validation and e.phase == epochs[-1].phase]
     best = max(compared, key=lambda e: quality(e.validation, by) if e.validation else (0.0, 0.0), default=None)
     for epoch in epochs[-ROWS:]:
         cells = [f"{epoch.losses[name]:.4f}" if name in epoch.losses else "" for name in names]
         cells += [f"{result.top1:.2f}" for result in (epoch.validation.rows if epoch.validation else [])]
+        cells += [f"{epoch.networks[name]:.2f}" if name in epoch.networks else "" for name in others]
         table.add_row(str(epoch.epoch), *cells, style="bold" if epoch is best else "")
     return table
 
@@ -255,8 +259,12 @@ def _losses(losses: dict[str, float]) -> str:
     return "loss: " + " + ".join(f"{name} {value:.3g}" for name, value in losses.items())
 
 
-def _scores(report: Report) -> str:
-    return f"{report.split} top-1 %: " + ", ".join(f"{r.point} {r.top1:.2f}" for r in report.rows)
+def _scores(report: Report | None, others: Mapping[str, float] | None = None) -> str:
+    """Top-1 of the student, if it was scored, and of other networks; those are scored on the same split."""
+    own = [(result.point, result.top1) for result in report.rows] if report else []
+    return f"{report.split if report else 'validation'} top-1 %: " + ", ".join(
+        f"{name} {top1:.2f}" for name, top1 in [*own, *(others or {}).items()]
+    )
 
 
 def _time(seconds: float) -> str:

@@ -173,7 +173,7 @@ def check(
     from sdcli.extensions import load_imports
 
     with stages(plain=False):
-        from sdcli.method.check import check_files, check_names, check_with_model, remarks
+        from sdcli.method.check import check_files, check_names, check_with_model, left_open, remarks
         from sdcli.network.backbones import resolve
         from sdcli.network.weights import read_weights_file
 
@@ -182,7 +182,7 @@ def check(
         if model is not None:
             resolve(model, num_classes=None, image_size=image_size)
         for file, recipe, origins in found:
-            exits, notes = "", remarks(recipe, model)
+            exits, notes = "", left_open(recipe) + remarks(recipe, model)
             with _in_file(file, origins):
                 check_names(recipe)
                 check_files(recipe)

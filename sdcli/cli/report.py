@@ -87,6 +87,7 @@ def report(
 
     with stages(), only_results():
         from sdcli.cli.progress import scoring
+        from sdcli.devices import accelerator_for, keep_freed_memory
         from sdcli.network.checkpoint import find_checkpoint
         from sdcli.report.card import card as card_of
         from sdcli.report.card import is_card
@@ -100,6 +101,7 @@ def report(
         if readme:
             _check_output("--card", readme, is_card, force, ".md")
         load_imports(import_ or [])
+        keep_freed_memory(accelerator_for(device).device)
         with scoring() as progress:
             found = [
                 examine(

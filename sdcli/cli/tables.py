@@ -105,7 +105,7 @@ def _models_table(rows: Sequence[Mapping[str, Any]], dropped: Sequence[str]) -> 
     return table
 
 
-GROUPS = {
+GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Start here": (
         "quick, then default; finetune for your photos",
         ("quick", "default", "finetune"),
@@ -117,6 +117,30 @@ GROUPS = {
         "exits or branches teach each other",
         ("at", "logit-standardization", "one", "one-exits", "sad", "scd", "sp", "wttm"),
     ),
+    "A teacher": (
+        "a trained network teaches: --teacher RUN",
+        (
+            *(
+                "kd",
+                "at-teacher",
+                "byot-dkd",
+                "ca-mkd",
+                "crd",
+                "dist",
+                "dkd",
+                "fitnet",
+                "mix-kd",
+                "nkd",
+                "patient-teacher",
+            ),
+            *("prune-then-distill", "sp-teacher", "wttm-teacher"),
+        ),
+    ),
+    "In one run": (
+        "teachers and assistants are trained, or networks pruned, before the student learns",
+        ("eskd", "prue", "prune", "takd"),
+    ),
+    "Peers": ("networks that learn at the same time", ("bd-kd", "dml", "sokd", "switokd")),
     "Over time": ("an earlier or averaged self teaches", ("born-again", "ema-teacher", "ps-kd")),
     "Other images": ("other views, or images of the class, teach", ("bake", "cs-kd", "ddgsd")),
     "Labels": ("softened, mixed or weighted", ("cutmix", "label-smoothing", "mixup", "tf-kd", "tf-nkd", "zipf")),

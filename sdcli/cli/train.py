@@ -51,6 +51,7 @@ def train(
     import_: choices.Import = None,
     pretrained: choices.Pretrained = False,
     weights: choices.Weights = None,
+    teacher: choices.Teacher = None,
     exits: choices.Exits = None,
     head: choices.Head = None,
     stem: choices.Stem = None,
@@ -71,6 +72,7 @@ def train(
         ),
     ] = None,
     save_every: choices.SaveEvery = None,
+    keep_every: choices.KeepEvery = None,
     seed: choices.Seed = 42,
     seeds: Annotated[
         int | None,

@@ -18,7 +18,7 @@ from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError, did_you_mean
 from sdcli.network.backbones import SOURCES, resolve
 from sdcli.network.blueprint import Blueprint
-from sdcli.network.checkpoint import Description, TrainedOn, read_description
+from sdcli.network.checkpoint import Description, TrainedOn, find_checkpoint, read_description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import build_network, classes_of, read_weights_file, rebuild
 from sdcli.recipe.schema import Network, weights_file
@@ -123,6 +123,7 @@ def open_timm(
     Images are prepared as for these weights. Raises UserError for a model or weights that do not exist, and for a
     classifier of other classes than the data set's.
     """
+    weights = find_checkpoint(weights) if weights is not None else None
     if weights is not None and read_description(weights) is not None:
         raise UserError(
             f"'{weights}' is a checkpoint of sdcli, which names its own model and exits",

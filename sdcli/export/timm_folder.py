@@ -1,4 +1,5 @@
-"""`--to timm`: a folder that `timm.create_model("local-dir:PATH")` loads, with a card; sdcli is not needed."""
+"""`--to timm`: a folder that `timm.create_model("local-dir:PATH")` loads, with a card; sdcli is not needed, but for the
+networks of its zoo."""
 
 from __future__ import annotations
 
@@ -67,6 +68,7 @@ def _card(job: Job) -> str:
     if license == UNKNOWN:
         job.notes.append("the card states no licence: add one with --license, such as --license apache-2.0")
     final, size = blueprint.costs()[FINAL], "x".join(map(str, blueprint.preprocess.size))
+    in_zoo = blueprint.architecture.in_zoo
     lines = [
         *front_matter(job.about, license, blueprint.architecture.model),
         "",
@@ -75,7 +77,7 @@ def _card(job: Job) -> str:
         f"An image classifier of {len(blueprint.classes)} classes, trained by self-distillation with sdcli "
         f"{__version__}. This folder holds the whole timm model, without the exits that it was trained with.",
         "",
-        f"- **Model:** {blueprint.architecture.model} of timm",
+        f"- **Model:** {blueprint.architecture.model} of {'sdcli, which registers it with timm' if in_zoo else 'timm'}",
         f"- **Parameters:** {final.params / 1e6:.1f} M",
         f"- **MACs:** {final.macs / 1e9:.2f} G at {size} pixels",
         f"- **Data:** {plain(data.name)}",
@@ -87,6 +89,7 @@ def _card(job: Job) -> str:
         "",
         "```python",
         "import timm",
+        *(["import sdcli.zoo  # pip install sdcli: timm alone does not have this architecture"] if in_zoo else []),
         "",
         'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"',
         "config = timm.data.resolve_data_config(model=model)",
@@ -122,4 +125,5 @@ def read(path: Path, job: Job) -> Reader:
 
 def usage(path: Path, job: Job) -> str:
     """How to load it."""
-    return f'model = timm.create_model("local-dir:{path}", pretrained=True)'
+    first = "import sdcli.zoo; " if job.network.blueprint.architecture.in_zoo else ""
+    return f'{first}model = timm.create_model("local-dir:{path}", pretrained=True)'

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,9 +17,11 @@ from sdcli.method.terms import check_losses, check_mixing, check_networks
 from sdcli.network.backbones import names_weights, resolve
 from sdcli.network.blueprint import BRANCH, ENSEMBLE, Blueprint, WeightsFile
 from sdcli.network.checkpoint import open_tensors
+from sdcli.network.foreign import draft_foreign
 from sdcli.network.heads import POOLED, check_head, find_head
 from sdcli.network.multi_exit import MultiExit, build
-from sdcli.recipe.address import STUDENT, TEACHER, Address
+from sdcli.network.weights import file_of
+from sdcli.recipe.address import FINAL, STUDENT, TEACHER, Address
 from sdcli.recipe.schema import MEAN, Network, Recipe
 
 CHANNELS = 3
@@ -64,15 +64,18 @@ def check_names(recipe: Recipe) -> None:
             )
     _check_finished(recipe)
     for name, network in recipe.others.items():
+        if network.model is None:
+            # A checkpoint of sdcli names its own; without one the command line is to name it.
+            continue
         if not network.learns and network.weights == "random" and recipe.reads(name):
             raise UserError(
                 f"networks.{name} does not learn and has random weights: it would teach noise",
-                "weights: pretrained, or a .safetensors file",
+                "weights: pretrained, a run, or a .safetensors file",
                 f"--set networks.{name}.weights=pretrained",
                 key=f"networks.{name}.weights",
             )
         try:
-            resolve(str(network.model), num_classes=None, image_size=None)
+            resolve(network.model, num_classes=None, image_size=None)
         except UserError as error:
             raise error.within(f"networks.{name}.model", key=f"networks.{name}.model") from None
     try:
@@ -90,6 +93,8 @@ def _check_finished(recipe: Recipe) -> None:
     trained = {name: table.trains for name, table in recipe.others.items() if table.learns}
     first = recipe.all_phases[0].trains or student.trains
     for name, trains in {STUDENT: first, **trained}.items():
+        if name in recipe.awaited:
+            continue
         if trains == "heads" and recipe.networks.get(name, student).weights == "random":
             raise UserError(
                 f'networks.{name}: trains = "heads" with random weights: the exits would read noise',
@@ -101,12 +106,33 @@ def _check_finished(recipe: Recipe) -> None:
             )
 
 
+def check_named(recipe: Recipe) -> None:
+    """Raises UserError for a teacher that is still to be named, as in the recipes whose teacher can be any network."""
+    for name in recipe.awaited:
+        raise UserError(
+            f"the recipe has a network '{name}', and it is not said which",
+            "a network that was trained on these classes: a run, or a checkpoint",
+            f"{_naming(name)}, or --set networks.{name}.model=MODEL --set networks.{name}.weights=FILE",
+            key=f"networks.{name}.weights",
+        )
+
+
+def left_open(recipe: Recipe) -> list[str]:
+    """A note for each network that is still to be named."""
+    return [f"networks.{name} is to be named: {_naming(name)}" for name in recipe.awaited]
+
+
+def _naming(name: str) -> str:
+    """The option that says which network this is."""
+    return "--teacher RUN" if name == TEACHER else f"--set networks.{name}.weights=RUN"
+
+
 def check_files(recipe: Recipe) -> None:
     """Raises UserError for starting weights that do not exist or are no safetensors file."""
     for name, network in recipe.networks.items():
         if network.from_file:
             try:
-                with open_tensors(Path(os.path.expanduser(network.weights))):
+                with open_tensors(file_of(network)):
                     pass
             except UserError as error:
                 raise error.within(f"networks.{name}.weights", key=f"networks.{name}.weights") from None
@@ -145,7 +171,7 @@ def check_with_model(
     networks = {STUDENT: _on_meta(recipe.student, model, image_size, file)}
     for name, table in recipe.others.items():
         student = networks[STUDENT].plan.input_size[1]
-        networks[name] = _on_meta(table, str(table.model), student)
+        networks[name] = _other_on_meta(name, table, recipe, model, student)
     own = {name: networks.get(name, networks[STUDENT]) for name in recipe.taking_part}
     specs = {str(Address(name, p)): spec for name, network in own.items() for p, spec in network.specs.items()}
     with torch.device("meta"):
@@ -176,6 +202,19 @@ def _on_meta(table: Network, model: str, image_size: int | None, file: WeightsFi
         if kind not in (POOLED, BRANCH):
             check_head(kind, network.heads[point], network.stages[point], len(blueprint.classes))
     return network
+
+
+def _other_on_meta(name: str, table: Network, recipe: Recipe, student: str, image_size: int) -> MultiExit:
+    """Another network than the student; one that is still to be named is taken to be like the student."""
+    points = recipe.points_of(name)
+    if table.finished:
+        try:
+            return build(draft_foreign(table, name, points), device="meta")
+        except UserError as error:
+            raise error.within(f"networks.{name}", key=error.key or f"networks.{name}.weights") from None
+    if table.awaited and points <= {FINAL}:
+        table = table.model_copy(update={"exits": "none"})
+    return _on_meta(table, table.model or student, image_size)
 
 
 def remarks(recipe: Recipe, model: str | None = None) -> list[str]:

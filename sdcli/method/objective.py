@@ -5,9 +5,10 @@ B batch, C channels, D embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sdcli.method.addresses import Addresses
 from sdcli.method.losses import LOSSES
 from sdcli.method.random_weights import random_weights
 from sdcli.method.shares import Shares
-from sdcli.method.terms import Term, check_mixing, needs_target
+from sdcli.method.terms import SIGNAL, Term, check_mixing, needs_target
 from sdcli.network.multi_exit import PointSpec
 from sdcli.network.signals import Signal
 from sdcli.recipe.address import Address
@@ -40,11 +41,13 @@ class Objective(nn.Module):
         derived: Mapping[str, PointSpec] | None = None,
         mixes: bool = False,
         seed: int | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         """Builds the terms for networks with the points of `specs`, by address, each network's shallowest first.
 
         `frozen` names the networks that do not learn, `derived` holds the predictions that are made from others;
-        `mixes` is true if labels are mixtures of several classes. With a `seed`, random weights replace those of the
+        `mixes` is true if labels are mixtures of several classes; `labels` are those of the training images, by index,
+        for losses that remember images. With a `seed`, random weights replace those of the
         losses, except 0. Raises UserError for an unknown loss or key, a point that does not exist, does not learn or
         has no classifier, weights or targets that do not match the points, and a loss that needs one class per image
         where classes are mixed. `check_taught` finds points that nothing teaches.
@@ -53,6 +56,7 @@ class Objective(nn.Module):
         self.terms: list[Term] = []
         self.trained = nn.ModuleList()
         self._seed = seed
+        self._labels = torch.zeros(1, dtype=torch.long, device="cpu") if labels is None else labels
         self._addresses = Addresses(specs, derived or {}, frozen)
         check_mixing(losses, mixes)
         self._losses = [name for name, loss in losses.items() if any(w.varies or w.value for w in loss.weights)]
@@ -146,7 +150,7 @@ class Objective(nn.Module):
                 continue
             if entry.reads == "logits":
                 self._addresses.check_classifies([point, *([target] if target else [])], where)
-            self._addresses.check_taught([point], entry.reads, where)
+            self._addresses.check_taught([point], "features" if entry.reads == SIGNAL else entry.reads, where)
             compare = self._built(entry, options, point, target, where)
             if isinstance(compare, nn.Module):
                 self.trained.append(compare)
@@ -159,9 +163,17 @@ class Objective(nn.Module):
         if not isinstance(entry.call, type) or target is None:
             return partial(entry.call, **options)
         side = "embedding_dim" if entry.reads == "embedding" else "num_chs"
-        widths = [getattr(self._addresses.spec(name), side) for name in (point, target)]
+        own, other = (self._addresses.spec(name) for name in (point, target))
+        given: dict[str, Any] = {
+            "student_width": getattr(own, side),
+            "teacher_width": getattr(other, side),
+            "labels": self._labels,
+            "sources": [(spec.num_chs, spec.embedding_dim) for spec in other.sources],
+        }
         try:
-            built: nn.Module = entry.call(*widths, **options)
+            more = {name: given[name] for name in ("labels", "sources") if name in entry.takes}
+            widths = [given["student_width"], *([] if "sources" in more else [given["teacher_width"]])]
+            built: nn.Module = entry.call(*widths, **more, **options)
         except UserError as error:
             raise error.within(f"{where} at {point}", key=where) from None
         except Exception as error:  # it may be the user's own code
@@ -199,25 +211,37 @@ class Objective(nn.Module):
         `on`."""
         return [name for name in self._losses if name not in self.names]
 
-    def forward(self, signals: Mapping[str, Signal], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all terms (a scalar), and what each loss of the recipe contributes to it."""
+    def forward(
+        self, signals: Mapping[str, Signal], batch: Batch, scales: Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms (a scalar), and what each loss of the recipe contributes to it.
+
+        `scales` has a factor for each term, or None for one that is left out.
+        """
         signals = {point: signal.at_least_float() for point, signal in signals.items()}
         # Autocast would compute products inside a loss in half precision.
         with torch.autocast(batch.images.device.type, enabled=False):
-            parts = self._parts(signals, batch)
+            parts = self._parts(signals, batch, scales or [])
         return torch.stack(list(parts.values())).sum(), parts
 
-    def _parts(self, signals: Mapping[str, Signal], batch: Batch) -> dict[str, Tensor]:
+    def _parts(self, signals: Mapping[str, Signal], batch: Batch, scales: Sequence[Tensor | None]) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for number, term in enumerate(self.terms):
-            student = getattr(signals[term.on], term.reads)
+            if scales and scales[number] is None:
+                parts.setdefault(term.name, batch.images.new_zeros(()))
+                continue
+            own = signals[term.on]
+            student: Any = own if term.reads == SIGNAL else getattr(own, term.reads)
             if term.target is None:
                 value = term.compare(student, batch)
             else:
-                value = term.compare(student, getattr(signals[term.target], term.reads).detach(), batch)
-            _check_value(term, student, value)
+                target = signals[term.target].detached()
+                value = term.compare(student, target if term.reads == SIGNAL else getattr(target, term.reads), batch)
+            _check_value(term, own.features if term.reads == SIGNAL else student, value)
             varies = term.weight.varies or self._seed is not None
             value = value.mean() * (self.now[number] if varies else term.weight.value)
+            if scales and (scale := scales[number]) is not None:
+                value = value * scale
             parts[term.name] = parts[term.name] + value if term.name in parts else value
         return parts
 

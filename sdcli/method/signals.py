@@ -18,9 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sdcli.data.batch import Batch
+from sdcli.devices import everyones
 from sdcli.method.losses.labels import hard_labels
 from sdcli.method.losses.labels import votes as count_votes
-from sdcli.method.losses.logits import gated
+from sdcli.method.losses.logits import confidence, gated
 from sdcli.method.losses.relations import propagate
 from sdcli.network.signals import Signal
 from sdcli.registry import Registry
@@ -82,6 +83,24 @@ class Gated(nn.Module):
         return gated([_logits(signal) for signal in signals], weights)
 
 
+@SIGNALS.register("confident")
+def confident(signals: Sequence[Signal], batch: Batch, *, temperature: Annotated[float, Field(gt=0)] = 4.0) -> Tensor:
+    """The points' predictions, each image's weighted by how well they know its label: the teacher of CA-MKD (Zhang et
+    al. 2022, arXiv:2201.00007).
+
+        T log sum over E of w_e softmax(z_e / T),  w = (1 - softmax over E of CE(z_e, y)) / (|E| - 1)
+
+    E are the points in `of`, two or more. The loss that reads this signal needs the same `temperature`: at that
+    temperature, a softmax of these logits gives the weighted mean of the predictions, and the cross entropy with it
+    has the gradient of the weighted sum of divergences. The authors' code divides by |E| once more.
+    """
+    logits = [_logits(signal) for signal in signals]
+    weights = confidence(logits, batch)
+    mixed = sum(weight[:, None] * (z / temperature).softmax(dim=1) for weight, z in zip(weights, logits, strict=True))
+    assert isinstance(mixed, Tensor)
+    return temperature * mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
+
+
 @SIGNALS.register("propagated", reads_one=True, sees_batch=True, constant=True)
 def propagated(
     signal: Signal,
@@ -128,7 +147,7 @@ class Memory(nn.Module):
         past = torch.where(self.seen[batch.index][:, None], self.past[batch.index].float(), sure)
         if self.training:
             # The same prediction, within half precision's range.
-            index, said = _everyones(batch.index), _everyones(logits.log_softmax(dim=1).clamp(min=-6e4).half())
+            index, said = everyones(batch.index), everyones(logits.log_softmax(dim=1).clamp(min=-6e4).half())
             self.past[index] = said
             self.seen[index] = True
         return past
@@ -144,12 +163,3 @@ def votes(signal: Signal, batch: Batch) -> Tensor:
     """
     assert signal.dense is not None
     return count_votes(signal.dense)
-
-
-def _everyones(own: Tensor) -> Tensor:
-    """This tensor from all processes, concatenated [B of all, …]."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return own
-    shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(shares, own.contiguous())
-    return torch.cat(shares)

@@ -6,7 +6,7 @@ B batch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,10 +14,12 @@ from sdcli.errors import UserError
 from sdcli.method.addresses import Addresses
 from sdcli.method.losses import LOSSES
 from sdcli.network.multi_exit import PointSpec
-from sdcli.network.signals import Signal
 from sdcli.recipe.address import FINAL, OTHER_TARGETS, Address
 from sdcli.recipe.schema import Loss, Recipe, WeightSchedule, as_list
 from sdcli.registry import Entry
+
+SIGNAL = "signal"
+"""What a loss reads that is given whole signals."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Term:
     target: str | None
     """The point or signal to compare with; None for the labels."""
     reads: str
-    """`logits`, `embedding` or `features`."""
+    """`logits`, `embedding`, `features`, or all of a `signal`."""
     weight: WeightSchedule
     compare: Callable[..., Tensor]
     """The loss with its recipe keys filled in; a module if it has weights of its own."""
@@ -55,7 +57,7 @@ def check_losses(losses: Mapping[str, Loss]) -> None:
 def _check_form(entry: Entry) -> None:
     """Raises UserError for a loss (usually a user's own) that cannot be called as losses are."""
     # Not `dense`, which has no gradient.
-    readable = [field.name for field in fields(Signal) if field.name != "dense"]
+    readable = ["features", "embedding", "logits", SIGNAL]
     if entry.reads not in readable:
         raise UserError(
             f"loss '{entry.name}' is registered with reads={entry.reads!r}",

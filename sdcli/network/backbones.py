@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,10 +23,13 @@ from sdcli.network.stem import (
     parameters_of,
     patch_size,
     smaller_patches,
+    smallest_map,
 )
 
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 DEFAULT_SIZE = (3, 224, 224)
+SMALL_IMAGE = 32
+"""The side of the images that the networks of `sdcli.zoo` are made for."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,19 @@ class Architecture:
 
     @property
     def family(self) -> str:
-        """The timm module that defines the model, such as "resnet"; "" for a name that timm does not know."""
+        """The module that defines the model, such as "resnet"; "" for a name that timm does not know."""
         from timm.models import is_model, model_entrypoint, split_model_name_tag
 
+        models()
         name, _ = split_model_name_tag(self.model)
         return model_entrypoint(name).__module__.rpartition(".")[2] if is_model(name) else ""
+
+    @property
+    def in_zoo(self) -> bool:
+        """Whether timm knows the model only with `sdcli.zoo`."""
+        from sdcli.zoo import NAMES
+
+        return self.model in NAMES
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without `source`; `from_dict` restores the rest."""
@@ -63,6 +75,15 @@ class Architecture:
     def from_dict(cls, table: Mapping[str, Any]) -> Architecture:
         """The architecture that `to_dict` described."""
         return cls(**{**table, "input_size": tuple(table["input_size"]), "notes": tuple(table["notes"])})
+
+
+def models() -> ModuleType:
+    """timm, which also knows the networks of `sdcli.zoo`: whatever looks up a model's name asks here."""
+    import timm
+
+    import sdcli.zoo  # noqa: F401
+
+    return cast(ModuleType, timm)
 
 
 def resolve(
@@ -77,7 +98,8 @@ def resolve(
     """Decides how to build `model` for images of this size, without weights.
 
     `num_classes` and `image_size` default to the model's own. `stem` "auto" changes the stem only if the last map
-    would be smaller than 4x4, "cifar" always, "imagenet" never. With `pretrained`, the changed stem keeps its weights.
+    would be smaller than 4x4 (for the zoo's networks: than an eighth of the image), "cifar" always, "imagenet" never.
+    With `pretrained`, the changed stem keeps its weights.
 
     Raises UserError for an unknown model, unknown arguments, and an image size that the model does not accept.
     """
@@ -147,8 +169,7 @@ def build(
 ) -> nn.Module:
     """timm's `create_model`, with a UserError for whatever it raises. Waits seconds for the Hugging Face hub, then
     falls back to the local cache."""
-    import timm
-
+    timm = models()
     repo = _repository(model) if pretrained else ""
     silence = ""
     try:
@@ -179,12 +200,10 @@ def build(
 
 def _repository(model: str) -> str:
     """The repository of a model's weights on the Hugging Face hub; "" if they are elsewhere."""
-    import timm
-
     kind, _, name = model.partition(":")
     if name:
         return "" if kind == "local-dir" else name.partition("@")[0]
-    known = timm.get_pretrained_cfg(model)
+    known = models().get_pretrained_cfg(model)
     return (known.hf_hub_id or "") if known else ""
 
 
@@ -197,11 +216,11 @@ def names_weights(model: str) -> bool:
 
 def _check_name(model: str) -> None:
     """Raises UserError for a name that timm does not know, and suggests the nearest one."""
-    import timm
     from timm.models import split_model_name_tag
 
     if model.startswith(SOURCES):
         return
+    timm = models()
     name, tag = split_model_name_tag(model)
     if not timm.is_model(name):
         owner, _, repository = model.rpartition("/")
@@ -210,6 +229,8 @@ def _check_name(model: str) -> None:
             fix = f"{repository} --pretrained"
         elif owner:
             fix = f"hf-hub:{model}, if this is a timm model on the Hugging Face hub"
+        elif timm.is_model(f"cifar_{name}"):
+            fix = f"did you mean 'cifar_{name}'?"
         else:
             fix = did_you_mean(name, timm.list_models()) or "sdcli inspect 'resnet*' lists a family"
         raise UserError(f"unknown model '{model}'", "a timm architecture, such as resnet18", fix)
@@ -289,7 +310,9 @@ def _choose_stem(
         find_stages(plain, input_size, name=model)
     except UserError as error:
         plain, refusal = None, _refused(error, own_size)
-    if stem == "auto" and plain is not None and last_map(plain, input_size) >= SMALLEST_MAP:
+    # The strides of a network that is made for small images are meant for them.
+    least = smallest_map(input_size) if min(own_size[1:]) <= SMALL_IMAGE else SMALLEST_MAP
+    if stem == "auto" and plain is not None and last_map(plain, input_size) >= least:
         return "imagenet", given, ()
     try:
         return _small_stem(model, num_classes, given, input_size, stem, pretrained)

@@ -185,7 +185,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _converted(path: Path) -> str:
     """How a file of another format is converted; "" for what looks like safetensors."""
-    if path.suffix not in (".pth", ".pt", ".bin", ".ckpt"):
+    if path.suffix not in (".pth", ".pt", ".th", ".bin", ".ckpt"):
         return ""
     return (
         "convert it in Python: "

@@ -49,6 +49,8 @@ class PointSpec:
     """The parts through which gradients reach a weight; for some derived signals none."""
     learns_alone: frozenset[str] = PARTS - {"features"}
     """The same where only heads learn (`trains = "heads"`)."""
+    sources: tuple[PointSpec, ...] = ()
+    """Of what a derived signal is made from."""
 
 
 class MultiExit(nn.Module):
@@ -196,7 +198,8 @@ class MultiExit(nn.Module):
         if FINAL in self.heads:
             return Signal(features, *self.heads[FINAL](logits))
         embedding = store["embedding"].flatten(1) if "embedding" in store else features.mean(dim=(2, 3))
-        return Signal(features, embedding, logits)
+        classifier = self.backbone.get_submodule(self.plan.classifier) if self.plan.classifier else None
+        return Signal(features, embedding, logits, classify=classifier)
 
     def tensors(self, images: Tensor) -> dict[str, Tensor]:
         """What each point's stage returns, in the model's own layout; no head is run."""

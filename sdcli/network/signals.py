@@ -5,7 +5,8 @@ B batch, K classes, C channels, H W map, D embedding, N places of the last map
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -30,10 +31,31 @@ class Signal:
     dense: Tensor | None = None
     """The classifier's logits at each of N positions of the last map [B, K, N], without gradients; None unless asked
     for (`MultiExit.read_densely`)."""
+    classify: Callable[[Tensor], Tensor] | None = None
+    """At a network's own end, its classifier: embeddings [B, D] to logits [B, K]."""
+    sources: tuple[Signal, ...] = ()
+    """What a derived signal is made from."""
 
     def at_least_float(self) -> Signal:
         """The same with half precision widened to float32, in which losses are computed."""
-        return Signal(_widen(self.features), _widen(self.embedding), _widen(self.logits), _widen(self.dense))
+        return replace(
+            self,
+            features=_widen(self.features),
+            embedding=_widen(self.embedding),
+            logits=_widen(self.logits),
+            dense=_widen(self.dense),
+            sources=tuple(source.at_least_float() for source in self.sources),
+        )
+
+    def detached(self) -> Signal:
+        """The same without a way back for gradients."""
+        return replace(
+            self,
+            features=self.features.detach(),
+            embedding=self.embedding.detach(),
+            logits=None if self.logits is None else self.logits.detach(),
+            sources=tuple(source.detached() for source in self.sources),
+        )
 
 
 def signal_at(stage: Stage, head: nn.Module | None, tensor: Tensor) -> Signal:

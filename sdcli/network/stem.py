@@ -32,6 +32,14 @@ FACTOR = 4
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
 
+def smallest_map(input_size: tuple[int, int, int]) -> int:
+    """The smallest side of the last map that a network for small images should have.
+
+    CIFAR networks shrink by 8, from 32 pixels to 4: for smaller images it is less in proportion.
+    """
+    return max(1, min(SMALLEST_MAP, min(input_size[1:]) // 8))
+
+
 def last_map(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """The shorter side of the last map; 0 if the model does not run at this size or has no stages there."""
     return _sides(model, input_size)[-1]
@@ -102,8 +110,7 @@ def _undo_strides(model: nn.Module, input_size: tuple[int, int, int], factor: in
     changed: list[str] = []
     tried: set[str] = set()
     sides, steps = _survey(model, input_size)
-    # CIFAR networks shrink by 8, from 32 pixels to 4: for smaller images the goal is lower in proportion.
-    goal = max(1, min(SMALLEST_MAP, min(input_size[1:]) // 8))
+    goal = smallest_map(input_size)
     while factor < FACTOR or sides[-1] < goal:
         step = next((step for step in steps if not tried.issuperset(step.paths)), None)
         if step is None:

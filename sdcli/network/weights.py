@@ -49,7 +49,12 @@ def build_network(table: Network, blueprint: Blueprint, *, begins: bool = True) 
         return network, Loaded()
     if table.weights == "pretrained":
         return network, Loaded(fresh=_fresh_classifier(network))
-    return network, load_weights(network, Path(os.path.expanduser(table.weights)))
+    return network, load_weights(network, file_of(table))
+
+
+def file_of(table: Network) -> Path:
+    """The file that `weights` names: of a run folder its best checkpoint, else the last."""
+    return find_checkpoint(Path(os.path.expanduser(table.weights)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def read_weights_file(table: Network, model: str) -> WeightsFile | None:
     """
     if not table.from_file:
         return None
-    described = read_description(Path(os.path.expanduser(table.weights)))
+    described = read_description(file_of(table))
     if described is not None:
         return WeightsFile(described.blueprint.preprocess, of_timm=False)
     own = resolve(model, num_classes=None, image_size=None, stem="imagenet", model_args=table.model_args)
@@ -174,6 +179,7 @@ def load_weights(network: MultiExit, path: Path) -> Loaded:
     """
     tensors, metadata = read_tensors(path)
     if not any(name.startswith("backbone.") for name in tensors):
+        tensors = _named_as_here(tensors, network.backbone, path)
         tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
     own = network.state_dict()
     fits = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
@@ -196,6 +202,29 @@ def load_weights(network: MultiExit, path: Path) -> Loaded:
             )
     network.load_state_dict(fits, strict=False)
     return Loaded(str(path), tuple(dict.fromkeys(_module_of(name) for name in left)))
+
+
+def _named_as_here(tensors: dict[str, Tensor], backbone: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a public repository's ResNet for CIFAR under the names of the zoo's; any others as they are.
+
+    Raises UserError where one has layers in its shortcuts and the other has none: only names tell these apart.
+    """
+    from sdcli.zoo.public import renamed
+
+    own = backbone.state_dict()
+    if "stem.conv1.weight" not in own or not (found := renamed(tensors)):
+        return tensors
+    projects = {name for name in found if ".downsample." in name}
+    if bool(projects) != any(".downsample." in name for name in own):
+        has, other = ("1x1 convolutions", "project") if projects else ("no layers", "pad")
+        raise UserError(
+            f"'{path}' has {has} in the shortcuts between stages, the network has others",
+            f'a network with shortcut = "{other}"',
+            f"--set networks.student.model_args.shortcut={other}",
+        )
+    # Files of old versions of torch do not count batches.
+    counts = {name: tensor for name, tensor in own.items() if name.endswith(".num_batches_tracked")}
+    return counts | found
 
 
 def _model_in(metadata: dict[str, str]) -> str:

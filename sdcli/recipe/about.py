@@ -72,7 +72,8 @@ def needs(recipe: Recipe) -> list[str]:
     if any(loss.share is not None for loss in recipe.losses.values()):
         found.append("weights found automatically")
     for name, network in recipe.others.items():
-        found.append(f"network {name} ({network.model}{'' if network.learns else ', frozen'})")
+        kind = "any trained one" if network.awaited else network.model or "a checkpoint's"
+        found.append(f"network {name} ({kind}{'' if network.learns else ', frozen'})")
     for key, value in tables.get("batch", {}).items():
         if key not in ORDINARY_BATCH:
             found += _in_words(key, value)

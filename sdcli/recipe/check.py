@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from sdcli import toml
 from sdcli.errors import UserError, did_you_mean, unknown
-from sdcli.recipe.address import AVERAGE, OTHER_TARGETS, TEACHER, Address
+from sdcli.recipe.address import AVERAGE, OTHER_TARGETS, STUDENT, TEACHER, Address
 from sdcli.recipe.explain import blaming, explained
 from sdcli.recipe.schema import Recipe, as_list
 
@@ -33,6 +33,8 @@ def check_recipe(tables: Mapping[str, Any], origins: Mapping[str, str] | None = 
         _check_networks(recipe)
         _check_names(recipe)
         _check_phases(recipe)
+        _check_learning(recipe)
+        _check_rules(recipe)
         _check_shares(recipe)
         _check_weights(recipe)
         _check_batch(recipe)
@@ -56,8 +58,12 @@ def _check_networks(recipe: Recipe) -> None:
         )
     if not recipe.student.learns:
         raise UserError("networks.student.learns = false", "a student that learns", key="networks.student.learns")
+    for part in ("optimizer", "schedule"):
+        if getattr(recipe.student, part) is not None:
+            key = f"networks.student.{part}"
+            raise UserError(f"[{key}]: the recipe's [{part}] is the student's", f"the table [{part}]", key=key)
     for name, network in recipe.others.items():
-        if network.model is None:
+        if network.model is None and network.learns and network.trains == "all":
             raise UserError(
                 f"networks.{name}.model is missing",
                 "the name of a timm model; only the student's comes from the command line",
@@ -106,6 +112,54 @@ def _check_phases(recipe: Recipe) -> None:
             f"[networks.{TEACHER}]: a phase with teacher = true makes this network",
             "another name",
             key=f"networks.{TEACHER}",
+        )
+
+
+def _check_learning(recipe: Recipe) -> None:
+    """Raises UserError for a phase in which a network that never learns is to learn, or that teaches one that rests."""
+    able = [name for name, learns in recipe.taking_part.items() if learns]
+    for number, phase in enumerate(recipe.phases):
+        for name in phase.learns or ():
+            if name not in able:
+                key = f"phases.{number}.learns"
+                raise unknown("network", name, able).within(f"{key}: of those that learn", key=key)
+        if phase.prune and phase.prune.network not in able:
+            key = f"phases.{number}.prune.network"
+            raise unknown("network", phase.prune.network, able).within(f"{key}: of those that learn", key=key)
+    for number, phase in enumerate(recipe.all_phases):
+        learning = recipe.learning(number)
+        for name in phase.losses or ():
+            resting = [a.network for a in recipe.addresses_on(name) if a.network in able and a.network not in learning]
+            if resting:
+                raise UserError(
+                    f"phase '{phase.name}' has losses.{name}, which teaches {resting[0]}, and {resting[0]} does not "
+                    "learn in it",
+                    "losses of the networks that learn in a phase",
+                    "losses = [...] in this phase",
+                    key="phases",
+                )
+    if STUDENT not in recipe.learning(len(recipe.all_phases) - 1):
+        raise UserError(
+            "the student does not learn in the last phase",
+            "a last phase in which it learns: it is what is scored and saved",
+            key=f"phases.{len(recipe.phases) - 1}.learns",
+        )
+
+
+def _check_rules(recipe: Recipe) -> None:
+    """Raises UserError for a rule on a network that does not learn, and for turns that cannot be taken."""
+    able = [name for name, learns in recipe.taking_part.items() if learns]
+    for name, rule in recipe.rules.items():
+        key = f"rules.{name}"
+        if rule.network not in able:
+            raise unknown("network", rule.network, able).within(f"{key}.network: of those that learn", key=key)
+        _check_addresses(f"{key}.behind", rule.behind, recipe, POINT, groups=False)
+    if recipe.updates == "sequential" and recipe.optimizer.nonfinite == "skip":
+        raise UserError(
+            'updates = "sequential" with optimizer.nonfinite = "skip": half of an update cannot be skipped',
+            "one of them",
+            '--set optimizer.nonfinite="stop"',
+            key="updates",
         )
 
 

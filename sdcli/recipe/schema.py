@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from sdcli.recipe import ramps
 from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
@@ -39,13 +39,18 @@ class Network(Table):
     other network."""
 
     model: str | None = None
-    """A timm model; not for the student."""
+    """A timm model; not for the student, and not needed for a checkpoint of sdcli, which names its own."""
     learns: bool = True
-    """Whether the network is trained. If not, it runs in eval mode and without gradients."""
+    """Whether the network is trained. If not, it runs without gradients, and its weights are loaded again when the run
+    is resumed."""
+    mode: Literal["eval", "train"] = "eval"
+    """Of a network that does not learn: `eval`, or `train`, in which batch norms use the statistics of the batch and
+    dropout is on, as in some authors' code. Its own statistics stay as they are in both."""
     weights: str = "random"
-    """`random`, `pretrained` (timm's), or the path of a checkpoint of sdcli or of timm's own format. A relative path
-    starts at the working directory, not at the recipe. Unless they are random, the student's weights decide the input
-    size, mean and standard deviation of the images; `--image-size` sets another size."""
+    """`random`, `pretrained` (timm's), or the path of a run, or of a checkpoint of sdcli or of timm's own format. A
+    relative path starts at the working directory, not at the recipe. Unless they are random, the student's weights
+    decide the input size, mean and standard deviation of the images; `--image-size` sets another size. A network that
+    does not learn gets the same crops in its own size and colours, and its classes are found by name."""
     exits: Literal["auto", "none"] | Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] = "auto"
     """`auto` (one per stage), `none` (the plain model), the number of exits including the final one, or a list of
     modules to tap."""
@@ -66,6 +71,23 @@ class Network(Table):
     gradients: Gradients = "sum"
     """What the stages hear of the exits behind them: the `sum` of their gradients, the mean (`equilibrium`, Li et al.
     2019, arXiv:1908.06294), or nothing (`detached`: heads learn from the trunk, and the trunk only from `final`)."""
+
+    optimizer: Optimizer | None = None
+    """The table `[networks.NAME.optimizer]`: keys of `[optimizer]` that are different for this network; not for the
+    student."""
+    schedule: Schedule | None = None
+    """The table `[networks.NAME.schedule]`: keys of `[schedule]` that are different for this network; not for the
+    student."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether its backbone is what it was before the run: then a checkpoint decides what it is."""
+        return (not self.learns or self.trains == "heads") and self.weights != "random"
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it is left open which network this is: another than the student, without model and weights."""
+        return self.model is None and self.weights == "random"
 
     @property
     def from_file(self) -> bool:
@@ -296,17 +318,49 @@ class Ema(Table):
     """Whether the decay starts low, so that the first weights are soon forgotten."""
 
 
+class Rule(Table):
+    """`[rules.NAME]`: whether a network learns from a batch."""
+
+    kind: Literal["switokd"]
+    """`switokd`: the network rests while it is too far ahead (SwitOKD, Qian et al. 2022, arXiv:2204.00793)."""
+    network: Word
+    """The network that rests."""
+    behind: str = FINAL
+    """The point that it must not leave too far behind."""
+    condition: Literal["code", "paper"] = "code"
+    """`paper`: it rests if G > s - exp(-t / (s + t)) t, with the batch's means of the L1 distances between the
+    predictions of the two (G), and between either's and the labels (s of `behind`, t of the network's `final`);
+    `code`: only if also t < s, as in all of the authors' code."""
+
+
+class Prune(Table):
+    """`[phases.prune]`: weights that are set to 0 at the start of the phase and stay 0 from then on."""
+
+    amount: Annotated[float, Field(gt=0, lt=1)]
+    """The share of the weights still there that goes, over all convolutions and linear layers together."""
+    network: Word = STUDENT
+    """The network that is pruned."""
+    by: Literal["magnitude", "random", "prue"] = "magnitude"
+    """What goes: the smallest weights, any, or those of convolutions without which predictions are less certain (PrUE,
+    Wang et al. 2022)."""
+
+
 class Phase(Table):
     """`[[phases]]`: a part of the run, with a schedule and an optimizer of its own."""
 
     name: str
     """The name of the phase in the log."""
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    """The length of the phase; by default the recipe's `epochs`."""
+    epochs: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The length of the phase; by default the recipe's `epochs`, and below 1 a fraction of those."""
     losses: Annotated[list[str], Field(min_length=1)] | None = None
     """The losses that apply in this phase; by default all."""
+    learns: Annotated[list[Word], Field(min_length=1)] | None = None
+    """The networks that learn in this phase; by default all that learn at all. The others are as they are, in eval
+    mode. The student learns in the last phase at least."""
     trains: Trains | None = None
     """What is trained of the student in this phase; by default what `[networks.student]` says."""
+    prune: Prune | None = None
+    """The table `[phases.prune]`; with `rounds`, every round prunes again, and its schedule starts anew."""
     teacher: bool = False
     """Whether a frozen copy of the student at the start of this phase (with `[ema]`, of its average) teaches from then
     on, as `teacher.final`."""
@@ -347,8 +401,29 @@ class Recipe(Table):
     """The table `[schedule]`."""
     ema: Ema | None = None
     """The table `[ema]`; without it, no average is kept."""
+    rules: dict[Word, Rule] = {}
+    """The tables `[rules.NAME]`."""
+    updates: Literal["simultaneous", "sequential"] = "simultaneous"
+    """Whether the networks that learn all take a step after the same predictions, or one after the other, each after
+    new predictions of all (DML, as in its paper)."""
     phases: list[Phase] = []
     """The tables `[[phases]]`, in the order in which they run; without any, the run is one phase with all losses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, tables: Any) -> Any:
+        """What a network's own optimizer and schedule leave out is that of the recipe."""
+        networks = tables.get("networks") if isinstance(tables, dict) else None
+        if not isinstance(networks, dict):
+            return tables
+        filled = {}
+        for name, network in networks.items():
+            filled[name] = network
+            for part in ("optimizer", "schedule"):
+                own = network.get(part) if isinstance(network, dict) else None
+                if isinstance(own, dict) and isinstance(shared := tables.get(part, {}), dict):
+                    filled[name] = {**filled[name], part: {**shared, **own}}
+        return {**tables, "networks": filled}
 
     @property
     def student(self) -> Network:
@@ -368,7 +443,7 @@ class Recipe(Table):
         return [
             phase.model_copy(
                 update={
-                    "epochs": phase.epochs or self.epochs,
+                    "epochs": self._length(phase),
                     "losses": phase.losses or list(self.losses),
                     "trains": phase.trains or self.student.trains,
                 }
@@ -377,10 +452,25 @@ class Recipe(Table):
             for _ in range(phase.rounds)
         ]
 
+    def _length(self, phase: Phase) -> int:
+        if phase.epochs is None:
+            return self.epochs
+        return max(1, round(phase.epochs * self.epochs)) if phase.epochs < 1 else int(phase.epochs)
+
     @property
     def phase_epochs(self) -> list[int]:
         """The number of epochs of each of `all_phases`."""
-        return [phase.epochs or self.epochs for phase in self.all_phases]
+        return [self._length(phase) for phase in self.all_phases]
+
+    @property
+    def pruned(self) -> list[str]:
+        """The networks that a phase prunes."""
+        return list(dict.fromkeys(phase.prune.network for phase in self.phases if phase.prune))
+
+    @property
+    def awaited(self) -> list[str]:
+        """The networks that the command line has yet to name."""
+        return [name for name, network in self.others.items() if network.awaited]
 
     @property
     def taking_part(self) -> dict[str, bool]:
@@ -391,6 +481,20 @@ class Recipe(Table):
         if any(phase.teacher for phase in self.phases):
             networks[TEACHER] = False
         return networks
+
+    def learning(self, phase: int) -> list[str]:
+        """The networks that learn in a phase of `all_phases`."""
+        able = [name for name, learns in self.taking_part.items() if learns]
+        wanted = self.all_phases[phase].learns
+        return [name for name in able if wanted is None or name in wanted]
+
+    def optimizer_of(self, network: str) -> Optimizer:
+        """A network's own optimizer, or else that of the recipe."""
+        return (self.networks[network].optimizer if network in self.networks else None) or self.optimizer
+
+    def schedule_of(self, network: str) -> Schedule:
+        """A network's own schedule, or else that of the recipe."""
+        return (self.networks[network].schedule if network in self.networks else None) or self.schedule
 
     def named(self, losses: Iterable[str] | None = None) -> list[str]:
         """All points, signals and keywords that these losses name, and those that the signals among them are made from;
@@ -406,6 +510,11 @@ class Recipe(Table):
         found = [Address.find(name) for name in self.named(losses) if name not in self.signals]
         return [address for address in found if address is not None]
 
+    def addresses_on(self, loss: str) -> list[Address]:
+        """The points that a loss teaches, signals left out."""
+        found = [Address.find(name) for name in as_list(self.losses[loss].on) if name not in self.signals]
+        return [address for address in found if address is not None]
+
     def only_on_exits(self, loss: str) -> bool:
         """Whether a loss teaches only exits of the student: neither its `final` nor a signal."""
         points = [Address.find(name) for name in as_list(self.losses[loss].on) if name not in self.signals]
@@ -417,6 +526,10 @@ class Recipe(Table):
     def reads(self, network: str, losses: Iterable[str] | None = None) -> bool:
         """Whether one of these losses, or a signal that it reads, names a point of this network."""
         return any(address.network == network for address in self.addresses(losses))
+
+    def points_of(self, network: str) -> set[str]:
+        """The points of this network that losses and signals name, as they are written."""
+        return {address.point for address in self.addresses() if address.network == network}
 
 
 def with_weights(recipe: Recipe, found: Mapping[str, float]) -> Recipe:
@@ -438,7 +551,9 @@ def as_list(value: str | list[str]) -> list[str]:
 # By path. An error about a misplaced key points to the first table that has it.
 TABLES: dict[str, type[BaseModel]] = {
     "losses.NAME": Loss, "batch.augment": Augment, "batch": BatchTable, "optimizer": Optimizer, "schedule": Schedule,
-    "networks.NAME": Network, "ema": Ema, "signals.NAME": Derived, "batch.views.NAME": View, "phases": Phase,
+    "networks.NAME": Network, "networks.NAME.optimizer": Optimizer, "networks.NAME.schedule": Schedule,
+    "rules.NAME": Rule, "ema": Ema, "signals.NAME": Derived, "batch.views.NAME": View, "phases": Phase,
+    "phases.prune": Prune,
 }  # fmt: skip
 
 RENAMED = {

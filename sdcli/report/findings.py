@@ -153,7 +153,7 @@ def _settings(folder: Path, split_seed: int) -> dict[str, Any]:
     return {"split_seed": split_seed, **found} if isinstance(found, dict) else {}
 
 
-LOCAL = ("device", "workers", "save_every", "track", "memory_format", "imports", "weights_file", "label")
+LOCAL = ("device", "workers", "save_every", "keep_every", "track", "memory_format", "imports", "weights_file", "label")
 """Settings of a machine rather than of a run."""
 
 

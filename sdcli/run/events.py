@@ -40,6 +40,8 @@ class Epoch:
     images_per_s: float
     shares: dict[str, float]
     validation: Report | None = None
+    networks: dict[str, float] = field(default_factory=dict)
+    """The top-1, in percent, of the other networks' own classifiers on the same images."""
     cpu_seconds: float = 0.0
     """As `seconds`, in time of this process on all its cores: on a busy machine, the fairer measure."""
     macs: int = 0
@@ -63,6 +65,7 @@ class Epoch:
             "macs": self.macs,
             "skipped": self.skipped,
             "validation": self.validation.to_dict() if self.validation else None,
+            "networks": self.networks,
             "seconds": round(self.seconds, 3),
             "cpu_seconds": round(self.cpu_seconds, 3),
             "images_per_s": round(self.images_per_s, 1),

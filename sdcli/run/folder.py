@@ -118,7 +118,7 @@ class Run:
             write_text(path, _csv([dict(zip(self._columns, self._columns, strict=True)), *rows], self._columns))
 
     def save(self, name: str, tensors: Mapping[str, Tensor], description: Description) -> Path:
-        """Writes the checkpoint `name`: `last` or `best`."""
+        """Writes the checkpoint `name`: `last`, `best`, or `epoch` with a number."""
         with writing(self.folder / f"{name}.safetensors") as path:
             save_checkpoint(path, tensors, description)
         return path

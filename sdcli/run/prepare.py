@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
 from sdcli.extensions import digests, load_imports
 from sdcli.method.catalogue import completed
-from sdcli.method.check import check_files, check_names, check_with_model, idle_losses, remarks
-from sdcli.method.learner import Learner, build_objectives
+from sdcli.method.check import check_files, check_named, check_names, check_with_model, idle_losses, remarks
+from sdcli.method.learner import Learner, build_objectives, what_trains
 from sdcli.method.losses import LOSSES
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import Description, TrainedOn
+from sdcli.network.foreign import Translation, columns_of, draft_foreign
 from sdcli.network.memory_format import suitable_format
 from sdcli.network.multi_exit import MultiExit
-from sdcli.network.weights import Loaded, build_network, read_weights_file
+from sdcli.network.weights import Loaded, build_network, file_of, read_weights_file
 from sdcli.recipe.address import AVERAGE, FINAL, STUDENT, TEACHER, Address
 from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import Recipe, as_list
@@ -89,7 +90,7 @@ def settled(recipe: Recipe) -> Recipe:
     networks = {
         name: network
         if not network.from_file
-        else network.model_copy(update={"weights": os.path.realpath(os.path.expanduser(network.weights))})
+        else network.model_copy(update={"weights": os.path.realpath(file_of(network))})
         for name, network in recipe.networks.items()
     }
     return completed(recipe).model_copy(update={"networks": networks})
@@ -101,6 +102,7 @@ def check(settings: Settings, recipe: Recipe, begins: bool = False) -> Settings:
     load_imports(settings.imports)
     check_names(recipe)
     _LOG.info("checking the recipe with %s", settings.model)
+    check_named(recipe)
     if begins:
         check_files(recipe)
         settings = replace(settings, weights_file=read_weights_file(recipe.student, settings.model))
@@ -161,14 +163,26 @@ def build(
 
     Raises UserError for mistakes that only show with the data.
     """
+    _check_many(recipe, accelerator)
     splits = _open_splits(settings, accelerator)
     about_data = _identity(splits.train)
     if trained_on is not None:
         _check_data(about_data, trained_on)
     classes = splits.dataset.classes
     set_seed(settings.seed)
-    networks, notes = _build_networks(settings, recipe, splits, begins=trained_on is None)
+    foreign = {
+        name: draft_foreign(table, name, recipe.points_of(name))
+        for name, table in recipe.others.items()
+        if table.finished
+    }
+    answers = {name: _columns(name, blueprint.classes, classes, recipe) for name, blueprint in foreign.items()}
+    networks, notes = _build_networks(settings, recipe, splits, foreign, begins=trained_on is None)
     student = networks[STUDENT]
+    translations = {
+        name: Translation(student.blueprint.preprocess, blueprint.preprocess, *answers[name])
+        for name, blueprint in foreign.items()
+    }
+    notes += [f"{name}: {note}" for name, translation in translations.items() for note in translation.notes]
     loaded = {name: digest_of(networks[name].state_dict()) for name, t in recipe.others.items() if not t.learns}
     blueprint = student.blueprint
     ema = _average(student, recipe)
@@ -179,8 +193,21 @@ def build(
     frozen = [name for name in networks if not recipe.taking_part[name]]
     specs = {str(Address(name, p)): spec for name, network in networks.items() for p, spec in network.specs.items()}
     num_images = int(splits.train.index.max()) + 1
-    objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed)
-    learner = Learner(networks, objectives[0], frozen, making)
+    labels = torch.full((num_images,), -1)
+    labels[torch.from_numpy(splits.train.index)] = torch.from_numpy(splits.train.labels)
+    objectives, making = build_objectives(recipe, specs, len(classes), num_images, settings.seed, labels)
+    batch_mode = [name for name, table in recipe.others.items() if table.mode == "train"]
+    learner = Learner(
+        networks,
+        objectives[0],
+        frozen,
+        making,
+        translations=translations,
+        batch_mode=batch_mode,
+        rules=recipe.rules.values(),
+        in_turn=recipe.updates == "sequential",
+        pruned=recipe.pruned,
+    )
     if settings.grad_checkpointing:
         _checkpoint_gradients(student, settings.model)
 
@@ -197,10 +224,12 @@ def build(
     learner.to(accelerator.device)
     if ema is not None:
         ema.to(accelerator.device)
-    for epochs in recipe.phase_epochs:
+    for number, epochs in enumerate(recipe.phase_epochs):
         # A schedule that does not fit a later phase is refused now.
-        optimizer = create_optimizer([learner], recipe.optimizer)
-        create_schedule(optimizer, recipe.schedule, epochs, order.updates)
+        learner.teach(objectives[number], what_trains(recipe, number), recipe.learning(number))
+        for name in learner.learning:
+            optimizer = create_optimizer(learner.parts_of(name), recipe.optimizer_of(name))
+            create_schedule(optimizer, recipe.schedule_of(name), epochs, order.updates)
     notes += idle_losses(objectives)
     coupled = [f"losses.{term.name}" for objective in objectives for term in objective.terms if term.sees_batch]
     coupled += [f"signals.{name}" for name, made in making.items() if made.sees_batch]
@@ -232,6 +261,24 @@ def build(
     )
 
 
+def _check_many(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises UserError for what several networks that learn cannot do."""
+    learning = [name for name, learns in recipe.taking_part.items() if learns]
+    if recipe.updates == "sequential" and accelerator.num_processes > 1:
+        raise UserError(
+            f'updates = "sequential" with {accelerator.num_processes} processes',
+            "one process: networks that take turns leave the others without gradients to exchange",
+            '--set updates="simultaneous"',
+            key="updates",
+        )
+    if len(learning) > 1 and accelerator.scaler is not None:
+        raise UserError(
+            f"--precision fp16 with several networks that learn: {', '.join(learning)}",
+            "a precision without a gradient scaler, which all of them would share",
+            "--precision bf16",
+        )
+
+
 def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
     with accelerator.main_process_first():
         dataset = open_dataset(settings.dataset, image_key=settings.image_key, label_key=settings.label_key)
@@ -241,10 +288,10 @@ def _open_splits(settings: Settings, accelerator: Accelerator) -> Splits:
 
 
 def _build_networks(
-    settings: Settings, recipe: Recipe, splits: Splits, begins: bool
+    settings: Settings, recipe: Recipe, splits: Splits, foreign: Mapping[str, Blueprint], begins: bool
 ) -> tuple[dict[str, MultiExit], list[str]]:
-    """The recipe's networks, and notes for the user about them. Networks that learn load their weights only if the run
-    `begins`; a resumed run has them in its state."""
+    """The recipe's networks, and notes for the user about them; `foreign` are the plans of those that were trained
+    elsewhere. Networks that learn load their weights only if the run `begins`; a resumed run has them in its state."""
     _LOG.info("measuring the images")
     size, *colours = measure(splits.dataset)
     mean, std = colours
@@ -258,7 +305,9 @@ def _build_networks(
     for name, table in {STUDENT: recipe.student, **recipe.others}.items():
         model = settings.model if name == STUDENT else str(table.model)
         file = settings.weights_file if name == STUDENT else None
-        blueprint = Blueprint.draft(table, model, classes, image_size=image_size, colours=(mean, std), file=file)
+        blueprint = foreign.get(name) or Blueprint.draft(
+            table, model, classes, image_size=image_size, colours=(mean, std), file=file
+        )
         # A run's state leaves out the weights of networks that do not learn: they are loaded again.
         networks[name], loaded = build_network(table, blueprint, begins=begins or not table.learns)
         if begins and name != STUDENT and not table.learns:
@@ -269,9 +318,21 @@ def _build_networks(
         if begins and name == STUDENT and table.from_file:
             more.append(_as_trained(blueprint.preprocess, settings.image_size is not None))
         notes += more if name == STUDENT else [f"{name}: {note}" for note in more]
-        # All networks see images of the student's size.
+        # All networks that learn see images of the student's size.
         image_size = networks[STUDENT].plan.input_size[1]
     return networks, notes
+
+
+def _columns(name: str, theirs: Sequence[str], classes: Sequence[str], recipe: Recipe) -> tuple[list[int] | None, bool]:
+    """Where the run's classes stand among those of a network that was trained elsewhere, and whether it knows them;
+    raises UserError where a loss compares predictions about other classes."""
+    compared = [loss for loss, table in recipe.losses.items() if LOSSES.find(table.kind).reads in ("logits", "signal")]
+    try:
+        return columns_of(classes, theirs, f"networks.{name}.weights"), True
+    except UserError:
+        if any(address.network == name for address in recipe.addresses(compared)):
+            raise
+        return None, False
 
 
 def _as_trained(preprocess: Preprocess, sized: bool) -> str:
@@ -292,7 +353,8 @@ def _check_knows(name: str, recipe: Recipe, loaded: Loaded) -> None:
         address.point
         for loss, kind in kinds.items()
         for address in recipe.addresses([loss])
-        if address.network == name and (kind == "logits" or (kind == "embedding" and address.point != FINAL))
+        if address.network == name
+        and (kind in ("logits", "signal") or (kind == "embedding" and address.point != FINAL))
     }
     for module in loaded.fresh:
         point = module.removeprefix("heads.") if module.startswith("heads.") else FINAL

@@ -18,7 +18,7 @@ from sdcli.recipe.schema import Recipe
 FREE = {"title", "paper", "epochs"}
 """Recipe keys that may change when a run is resumed."""
 
-MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "track", "imports")
+MAY_CHANGE = ("device", "workers", "compile", "grad_accum_steps", "save_every", "keep_every", "track", "imports")
 """Settings that may change when a run is resumed: they change how it is computed, not what is computed. (The exception:
 batch norms, and losses that compare images, see one micro-batch of one process at a time.)"""
 
@@ -57,6 +57,8 @@ class Settings:
     """The number of micro-batches that each batch is split into, to save memory."""
     save_every: int | None = None
     """Save the state within an epoch every this many updates; it is always saved after an epoch."""
+    keep_every: int | None = None
+    """Keep the checkpoint of every so many epochs besides the best and the last."""
     track: str | None = None
     """One of accelerate's trackers."""
     weights_file: Annotated[WeightsFile | None, BeforeValidator(_from_json)] = None

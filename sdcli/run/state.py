@@ -28,7 +28,7 @@ from torch import Tensor
 from sdcli.errors import UserError
 from sdcli.files import replacing
 
-VERSION = 4
+VERSION = 5
 """The version of the file's layout; files of any other version are refused."""
 
 HEADER = "sdcli state {version} sha256 {digest}\n"

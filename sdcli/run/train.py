@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -15,9 +15,12 @@ from sdcli.data.batch import Batch
 from sdcli.data.loaders import Loader
 from sdcli.devices import interleaved
 from sdcli.errors import UserError
+from sdcli.evaluation.answers import answer
 from sdcli.evaluation.evaluate import Report, evaluate
 from sdcli.method.optimizer import base_rate
 from sdcli.method.shares import is_measured_at
+from sdcli.network.multi_exit import MultiExit
+from sdcli.recipe.address import FINAL, STUDENT
 from sdcli.recipe.load import to_toml
 from sdcli.recipe.schema import with_weights
 from sdcli.run.best import Best
@@ -101,17 +104,20 @@ def _fit(training: Training, told_to_stop: Callable[[], int | None]) -> Iterator
                 # On a signal they cannot stop in the middle of scoring, and a launcher may not wait until it ends.
                 save(training)
             try:
-                report = score(training, told_to_stop)
+                report = score(training, told_to_stop) if STUDENT not in training.learner.frozen else None
             except _Stop as stop:
                 save(training)
                 yield Stopped(position.epoch, position.update, stop.args[0])
                 return
             except UserError as error:
                 raise _saved(training, error) from None
-            epoch = replace(epoch, validation=finite(report, training))
+            others = score_others(training)
+            epoch = replace(epoch, validation=report and finite(report, training), networks=others)
         if training.is_first:
             training.run.log_epoch(epoch.to_log())
             _save_checkpoint(training, "last", epoch)
+            if (every := training.settings.keep_every) and epoch.epoch % every == 0:
+                _save_checkpoint(training, f"epoch{epoch.epoch}", epoch)
         if epoch.validation and best.see(epoch.epoch, epoch.validation) and training.is_first:
             _save_checkpoint(training, "best", epoch)
         position = training.position = Position(epoch.epoch + 1)
@@ -166,12 +172,38 @@ def score(training: Training, told_to_stop: Callable[[], int | None] = lambda: N
     )
 
 
+def score_others(training: Training) -> dict[str, float]:
+    """The top-1 in percent of every other network that takes part, on the split that is scored: a bad teacher is seen
+    in the first epoch. Those that do not learn are scored once."""
+    learner, found = training.learner, {}
+    for name in training.recipe.others:
+        network = learner.networks[name]
+        assert isinstance(network, MultiExit)
+        if not learner.answers(name):
+            continue
+        if name not in training.known_scores or name not in learner.frozen:
+            said = answer(
+                learner.seen(name),
+                training.scored_loader,
+                points=[FINAL],
+                device=training.accelerator.device,
+                autocast=training.accelerator.autocast,
+                collect=lambda own: interleaved(training.accelerator, [tensor.cpu() for tensor in own]),
+            )
+            training.known_scores[name] = 100.0 * said.correct(FINAL).double().mean().item()
+        found[name] = training.known_scores[name]
+    return found
+
+
 def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     """One update: the networks see the batches, every loss compares their outputs, and the weights take a step.
 
     `batches` are this process's micro-batches. Returns each loss's contribution to the total, averaged over them
     [losses], and the gradient norm before clipping [].
     """
+    training.learner.resting()
+    if training.recipe.updates == "sequential":
+        return _in_turn(training, batches)
     skips = training.recipe.optimizer.nonfinite == "skip"
     buffers = [buffer.clone() for buffer in training.learner.buffers()] if skips else []
     losses = backward(training, batches)
@@ -179,9 +211,23 @@ def train_step(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor
     if skips and not all_finite(training, losses, norm):
         skip_update(training, batches, buffers)
     else:
-        take_step(training)
-    training.optimizer.zero_grad(set_to_none=True)
+        take_step(training, training.optimizers)
+    for optimizer in training.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
     return losses, norm
+
+
+def _in_turn(training: Training, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """One update in which the networks take their steps one after the other, each after new predictions of all."""
+    losses, norms = [], []
+    for name, optimizer in training.optimizers.items():
+        training.learner.only = name
+        losses.append(backward(training, batches))
+        norms.append(clip_gradient(training))
+        take_step(training, [name])
+        optimizer.zero_grad(set_to_none=True)
+    training.learner.only = None
+    return torch.stack(losses).sum(dim=0), torch.stack(norms).norm()
 
 
 def backward(training: Training, batches: list[Batch]) -> Tensor:
@@ -198,13 +244,18 @@ def backward(training: Training, batches: list[Batch]) -> Tensor:
 
 
 def clip_gradient(training: Training) -> Tensor:
-    """Clips the norm of the whole gradient to `optimizer.clip_grad`; returns the norm before clipping []."""
+    """Clips the norm of each network's whole gradient to its `optimizer.clip_grad`; returns the norm of all before
+    clipping []."""
     training.accelerator.unscale_gradients()
-    trained = [parameter for parameter in training.learner.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    if (limit := training.recipe.optimizer.clip_grad) is not None:
-        nn.utils.clip_grads_with_norm_(trained, limit, norm)
-    return norm
+    norms = []
+    for name in training.optimizers:
+        trained = [p for part in training.learner.parts_of(name) for p in part.parameters() if p.grad is not None]
+        if not trained:
+            continue
+        norms.append(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        if (limit := training.recipe.optimizer_of(name).clip_grad) is not None:
+            nn.utils.clip_grads_with_norm_(trained, limit, norms[-1])
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def all_finite(training: Training, losses: Tensor, norm: Tensor) -> bool:
@@ -213,11 +264,16 @@ def all_finite(training: Training, losses: Tensor, norm: Tensor) -> bool:
     return bool(training.accelerator.reduce(losses.clone()).isfinite().all() & norm.isfinite())
 
 
-def take_step(training: Training) -> None:
-    """Updates the weights and their moving average."""
-    training.optimizer.step()
-    if training.ema is not None:
+def take_step(training: Training, names: Collection[str]) -> None:
+    """Updates the weights of these networks, but of those that a rule lets rest, and the student's moving average."""
+    resting = training.learner.resting()
+    for name in names:
+        if name not in resting:
+            training.optimizers[name].step()
+            training.learner.mask(name, training.learner.networks[name])
+    if training.ema is not None and STUDENT in names and STUDENT not in training.learner.frozen:
         training.ema.update(training.learner.student, step=training.updates_averaged + 1)
+        training.learner.mask(STUDENT, training.ema.module)
     training.position.in_a_row = 0
 
 
@@ -269,8 +325,9 @@ def train_epoch(
             measure_shares(training, batches[0])
             objective.set_time(done / training.updates_per_epoch, epochs)
         shares, notes = _measured(training, batches[0])
+        notes, training.news = [*training.news, *notes], []
         position.shares = shares or position.shares
-        position.lr = base_rate(training.optimizer)
+        position.lr = base_rate(next(iter(training.optimizers.values())))
         losses, norm = train_step(training, batches)
         # Skipped updates do not count.
         own = 0 if position.in_a_row else sum(len(batch.labels) for batch in batches)
@@ -286,7 +343,8 @@ def train_epoch(
             training.stillness.see(losses)
         if has_to_give_up(training):
             raise gave_up(training, batches[0])
-        training.schedule.step(training.updates_done)
+        for schedule in training.schedules.values():
+            schedule.step(training.updates_done)
         now = time.monotonic()
         if now - logged >= LOG_EVERY_S or position.update == 1 or shares or notes:
             logged = now

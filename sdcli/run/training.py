@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
 from sdcli.data.augment import Mixing
+from sdcli.data.batch import Batch
 from sdcli.data.dataset import Split
 from sdcli.data.loaders import Loader
 from sdcli.data.resident import ResidentLoader
@@ -22,11 +23,12 @@ from sdcli.errors import UserError
 from sdcli.method.learner import Learner, what_trains
 from sdcli.method.objective import Objective
 from sdcli.method.optimizer import complete_momentum, create_optimizer, create_schedule
+from sdcli.method.pruning import Masks, left_in, uncertainty_scores
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import build_network
 from sdcli.recipe.address import AVERAGE, TEACHER
-from sdcli.recipe.schema import Recipe
+from sdcli.recipe.schema import Prune, Recipe
 from sdcli.run.folder import Run
 from sdcli.run.settings import Settings, unchanging
 from sdcli.run.state import Position, random_states, restore_random_states, save_state, unusable
@@ -70,10 +72,15 @@ class Training:
     """The current phase, counted from 0; -1 before the first. Each has its own module, optimizer and schedule."""
     module: nn.Module = field(default_factory=nn.Module)
     """The learner as accelerate wraps it for training."""
-    optimizer: Any = None
-    schedule: Any = None
+    optimizers: dict[str, Any] = field(default_factory=dict)
+    """Of each network that learns in this phase, the student first; that also has the weights of losses and signals."""
+    schedules: dict[str, Any] = field(default_factory=dict)
     position: Position = field(default_factory=Position)
     notes: list[str] = field(default_factory=list)
+    known_scores: dict[str, float] = field(default_factory=dict)
+    """The top-1 of networks that do not learn, once they are scored."""
+    news: list[str] = field(default_factory=list)
+    """Remarks on what a new phase has done, not yet reported."""
     stillness: Stillness | None = None
     """Watches the first updates of a phase; None where a run was resumed within them."""
 
@@ -143,19 +150,48 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         if training.ema is not None:
             training.ema.module.load_state_dict(new.state_dict())
         set_seed(training.settings.seed + number + accelerator.process_index)
+    if begins and phase.prune:
+        training.news.append(_prune(training, phase.prune))
     objective = training.objectives[number].to(accelerator.device)
     if begins and number and not phase.fresh:
         objective.go_on_from(training.objectives[number - 1])
-    learner.teach(objective, what_trains(training.recipe, number))
-    optimizer = create_optimizer([learner], training.recipe.optimizer)
-    epochs = training.recipe.phase_epochs[number]
-    training.schedule = create_schedule(optimizer, training.recipe.schedule, epochs, training.updates_per_epoch)
+    recipe, epochs = training.recipe, training.recipe.phase_epochs[number]
+    learner.teach(objective, what_trains(recipe, number), recipe.learning(number))
+    made = {name: create_optimizer(learner.parts_of(name), recipe.optimizer_of(name)) for name in learner.learning}
+    training.schedules = {
+        name: create_schedule(optimizer, recipe.schedule_of(name), epochs, training.updates_per_epoch)
+        for name, optimizer in made.items()
+    }
     accelerator.free_memory()
     with warnings.catch_warnings():
         # accelerate has no other argument for it yet, and every process would print the warning.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        training.module, training.optimizer = accelerator.prepare(learner, optimizer)
+        training.module, *prepared = accelerator.prepare(learner, *made.values())
+    training.optimizers = dict(zip(made, prepared, strict=True))
     training.phase = number
+
+
+def _prune(training: Training, table: Prune) -> str:
+    """Prunes a network; returns what is left of it, in words."""
+    network, masks = training.learner.networks[table.network], training.learner.masks[table.network]
+    assert isinstance(network, MultiExit) and isinstance(masks, Masks)
+    scores = None
+    if table.by == "prue":
+        scores = uncertainty_scores(network, Again(training), training.accelerator.reduce)
+    masks.prune(network, table, scores)
+    return f"{table.network} pruned by {table.by}: {left_in(network, masks)}"
+
+
+@dataclass
+class Again:
+    """The training batches of this epoch on the device, as often as they are asked for."""
+
+    training: Training
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader, device = self.training.loader, self.training.accelerator.device
+        loader.set_epoch(self.training.position.epoch)
+        return (batch.to(device) for batch in loader)
 
 
 def save(training: Training) -> None:
@@ -176,7 +212,7 @@ def save(training: Training) -> None:
         {
             "position": {**asdict(training.position), "sums": sums},
             "learner": saved_tensors(training),
-            "optimizer": training.optimizer.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in training.optimizers.items()},
             "ema": training.ema.module.state_dict() if training.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
             "random": everyones,
@@ -217,13 +253,17 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
     check_tensors(path, "learner", state["learner"], saved_tensors(training))
     check_tensors(path, "ema", state["ema"] or {}, training.ema.module.state_dict() if training.ema else {})
     # accelerate's wrapper holds torch's optimizer.
-    optimizer = training.optimizer.optimizer
-    check_optimizer(path, state["optimizer"], optimizer)
+    optimizers = {name: wrapper.optimizer for name, wrapper in training.optimizers.items()}
+    if list(state["optimizers"]) != list(optimizers):
+        raise unusable(path, f"optimizers of {', '.join(state['optimizers'])}, not of {', '.join(optimizers)}")
+    for name, optimizer in optimizers.items():
+        check_optimizer(path, name, state["optimizers"][name], optimizer)
     check_scaler(path, state["scaler"], training.accelerator.scaler)
     training.learner.load_state_dict(state["learner"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    if isinstance(optimizer, torch.optim.SGD):
-        complete_momentum(optimizer)
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+        if isinstance(optimizer, torch.optim.SGD):
+            complete_momentum(optimizer)
     if training.ema:
         training.ema.module.load_state_dict(state["ema"])
     if state["scaler"] and training.accelerator.scaler:
@@ -234,7 +274,8 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
         # The saved sums are those of all processes together, so that only the first one starts from them.
         sums = sums.to(training.accelerator.device)
         training.position.sums = sums if training.is_first else torch.zeros_like(sums)
-    training.schedule.step(training.updates_done)
+    for schedule in training.schedules.values():
+        schedule.step(training.updates_done)
     everyones = state["random"]
     if len(everyones) == training.accelerator.num_processes:
         restore_random_states(everyones[training.accelerator.process_index])

@@ -43,7 +43,7 @@ class _State(_Table):
 
     position: dict[str, Any]
     learner: dict[str, Tensor]
-    optimizer: _Optimizer
+    optimizers: Annotated[dict[str, _Optimizer], Field(min_length=1)]
     ema: dict[str, Tensor] | None
     scaler: dict[str, float] | None
     random: Annotated[list[_Random], Field(min_length=1)]
@@ -87,16 +87,17 @@ def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], expected: 
         _check_tensor(path, f"{name}.{key}", tensor, expected[key])
 
 
-def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Raises UserError if the optimizer's saved state does not fit its parameters."""
+def check_optimizer(path: Path, network: str, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError if the saved state of a network's optimizer does not fit its parameters."""
+    at = f"optimizers.{network}"
     groups = optimizer.state_dict()["param_groups"]
     # The kernels of torch's fused optimizers do not check what they read.
     fused = type(optimizer) in FUSED
     if len(saved["param_groups"]) != len(groups):
-        raise _misfit(path, f"optimizer has {len(saved['param_groups'])} groups of parameters, not {len(groups)}")
+        raise _misfit(path, f"{at} has {len(saved['param_groups'])} groups of parameters, not {len(groups)}")
     parameters: dict[int, tuple[Tensor, dict[str, Any]]] = {}
     for number, (found, own) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        where = f"optimizer.param_groups.{number}"
+        where = f"{at}.param_groups.{number}"
         # Other optimizers add values of their own to a group at their first step.
         if not own.keys() <= found.keys() or (fused and own.keys() != found.keys()):
             raise _misfit(path, f"{where} has the keys {', '.join(found)}, not {', '.join(own)}")
@@ -109,9 +110,9 @@ def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim
         parameters |= {index: (parameter, own) for index, parameter in pairs}
     for index, entry in saved["state"].items():
         if index not in parameters:
-            raise _misfit(path, f"optimizer.state.{index} belongs to no parameter")
+            raise _misfit(path, f"{at}.state.{index} belongs to no parameter")
         if fused:
-            _check_entry(path, f"optimizer.state.{index}", entry, *parameters[index])
+            _check_entry(path, f"{at}.state.{index}", entry, *parameters[index])
     if not fused:
         _try_step(path, saved, optimizer)
 

@@ -164,14 +164,15 @@ def measure_shares(training: Training, batch: Batch) -> None:
 
 
 def gradient_norms(training: Training, batch: Batch, weights: list[nn.Parameter] | None = None) -> dict[str, float]:
-    """The norm of each loss's own gradient with respect to `weights`, by default all of the student's.
+    """The norm of each loss's own gradient with respect to `weights`, by default those of all networks
+    that learn.
 
     Costs one forward pass, and one backward pass per loss. Leaves weights, gradients, buffers and random generators
     unchanged.
     """
     learner = training.learner
     if weights is None:
-        weights = [p for p in learner.student.parameters() if p.requires_grad]
+        weights = [p for name in learner.learning for p in learner.networks[name].parameters() if p.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     devices = [training.accelerator.device] if training.accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

@@ -10,4 +10,4 @@ from sdcli.registry import Registry
 
 LOSSES = Registry("loss")
 
-from sdcli.method.losses import features, labels, logits, relations  # noqa: E402, F401
+from sdcli.method.losses import contrast, features, labels, logits, relations  # noqa: E402, F401

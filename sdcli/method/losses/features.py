@@ -5,6 +5,7 @@ B images, C channels, H W map, D embedding
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.losses import LOSSES
+from sdcli.method.losses.logits import confidence
+from sdcli.network.signals import Signal
 
 Power = Annotated[float, Field(ge=1)]
 
@@ -94,6 +97,47 @@ class FitNet(nn.Module):
         student, teacher = pooled_alike(student, teacher)
         difference: Tensor = self.adapt(student) - teacher
         return difference.square().flatten(1).mean(dim=1)
+
+
+@LOSSES.register("confident_hint", reads="signal")
+class ConfidentHint(nn.Module):
+    """Mean squared difference from the last maps of several teachers, each image's weighted by how well the teacher's
+    own classifier knows its label from the student's map: the second loss of CA-MKD (Zhang et al. 2022,
+    arXiv:2201.00007), per image [B].
+
+        sum over E of v_e mean over C, H, W of (r_e(s) - t_e)^2
+        v = (1 - softmax over E of CE(classifier_e(r_e(s)), y)) / (|E| - 1)
+
+    E are the points that the target, a signal of kind "confident", is made from; each ends a network whose classifier
+    reads its pooled last map. r_e is a 1x1 convolution, batch norm and ReLU, trained with the network and then
+    discarded; the student's map is first average-pooled to the size of the teacher's, if that is smaller. As in the
+    authors' code, gradients also pass through the weights v; it divides by |E| once more, and leaves this loss out in
+    the first epoch.
+    """
+
+    def __init__(self, student_width: int, sources: Sequence[tuple[int, int]]) -> None:
+        """`sources` are the widths of map and embedding of each of E."""
+        super().__init__()
+        if len(sources) < 2 or any(width != dim for width, dim in sources):
+            raise UserError(
+                "the target is not made from two or more ends of networks whose classifiers read their last maps",
+                "a signal of two or more teachers such as ResNets",
+                'kind = "confident", of = ["teacher.final", "second.final"]; or leave this loss out',
+            )
+        self.adapt = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(student_width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+            for width, _ in sources
+        )
+
+    def forward(self, student: Signal, teacher: Signal, batch: Batch) -> Tensor:
+        distances, said = [], []
+        for adapt, source in zip(self.adapt, teacher.sources, strict=True):
+            own, other = pooled_alike(student.features, source.features)
+            mapped = adapt(own)
+            assert source.classify is not None
+            distances.append((mapped - other).square().flatten(1).mean(dim=1))
+            said.append(source.classify(mapped.mean(dim=(2, 3))).float())
+        return (confidence(said, batch) * torch.stack(distances)).sum(dim=0)
 
 
 @LOSSES.register("attention", reads="features")

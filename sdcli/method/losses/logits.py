@@ -5,6 +5,7 @@ B images, K classes, E branches
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -226,6 +227,13 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
     one, other = one - one.mean(dim=1, keepdim=True), other - other.mean(dim=1, keepdim=True)
     norms: Tensor = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(other, dim=1)
     return (one * other).sum(dim=1) / (norms + 1e-8)
+
+
+def confidence(logits: Sequence[Tensor], batch: Batch) -> Tensor:
+    """CA-MKD's weights of several predictions of an image [E, B], which sum to 1 over E: the better one knows the
+    label, the more it weighs. Logits [B, K] of each of E points, two or more."""
+    wrong = torch.stack([F.cross_entropy(z, batch.labels, reduction="none") for z in logits])
+    return (1 - wrong.softmax(dim=0)) / (len(logits) - 1)
 
 
 def gated(logits: list[Tensor], gate: Tensor) -> Tensor:

@@ -1,0 +1,441 @@
+"""Runs with more than one network: teachers, peers, phases, rules and pruning."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sdcli.data.batch import Batch
+from sdcli.data.transforms import Preprocess
+from sdcli.errors import UserError
+from sdcli.method.pruning import Masks, left_in, uncertainty_scores, weights_of
+from sdcli.method.rules import switokd
+from sdcli.network.blueprint import Blueprint
+from sdcli.network.foreign import Translation, columns_of, draft_foreign
+from sdcli.network.multi_exit import build
+from sdcli.network.signals import Signal
+from sdcli.recipe.load import load_recipe
+from sdcli.recipe.schema import Network, Prune
+from sdcli.run import prepare as preparing
+from sdcli.run.events import Finished, Step
+from sdcli.run.prepare import prepare
+from sdcli.run.settings import Settings
+from sdcli.run.state import load_state
+from sdcli.run.train import fit, next_update, train_step
+from sdcli.run.training import Training, enter_phase
+
+SHORT = ("epochs=1", "batch.size=32", "schedule.warmup_epochs=0", "optimizer.lr=0.01")
+
+
+def settings(**changed: Any) -> Settings:
+    about = {"limit_train": 64, "limit_val": 20, "device": "cpu", "workers": 0} | changed
+    return Settings("test_resnet", "digits", **about)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has trained a small network."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    list(fit(prepare(settings(), load_recipe(["baseline"], SHORT), run)))
+    return run
+
+
+def training_of(name: str, folder: Path, *overrides: str, **changed: Any) -> Training:
+    return prepare(settings(**changed), load_recipe([name], [*SHORT, *overrides]), folder / "run")
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# What a network that was trained elsewhere is shown, and what it means
+
+
+def preprocess(size: int, mean: float, std: float) -> Preprocess:
+    return Preprocess((3, size, size), (mean,) * 3, (std,) * 3, "bilinear", 1.0)
+
+
+def test_a_teacher_sees_the_same_crops_in_its_own_colours_and_size():
+    pixels = torch.rand(2, 3, 8, 8)
+    ours, theirs = preprocess(8, 0.2, 0.5), preprocess(8, 0.6, 0.25)
+    shown = Translation(ours, theirs, None).images((pixels - 0.2) / 0.5)
+    torch.testing.assert_close(shown, (pixels - 0.6) / 0.25)
+    larger = Translation(ours, preprocess(16, 0.2, 0.5), None).images(torch.ones(2, 3, 8, 8))
+    assert larger.shape == (2, 3, 16, 16) and larger.eq(1).all()
+    alike = torch.rand(2, 3, 8, 8)
+    assert Translation(ours, ours, None).images(alike) is alike
+
+
+def test_classes_are_found_by_name_whatever_their_order():
+    assert columns_of(["a", "b"], ["a", "b"], "") is None
+    assert columns_of(["sea_lion", "cat"], ["Cat", "dog", "sea lion"], "") == [2, 0]
+    # Weights of timm's own format do not name their classes: as many are taken to be the same.
+    assert columns_of(["a", "b"], ["0", "1"], "") is None
+    # WordNet's names of ImageNet's classes.
+    assert columns_of(["goldfish", "n01440764"], ["n01440764", "n01443537"], "") == [1, 0]
+    signal = Signal(torch.ones(1, 1, 1, 1), torch.ones(1, 1), torch.tensor([[1.0, 2.0, 3.0]]), classify=nn.Identity())
+    told = Translation(preprocess(8, 0, 1), preprocess(8, 0, 1), [2, 0]).signals({"final": signal})["final"]
+    assert told.logits.tolist() == [[3.0, 1.0]]
+    assert told.classify(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[3.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (["a", "b"], ["a", "c"], "does not know 1 of the 2 classes: b\n"),
+        (["a", "b"], ["0", "1", "2"], "tells 3 classes apart, whose names are not known, and the data have 2\n"),
+    ],
+)
+def test_a_teacher_of_other_classes_is_refused(ours: list[str], theirs: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=r"networks\.teacher\.weights") as error:
+        columns_of(ours, theirs, "networks.teacher.weights")
+    assert words in str(error.value)
+
+
+def test_other_classes_are_refused_before_an_image_is_read(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        (tmp_path / "data" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / f"class{number % 2}" / f"{number}.png").write_bytes(b"not read")
+    monkeypatch.setattr(preparing, "measure", lambda data: pytest.fail("images were read"))
+    recipe = load_recipe(["kd"], [*SHORT, f"networks.teacher.weights={teacher}"])
+    with pytest.raises(UserError, match="tells 10 classes apart, whose names are not known, and the data have 2"):
+        prepare(Settings("test_resnet", str(tmp_path / "data"), device="cpu", workers=0), recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_is_what_its_checkpoint_says(teacher: Path, tmp_path: Path) -> None:
+    training = training_of("kd", tmp_path, f"networks.teacher.weights={teacher}")
+    network = training.learner.networks["teacher"]
+    assert network.plan.model == "test_resnet" and network.points == ["final"]
+    training.module.train()
+    saved = load_file(teacher / "best.safetensors")
+    assert same(saved, network.state_dict())
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    with pytest.raises(UserError, match="has the weights of test_resnet, not of resnet18"):
+        draft_foreign(Network(model="resnet18", learns=False, weights=str(teacher)), "teacher", ["final"])
+
+
+def test_stages_of_a_teacher_without_exits_are_tapped_where_a_loss_reads_them(teacher: Path, tmp_path: Path) -> None:
+    training = training_of("at-teacher", tmp_path, f"networks.teacher.weights={teacher}")
+    network = training.learner.networks["teacher"]
+    assert network.classifiers == ["final"] and len(network.points) > 1
+
+
+@pytest.mark.parametrize("of_timm", [False, True])
+def test_a_teacher_keeps_its_own_size(teacher: Path, tmp_path: Path, of_timm: bool) -> None:
+    """A file of timm's own format, and a checkpoint, that expect 160 pixels."""
+    file = tmp_path / "weights.safetensors"
+    model = build(Blueprint.draft(Network(exits="none"), "test_resnet", [str(n) for n in range(10)]))
+    save_file({name: t.clone() for name, t in model.backbone.state_dict().items()}, file)
+    given = [f"networks.teacher.weights={file}", "networks.teacher.model=test_resnet"]
+    if not of_timm:
+        list(fit(prepare(settings(image_size=16), load_recipe(["baseline"], SHORT), tmp_path / "large")))
+        given = [f"networks.teacher.weights={tmp_path / 'large'}"]
+    training = training_of("kd", tmp_path, *given)
+    translation = dict(training.learner.translations.items())["teacher"]
+    assert translation.size == ((160, 160) if of_timm else (16, 16))
+    batch = next_update(training, iter(training.loader))[0]
+    shown = []
+    hook = training.learner.networks["teacher"].register_forward_pre_hook(lambda _, given: shown.append(given[0]))
+    training.learner(batch)
+    hook.remove()
+    assert batch.images.shape[-2:] == (8, 8) and shown[0].shape[-2:] == translation.size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "the recipe has a network 'teacher', and it is not said which"),
+        (["networks.teacher.model=resnet18"], "networks.teacher does not learn and has random weights"),
+        (["networks.teacher.weights=./nothing"], "'nothing' does not exist"),
+    ],
+)
+def test_a_teacher_that_knows_nothing_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        training_of("kd", tmp_path, *overrides)
+    assert words in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_the_option_names_a_run_or_a_model(teacher: Path, tmp_path: Path, sdcli: Any) -> None:
+    quick = ["--dataset", "digits", "--limit-train", 32, "--limit-val", 20, "--epochs", 1, "--batch-size", 32, "-j", 0]
+    result = sdcli("train", "test_resnet", *quick, "--recipe", "kd", "--teacher", teacher, "-o", tmp_path / "run")
+    assert result.code == 0 and f"teacher: weights from {teacher / 'best.safetensors'}" in result.err
+    assert "validation top-1 %: final " in result.err and ", teacher " in result.err
+    refused = sdcli("train", "test_resnet", *quick, "--recipe", "kd", "--teacher", "resnet1", "-o", tmp_path / "x")
+    assert refused.code == 2 and "--teacher resnet1: networks.teacher.model: unknown model 'resnet1'" in refused.err
+
+
+def test_a_run_needs_its_teacher_and_its_checkpoint_does_not(teacher: Path, tmp_path: Path, sdcli: Any) -> None:
+    copied = tmp_path / "teacher.safetensors"
+    copied.write_bytes((teacher / "best.safetensors").read_bytes())
+    training = training_of("kd", tmp_path, f"networks.teacher.weights={copied}")
+    assert isinstance(list(fit(training))[-1], Finished)
+    state = load_state(tmp_path / "run" / "state" / "last.pt")
+    assert not any("teacher" in name for name in state["learner"]) and list(state["optimizers"]) == ["student"]
+    tensors = load_file(tmp_path / "run" / "best.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"backbone"}
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    scored = json.loads((teacher / "report.json").read_text())["exits"][-1]["top1"]
+    assert line["networks"] == {"teacher": pytest.approx(scored)}
+    copied.unlink()
+    assert sdcli("eval", tmp_path / "run", "-j", 0).code == 0
+    assert "teacher.safetensors" in sdcli("train", "--resume", tmp_path / "run", "--epochs", 2).err
+
+
+def test_a_teacher_in_train_mode_uses_the_batchs_statistics_and_keeps_its_own(teacher: Path, tmp_path: Path) -> None:
+    named = f"networks.teacher.weights={teacher}"
+    quiet, loud = (training_of("kd", tmp_path / m, named, f"networks.teacher.mode={m}") for m in ("eval", "train"))
+    said = []
+    for training in (quiet, loud):
+        before = weights(training.learner.networks["teacher"])
+        training.module.train()
+        batch = next_update(training, iter(training.loader))[0]
+        said.append(training.learner(batch)[1]["soft"].item())
+        after = weights(training.learner.networks["teacher"])
+        assert same({n: t for n, t in before.items() if "num_batches" not in n}, after)
+    assert said[0] != pytest.approx(said[1], rel=1e-3)
+
+
+# Networks that learn together
+
+
+def test_every_network_that_learns_has_its_own_optimizer_and_schedule(tmp_path: Path) -> None:
+    own = ["networks.peer.model=test_resnet", "networks.peer.optimizer.lr=0.5", "networks.peer.schedule.sched=none"]
+    training = training_of("bd-kd", tmp_path, *own, "schedule.sched=cosine")
+    assert list(training.optimizers) == ["student", "peer"]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in training.optimizers.values()]
+    assert rates == [0.01, 0.5]
+    # What its table leaves out is the recipe's.
+    assert training.optimizers["peer"].param_groups[0]["weight_decay"] == 5e-4
+    for schedule in training.schedules.values():
+        schedule.step(training.updates_per_epoch)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in training.optimizers.values()]
+    assert rates == [pytest.approx(0.0), 0.5]
+
+
+def by_hand(training: Training, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
+    """DML's update as its paper has it: one network after the other, each after new predictions."""
+    rate, momentum, decay = 0.01, 0.9, 5e-4
+    networks = {name: copy.deepcopy(network).train() for name, network in training.learner.networks.items()}
+    for name, other in (("student", "peer"), ("peer", "student")):
+        own = networks[name](batch.images)["final"].logits
+        with torch.no_grad():
+            target = networks[other](batch.images)["final"].logits.softmax(1)
+        loss = F.cross_entropy(own, batch.labels) + F.kl_div(own.log_softmax(1), target, reduction="batchmean")
+        learnt = [p for p in networks[name].parameters() if p.requires_grad]
+        for parameter, gradient in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
+            # The first step of Nesterov's momentum.
+            step = (gradient + decay * parameter) * (1 + momentum)
+            parameter.data.sub_(rate * step)
+    return {name: weights(network.backbone) for name, network in networks.items()}
+
+
+def test_networks_take_turns_as_in_dmls_paper(tmp_path: Path) -> None:
+    training = training_of("dml", tmp_path, "networks.peer.model=test_resnet", "schedule.sched=none")
+    training.module.train()
+    batches = next_update(training, iter(training.loader))
+    wanted = by_hand(training, batches[0])
+    before = {name: weights(network) for name, network in training.learner.networks.items()}
+    losses, _ = train_step(training, batches)
+    assert losses.shape == (2,) and losses.isfinite().all()
+    for name, network in training.learner.networks.items():
+        found = dict(network.backbone.named_parameters())
+        for parameter, tensor in found.items():
+            torch.testing.assert_close(tensor.data, wanted[name][parameter], rtol=1e-4, atol=1e-6)
+        assert not same(before[name], network.state_dict())
+
+
+def test_turns_cost_a_forward_pass_more_for_each_network(tmp_path: Path) -> None:
+    together, turns = (
+        training_of("dml", tmp_path / how, "networks.peer.model=test_resnet", f"updates={how}").learner
+        for how in ("simultaneous", "sequential")
+    )
+    forward = 2 * together.student.blueprint.plan.macs
+    assert together.training_macs == 3 * forward and turns.training_macs == 4 * forward
+
+
+def test_a_teacher_costs_one_forward_pass(teacher: Path, tmp_path: Path) -> None:
+    learner = training_of("kd", tmp_path, f"networks.teacher.weights={teacher}").learner
+    assert learner.training_macs == 4 * learner.student.blueprint.plan.macs
+
+
+@pytest.mark.parametrize("name", ["switokd", "switokd_expert_mode_case"])
+def test_switokd_decides_as_the_authors_code(case: Any, name: str) -> None:
+    of = case(name)
+    for condition in ("code", "paper"):
+        learns = switokd(of["T"], of["S"], torch.tensor(of.inputs["y"]), condition=condition)
+        assert bool(learns) is not of.expected["expert_mode (pause teacher)"]
+
+
+def test_switokds_second_condition_lets_a_teacher_learn_that_is_behind() -> None:
+    teacher, student, labels = torch.tensor([[-4.0, 4.0]]), torch.tensor([[4.0, -4.0]]), torch.tensor([0])
+    assert bool(switokd(teacher, student, labels, condition="code"))
+    assert not bool(switokd(teacher, student, labels, condition="paper"))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_network_that_rests_takes_no_step(learns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sdcli.method.learner as module
+
+    monkeypatch.setattr(module, "rule_of", lambda table: lambda own, behind, labels: torch.tensor(learns))
+    training = training_of("switokd", tmp_path, "networks.peer.model=test_resnet")
+    training.module.train()
+    batches = next_update(training, iter(training.loader))
+    before = {name: dict(copy.deepcopy(n).named_parameters()) for name, n in training.learner.networks.items()}
+    train_step(training, batches)
+    moved = {
+        name: any(not torch.equal(p, before[name][at]) for at, p in network.named_parameters())
+        for name, network in training.learner.networks.items()
+    }
+    assert moved == {"student": True, "peer": learns}
+
+
+def test_the_bridge_learns_on_a_teacher_that_stays_as_it_is(teacher: Path, tmp_path: Path) -> None:
+    training = training_of("sokd", tmp_path, f"networks.teacher.weights={teacher}")
+    before = weights(training.learner.networks["teacher"])
+    assert isinstance(list(fit(training))[-1], Finished)
+    after = training.learner.networks["teacher"].state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"heads"}
+
+
+# Phases
+
+
+def test_a_chain_of_assistants_learns_one_after_the_other(teacher: Path, tmp_path: Path) -> None:
+    training = training_of(
+        "takd", tmp_path, f"networks.teacher.weights={teacher}", "networks.assistant.model=test_resnet"
+    )
+    assert list(training.optimizers) == ["assistant"]
+    first = {name: weights(network) for name, network in training.learner.networks.items()}
+    events = fit(training)
+    seen = [next(event for event in events if not isinstance(event, Step))]
+    second = {name: weights(network) for name, network in training.learner.networks.items()}
+    seen += [event for event in events if not isinstance(event, Step)]
+    third = {name: weights(network) for name, network in training.learner.networks.items()}
+    assert [name for name in first if not same(first[name], second[name])] == ["assistant"]
+    assert [name for name in first if not same(second[name], third[name])] == ["student"]
+    # The student is scored once it learns.
+    assert seen[0].validation is None and set(seen[0].networks) == {"teacher", "assistant"}
+    assert seen[1].validation is not None
+
+
+def test_an_early_stopped_teacher_gets_a_share_of_the_epochs() -> None:
+    assert load_recipe(["eskd"], ["epochs=100"]).phase_epochs == [35, 100]
+    assert load_recipe(["eskd"], ["epochs=1"]).phase_epochs == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("takd", ['phases=[{ name = "only", learns = ["assistant"], losses = ["assistant-task"] }]'],
+         "the student does not learn in the last phase"),
+        ("takd", ['phases=[{ name = "a", learns = ["teacher"] }]'], "unknown network 'teacher'"),
+        ("takd", ['phases=[{ name = "a", learns = ["student"] }]'], "teaches assistant, and assistant does not learn in it"),
+        ("switokd", ["rules.peer.network=nobody"], "rules.peer.network: of those that learn: unknown network 'nobody'"),
+        ("switokd", ["rules.peer.behind=exit"], "rules.peer.behind = 'exit'"),
+        ("dml", ['optimizer.nonfinite="skip"'], "half of an update cannot be skipped"),
+        ("prune", ['phases=[{ name = "a", prune = { amount = 0.5, network = "x" } }]'], "unknown network 'x'"),
+        ("baseline", ["networks.student.optimizer.lr=0.1"], "[networks.student.optimizer]: the recipe's [optimizer] is"),
+    ],
+)  # fmt: skip
+def test_networks_phases_and_rules_that_contradict_each_other_are_refused(
+    recipe: str, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe([recipe], overrides)
+    assert words in str(error.value)
+
+
+# Pruning
+
+
+def test_a_fifth_of_what_is_left_goes_in_every_round_and_stays_away(tmp_path: Path) -> None:
+    training = training_of("prune", tmp_path, 'phases=[{ name = "a", rounds = 3, prune = { amount = 0.2 } }]')
+    masks = training.learner.masks["student"]
+    assert isinstance(masks, Masks) and masks.kept == pytest.approx(0.8, abs=1e-4)
+    assert isinstance(list(fit(training))[-1], Finished)
+    assert masks.kept == pytest.approx(0.8**3, abs=1e-4)
+    kept = weights_of(training.learner.student)
+    assert all(torch.equal(weight != 0, masks.of(name)) for name, weight in kept.items())
+    saved = load_file(tmp_path / "run" / "last.safetensors")
+    assert not any("mask" in name for name in saved)
+    assert saved["backbone.conv1.weight"].ne(0).float().mean().item() == masks.density["conv1"]
+
+
+def test_the_smallest_weights_of_all_layers_go_first() -> None:
+    network = build(Blueprint.draft(Network(), "test_resnet", ["a", "b"]))
+    masks, before = Masks(network), {name: weight.clone() for name, weight in weights_of(network).items()}
+    masks.prune(network, Prune(amount=0.3))
+    flat = torch.cat([weight.abs().flatten() for weight in before.values()])
+    limit = flat.sort().values[int(0.3 * len(flat))]
+    assert all(torch.equal(masks.of(name), weight.abs() >= limit) for name, weight in before.items())
+
+
+def test_what_is_left_is_told_with_the_width_of_a_dense_network() -> None:
+    blueprint = Blueprint.draft(Network(exits="none"), "resnet18", ["a", "b"], image_size=32)
+    network = build(blueprint)
+    masks = Masks(network)
+    assert left_in(network, masks).endswith("by stage 100%, 100%, 100%, 100%; a dense network with as many: "
+                                            "model_args.channels=[64,128,256,512]")  # fmt: skip
+    masks.prune(network, Prune(amount=0.6, by="random"))
+    text = left_in(network, masks)
+    assert text.startswith("40.0% of its weights are left")
+    narrow = Network(exits="none", model_args={"channels": json.loads(text.rpartition("channels=")[2])})
+    dense = Blueprint.draft(narrow, "resnet18", ["a", "b"], image_size=32)
+    assert dense.plan.params / blueprint.plan.params == pytest.approx(0.4, rel=0.03)
+
+
+class Linear(nn.Module):
+    """A linear model in the place of a network with exits."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(*weight.T.shape, bias=False))
+        self.backbone[0].weight.data = weight
+        self.plan, self.classes = SimpleNamespace(unused=()), ("a", "b")
+
+    def forward(self, images: torch.Tensor, points: object) -> dict[str, Signal]:
+        return {"final": Signal(images, images, self.backbone(images))}
+
+
+def test_prue_scores_weights_by_how_certain_they_make_predictions(case: Any) -> None:
+    of = case("prue_saliency")
+    network: Any = Linear(of["W"])
+    batches = [of["X"][:2], of["X"][2:]]
+    labels = torch.tensor(of.inputs["y"])
+    shown = [Batch(x, y, torch.arange(len(x))) for x, y in zip(batches, labels.split([2, 3]), strict=True)]
+    scores = uncertainty_scores(network, shown)
+    rough = 10 if of.dtype == torch.float32 else 1e3  # probabilities are taken in float32
+    assert torch.allclose(
+        scores["0"].double(), torch.tensor(of.expected["score"]).double(), atol=1e-6, rtol=rough * 1e-6
+    )
+    masks = Masks(network)
+    masks.prune(network, Prune(amount=0.5, by="prue"), scores)
+    assert masks.of("0").double().tolist() == of.expected["mask"]
+
+
+def test_a_pruned_teacher_stays_pruned_while_it_and_its_student_learn(tmp_path: Path) -> None:
+    training = training_of("prue", tmp_path, "networks.teacher.model=test_resnet")
+    news = [text for event in fit(training) if isinstance(event, Step) for text in event.notes]
+    assert any(text.startswith("teacher pruned by prue: 5") for text in news)
+    kept = weights_of(training.learner.networks["teacher"])
+    zeros = sum(int((w == 0).sum()) for w in kept.values()) / sum(w.numel() for w in kept.values())
+    assert zeros == pytest.approx(0.5, abs=0.02)
+    enter_phase(training, 2, begins=False)
+    assert training.learner.frozen == {"teacher"}
