@@ -17,9 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block fails, the temporary file is removed and `path` stays as it was. Its name is unique, so that two
     processes can replace the same file. A device, a pipe or a folder is never replaced: raises OSError.
     """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "it is not a regular file", str(path))
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    beside = _temporary(path)
     try:
         yield beside
         os.replace(beside, path)
@@ -27,6 +25,19 @@ def replacing(path: Path) -> Iterator[Path]:
         # In a folder that has become read-only this fails too, but then the block has raised the error to report.
         with suppress(OSError):
             beside.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where `path` cannot be written, before anything is computed for it; leaves nothing behind."""
+    beside = _temporary(path)
+    beside.touch()
+    beside.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is not a regular file", str(path))
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def remove_temporary(folder: Path) -> None:

@@ -112,8 +112,9 @@ def test_eval_prints_a_table_of_all_exits_and_the_ensemble(trained, sdcli):
         "exit", "exit1", "exit2", "exit3", "final", "ensemble",
     ]  # fmt: skip
     assert "digits (test, 359 images)" in result.out
-    for title in ("top-1 %", "top-5 %", "NLL", "ECE", "params", "MACs", "speed-up"):
+    for title in ("top-1", "interval", "top-5", "NLL", "ECE", "AUROC", "final %", "params", "MACs", "speed-up"):
         assert title in result.out
+    assert max(map(len, result.out.splitlines())) <= 100
 
 
 def test_eval_needs_the_checkpoint_alone(trained, tmp_path, sdcli, monkeypatch):
@@ -183,8 +184,8 @@ def test_eval_json_has_all_fields(trained, sdcli):
     )
     assert [result["point"] for result in report["exits"]] == ["exit1", "exit2", "exit3", "final"]
     assert set(report["ensemble"]) == {
-        *("point", "top1", "top5", "nll", "ece", "auroc", "agreement"),
-        *("params", "macs", "speedup"),
+        *("point", "top1", "top1_low", "top1_high", "top5", "nll", "ece", "auroc", "agreement"),
+        *("params", "macs", "speedup", "latency_ms"),
     }
     assert all(0 <= result["top1"] <= result["top5"] <= 100 for result in report["exits"])
     assert report["exits"][-1]["speedup"] == 1.0
@@ -219,7 +220,7 @@ def test_eval_csv_and_markdown_have_a_row_per_exit(trained, sdcli):
     rows = list(csv.DictReader(io.StringIO(sdcli("eval", trained / "best.safetensors", "--csv", "-j", 0).out)))
     assert [row["point"] for row in rows] == ["exit1", "exit2", "exit3", "final", "ensemble"]
     lines = sdcli("eval", trained / "best.safetensors", "--markdown", "-j", 0).out.splitlines()
-    assert lines[0].startswith("| exit | top-1 % |") and len(lines) == 7
+    assert lines[2].startswith("| exit | top-1 % | 95 % interval |") and len(lines) == 9
     assert "**" in "".join(lines)
 
 
@@ -496,7 +497,7 @@ def test_pretrained_weights_that_cannot_be_loaded_are_explained_for_the_command_
     [
         (["--exits", "exit9"], "unknown exit 'exit9'\n  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?"),
         (["--exits", ","], "--exits names no exit\n  expected: all, final, or some of them: exit1,exit3"),
-        (["--json", "--csv"], "--json, --csv and --markdown exclude each other\n  expected: one of them"),
+        (["--json", "--csv"], "--json, --csv, --markdown and --latex exclude each other\n  expected: one of them"),
         (["--split", "tset"], "digits has no split 'tset'\n  expected: one of train, test, validation\n"
          "  fix:      did you mean 'test'?"),
     ],

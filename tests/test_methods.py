@@ -90,9 +90,9 @@ def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, finished: di
     assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
 
     # The file alone says the same as the run.
-    scored = score_checkpoint(tmp_path / "whole" / "best.safetensors", device="cpu", split="validation", limit=20)[
-        0
-    ].to_dict()
+    scored = score_checkpoint(
+        tmp_path / "whole" / "best.safetensors", device="cpu", split="validation", limit=20
+    ).to_dict()
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert [e["nll"] for e in scored["exits"]] == pytest.approx([e["nll"] for e in report["exits"]], rel=1e-5)
 
@@ -198,7 +198,7 @@ def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None
     assert training.network.classifiers == ["final"] and len(training.network.points) == 4
     report = list(fit(training))[-1].report
     assert [result.point for result in report.exits] == ["final"] and report.ensemble is None
-    assert score_checkpoint(tmp_path / "run" / "best.safetensors", limit=20, device="cpu")[0].ensemble is None
+    assert score_checkpoint(tmp_path / "run" / "best.safetensors", limit=20, device="cpu").ensemble is None
     with pytest.raises(UserError) as error:
         prepare(settings("convnet"), load_recipe(["byot"], ["networks.student.head=none"]), tmp_path / "x")
     assert str(error.value) == (

@@ -18,14 +18,13 @@ from photos import calibrated, save_network
 
 from sdcli.cli import main
 from sdcli.evaluation.answers import Answered, Answers
-from sdcli.evaluation.metrics import ece
+from sdcli.evaluation.metrics import bins, ece
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.calibration import Promise
 from sdcli.network.checkpoint import Description, TrainedOn, describe_again, read_description, save_checkpoint
 from sdcli.network.multi_exit import build
 from sdcli.recipe.schema import Network
 from sdcli.report import charts
-from sdcli.report.figures import bins
 from sdcli.report.findings import examine
 from sdcli.report.pictures import SIDE, disagreeing, thumbnail, varied
 

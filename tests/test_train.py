@@ -634,7 +634,7 @@ def test_two_processes_score_what_they_save_whatever_the_recipe(tmp_path: Path) 
     state = states.load_state(tmp_path / "run" / "state" / "last.pt")
     assert state["learner"]["derived.past.make.seen"].sum() > 128, "each process has seen 128"
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    alone = score_checkpoint(tmp_path / "run" / "last.safetensors", device="cpu")[0].to_dict()
+    alone = score_checkpoint(tmp_path / "run" / "last.safetensors", device="cpu").to_dict()
     for ours, theirs in zip(report["exits"], alone["exits"], strict=True):
         assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-5)
         assert ours["top1"] == theirs["top1"]
@@ -1050,7 +1050,7 @@ def test_too_little_memory_is_explained_before_and_after_a_run_too(
     assert not (training.run.folder.parent / "other").exists()
 
     list(fit(training))
-    monkeypatch.setattr("sdcli.evaluation.scoring.evaluate", full)
+    monkeypatch.setattr("sdcli.evaluation.scoring.answer", full)
     with pytest.raises(UserError) as error:
         score_checkpoint(training.run.folder / "last.safetensors", device="cpu", batch_size=32)
     assert str(error.value) == (

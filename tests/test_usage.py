@@ -138,8 +138,8 @@ MESSAGES = {
         "invalid value: --num-classes 10000000\n  expected: an integer from 1 to 100000"
     ),
     "eval": (
-        "RUN is missing\n  expected: a run folder (its best checkpoint, or the last one where none was chosen), or a "
-        ".safetensors file\n  fix:      sdcli eval runs/first"
+        "RUN|MODEL is missing\n  expected: a run folder (its best checkpoint, or the last one where none was chosen), a "
+        ".safetensors file, or a timm model with --weights or --pretrained\n  fix:      sdcli eval runs/first"
     ),
     "trian resnet18": (
         f"sdcli has no command 'trian'\n  expected: one of {', '.join(COMMANDS)}\n  fix:      did you mean 'train'?"

@@ -134,17 +134,17 @@ def bench(
 
 def _open(model: str) -> tuple[MultiExit, Description | None, Path]:
     """The network, and of a checkpoint what it says and where it is; a timm model gets random weights."""
+    from sdcli.evaluation.opened import is_model_name
     from sdcli.network.blueprint import Blueprint
     from sdcli.network.checkpoint import find_checkpoint
     from sdcli.network.multi_exit import build
     from sdcli.network.weights import rebuild
     from sdcli.recipe.schema import Network
 
-    path = Path(model)
-    if path.exists() or path.suffix == ".safetensors" or len(path.parts) > 1:
-        path = find_checkpoint(path)
-        return *rebuild(path), path
-    return build(Blueprint.draft(Network(), model)), None, path
+    if is_model_name(model):
+        return build(Blueprint.draft(Network(), model)), None, Path(model)
+    path = find_checkpoint(Path(model))
+    return *rebuild(path), path
 
 
 def parse_sizes(text: str) -> list[int]:

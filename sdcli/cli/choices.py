@@ -298,11 +298,11 @@ def _teacher(named: str) -> list[Override]:
 def _weights_file(path: Path) -> str:
     """A file of weights as a recipe names it; of a run folder its best checkpoint, else the last."""
     from sdcli.network.checkpoint import find_checkpoint
+    from sdcli.recipe.schema import weights_file
 
     # Not Path.is_dir, which raises for a name that is too long.
     file = find_checkpoint(path) if os.path.isdir(path) else path
-    # A plain word would be a keyword, such as pretrained.
-    return str(file) if set("./~") & set(str(file)) else f"./{file}"
+    return weights_file(file)
 
 
 def model_and_dataset(given: Mapping[str, Any], example: str) -> tuple[str, str]:

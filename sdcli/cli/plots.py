@@ -33,7 +33,7 @@ def check(file: Path) -> None:
     """Raises UserError where no picture can be drawn into `file`, before anything is computed."""
     if not has_matplotlib():
         raise UserError("pictures need matplotlib", "it installed", "pip install 'sdcli[plots]'")
-    if file.suffix not in FORMATS:
+    if file.suffix.lower() not in FORMATS:
         raise UserError(f"'{file}' is not the name of a picture", "one of " + ", ".join(FORMATS), f"{file.stem}.png")
     if not file.absolute().parent.is_dir():
         raise UserError(f"'{file}' cannot be written: its folder does not exist", "a folder that exists")
@@ -45,7 +45,7 @@ def save_curves(run: Path, file: Path) -> None:
     if not log:
         raise UserError(f"'{run}' has no epochs to draw", "a run folder whose log.jsonl has a line")
     draw = [_losses, _accuracies] if any(line["validation"] for line in log) else [_losses]
-    with _drawing(file, len(draw)) as (figure, panels):
+    with drawing(file, len(draw)) as (figure, panels):
         for panel, axes in zip(draw, panels, strict=True):
             panel(axes, log)
             axes.set_xlabel("epoch")
@@ -55,7 +55,7 @@ def save_curves(run: Path, file: Path) -> None:
 
 def save_trade_off(found: Calibrated, file: Path) -> None:
     """Draws accuracy against MACs: the exits alone, and early exit at every setting."""
-    with _drawing(file, 1) as (_, (axes,)):
+    with drawing(file, 1) as (_, (axes,)):
         curve, alone = found.calibration.curve, found.exits
         axes.plot([p.cost for p in curve], [p.top1 for p in curve], color="tab:orange", label="early exit", marker=".")
         axes.plot(
@@ -73,7 +73,7 @@ def save_trade_off(found: Calibrated, file: Path) -> None:
 def save_search(search: Search, trials: Sequence[Trial], file: Path) -> None:
     """Draws the score of each trial against each key: complete trials filled, others hollow, the best as a star."""
     scored = [trial for trial in trials if trial.top1 is not None]
-    with _drawing(file, len(search.space)) as (figure, panels):
+    with drawing(file, len(search.space)) as (figure, panels):
         for tried, axes in zip(search.space, panels, strict=True):
             marks = [write_value(choice) for choice in tried.choices]
             for place, trial in enumerate(scored):
@@ -102,7 +102,7 @@ def save_search(search: Search, trials: Sequence[Trial], file: Path) -> None:
 
 def save_comparison(found: Comparison, file: Path) -> None:
     """Draws, for every task, accuracy against MACs at use (every exit of every recipe) and against training MACs."""
-    with _drawing(file, 2, rows=len(found.tasks)) as (figure, panels):
+    with drawing(file, 2, rows=len(found.tasks)) as (figure, panels):
         for task, use, training in zip(found.tasks, panels[::2], panels[1::2], strict=True):
             _at_use(use, task)
             _in_training(training, task)
@@ -150,22 +150,34 @@ def _in_training(axes: Any, task: Task) -> None:
 
 
 @contextmanager
-def _drawing(file: Path, panels: int, rows: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+def drawing(file: Path, panels: int, rows: int = 1) -> Iterator[tuple[Any, list[Any]]]:
     """A figure with panels side by side, in one row or several, written to `file` at the end."""
+    with picture(file, WIDTH * panels, HEIGHT * rows) as figure:
+        axes = list(figure.subplots(rows, panels, squeeze=False).flat)
+        for panel in axes:
+            plain(panel)
+        yield figure, axes
+
+
+def plain(panel: Any) -> None:
+    """A panel with a faint grid and two axes."""
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+@contextmanager
+def picture(file: Path, width: float, height: float) -> Iterator[Any]:
+    """An empty figure of this size in inches, written to `file` at the end."""
     check(file)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH * panels, HEIGHT * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, panels, squeeze=False).flat)
-    for panel in axes:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    yield figure, axes
+    yield figure
     try:
         with replacing(file) as beside:
-            figure.savefig(beside, format=file.suffix.lstrip("."))
+            figure.savefig(beside, format=file.suffix.lstrip(".").lower())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"'{file}' cannot be written: {reason}", "a file such as curves.png or curves.svg") from None

@@ -18,7 +18,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sdcli.cli.plots import has_matplotlib, save_curves
-from sdcli.cli.tables import report_rows
 from sdcli.cli.talk import end_stage, is_watched, message, note, talk
 from sdcli.errors import UserError, counted
 from sdcli.evaluation.evaluate import Report
@@ -205,7 +204,7 @@ def _epoch_table(epochs: list[Epoch], by: str, with_losses: bool = True) -> Tabl
     names = list(dict.fromkeys(name for epoch in epochs[-ROWS:] for name in epoch.losses)) if with_losses else []
     for name in names:
         table.add_column(f"{name}\nloss", justify="right", style="dim", no_wrap=True)
-    scored = report_rows(epochs[-1].validation) if epochs[-1].validation else []
+    scored = epochs[-1].validation.rows if epochs[-1].validation else []
     for result in scored:
         table.add_column(f"{result.point}\ntop-1 %", justify="right", no_wrap=True)
     others = list(epochs[-1].networks)
@@ -215,7 +214,7 @@ def _epoch_table(epochs: list[Epoch], by: str, with_losses: bool = True) -> Tabl
     best = max(compared, key=lambda e: quality(e.validation, by) if e.validation else (0.0, 0.0), default=None)
     for epoch in epochs[-ROWS:]:
         cells = [f"{epoch.losses[name]:.4f}" if name in epoch.losses else "" for name in names]
-        cells += [f"{result.top1:.2f}" for result in (report_rows(epoch.validation) if epoch.validation else [])]
+        cells += [f"{result.top1:.2f}" for result in (epoch.validation.rows if epoch.validation else [])]
         cells += [f"{epoch.networks[name]:.2f}" if name in epoch.networks else "" for name in others]
         table.add_row(str(epoch.epoch), *cells, style="bold" if epoch is best else "")
     return table
@@ -262,7 +261,7 @@ def _losses(losses: dict[str, float]) -> str:
 
 def _scores(report: Report | None, others: Mapping[str, float] | None = None) -> str:
     """Top-1 of the student, if it was scored, and of other networks; those are scored on the same split."""
-    own = [(result.point, result.top1) for result in report_rows(report)] if report else []
+    own = [(result.point, result.top1) for result in report.rows] if report else []
     return f"{report.split if report else 'validation'} top-1 %: " + ", ".join(
         f"{name} {top1:.2f}" for name, top1 in [*own, *(others or {}).items()]
     )

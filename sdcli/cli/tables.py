@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdcli.errors import counted
-from sdcli.evaluation.columns import COLUMNS, amount, cell, is_best, report_columns
+from sdcli.evaluation.columns import amount
 from sdcli.recipe.about import needs
 from sdcli.toml import write_value
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 
     from sdcli.evaluation.bench import Bench
     from sdcli.evaluation.calibrate import Calibrated
-    from sdcli.evaluation.dynamic import Dynamic
-    from sdcli.evaluation.evaluate import ExitResult, Report
     from sdcli.export.export import Exported
     from sdcli.method.catalogue import Item
     from sdcli.recipe.about import Difference, Overview
@@ -321,43 +317,6 @@ def shape(stage: Mapping[str, Any]) -> str:
     return f"{height}x{width}" + (f"+{prefix}" if prefix else "") + f" x {channels}"
 
 
-def report_rows(report: Report, leaving: Dynamic | None = None) -> list[ExitResult]:
-    """All exits, then the ensemble and early exit where there are any."""
-    return [*report.exits, *([report.ensemble] if report.ensemble else []), *([leaving.result] if leaving else [])]
-
-
-def report_table(report: Report, num_classes: int, leaving: Dynamic | None = None) -> Table:
-    """What `eval` shows: the best of each column in bold, the ensemble last under a line."""
-    rows, columns = report_rows(report, leaving), report_columns(num_classes)
-    table = plain_table(f"{report.model}  ·  {report.dataset} ({report.split}, {counted(report.num_images, 'image')})")
-    table.add_column("exit", no_wrap=True)
-    for column in columns:
-        table.add_column(column.title, justify="right", no_wrap=True)
-    for result in rows:
-        cells = [Text(cell(result, c), style="bold" if is_best(result, c, rows) else "") for c in columns]
-        table.add_row(result.point, *cells, end_section=result is report.exits[-1])
-    return table
-
-
-def leaving_table(leaving: Dynamic) -> Table:
-    """What `eval --dynamic` adds: who leaves where, and the time that it takes."""
-    table = plain_table("early exit")
-    table.add_column("leave at", no_wrap=True)
-    for title in ("images", "top-1 %", "top-1 % of\nthe plain model"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in leaving.exits:
-        scores = ("-" if score is None else f"{score:.2f}" for score in (row.top1, row.plain_top1))
-        table.add_row(row.point, f"{row.share:.1%}", *scores)
-    return table
-
-
-def leaving_time(leaving: Dynamic) -> str:
-    """The work and the time of early exit, in a sentence."""
-    own, plain = leaving.seconds, leaving.plain_seconds
-    shares = f"{1 / leaving.result.speedup:.2f} of the plain model's MACs and {own / plain:.2f} of its time"
-    return f"{shares}: {own:.1f} s against {plain:.1f} s, loading not counted."
-
-
 def exits_table(found: Calibrated, num_images: int) -> Table:
     """What `calibrate` shows of every exit alone."""
     table = plain_table(f"exits on {counted(num_images, 'held-out image')}")
@@ -397,31 +356,6 @@ def trade_off_table(found: Calibrated, confidence: float, *, change: bool) -> Ta
         ]
         table.add_row("→" if row.chosen else "", *cells, style="bold" if row.chosen else "")
     return table
-
-
-def report_markdown(report: Report, num_classes: int, leaving: Dynamic | None = None) -> str:
-    """The table for a README."""
-    rows, columns = report_rows(report, leaving), report_columns(num_classes)
-    lines = [
-        "| exit | " + " | ".join(column.title for column in columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
-    ]
-    for result in rows:
-        cells = [f"**{cell(result, c)}**" if is_best(result, c, rows) else cell(result, c) for c in columns]
-        lines.append(f"| {result.point} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def report_csv(report: Report, leaving: Dynamic | None = None) -> str:
-    """All values in full, one line per exit."""
-    names = ["model", "dataset", "split", "num_images", "point", *(column.field for column in COLUMNS)]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    for result in report_rows(report, leaving):
-        about = [report.model, report.dataset, report.split, report.num_images, result.point]
-        writer.writerow([*about, *(getattr(result, column.field) for column in COLUMNS)])
-    return text.getvalue().rstrip("\n")
 
 
 def bench_tables(bench: Bench) -> Iterator[Table]:

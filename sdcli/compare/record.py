@@ -22,7 +22,7 @@ from sdcli.devices import accelerator_for
 from sdcli.errors import UserError
 from sdcli.evaluation.answers import answer
 from sdcli.evaluation.evaluate import Report, report_of
-from sdcli.evaluation.scoring import Opened, open_checkpoint
+from sdcli.evaluation.opened import Opened, open_checkpoint
 from sdcli.files import replacing
 from sdcli.network.blueprint import ENSEMBLE
 from sdcli.network.checkpoint import find_checkpoint

@@ -57,6 +57,10 @@ class Images(ABC):
     def read(self, row: int) -> Image.Image:
         """The image in RGB. Raises UserError, naming the row or the file, if it cannot be read."""
 
+    def file(self, row: int) -> str | None:
+        """The file of the image, below the data set's folder; None if it has no file of its own."""
+        return None
+
     def identity(self) -> tuple[int, str] | None:
         """How many images there are in all, and a fingerprint that changes with any of them; None if unknown."""
         return None

@@ -28,10 +28,15 @@ class _Files(Images):
 
     paths: NDArray[np.bytes_]
     """An array, not a list: reading a list of strings in a forked worker copies all of it, through reference counts."""
+    root: str
+    """The data set's folder."""
 
     def read(self, row: int) -> Image.Image:
         path = os.fsdecode(self.paths[row])
         return read_image(path, f"'{path}'")
+
+    def file(self, row: int) -> str:
+        return printable(os.path.relpath(os.fsdecode(self.paths[row]), self.root))
 
     def identity(self) -> tuple[int, str] | None:
         digest = blake2b()
@@ -94,7 +99,7 @@ def open_class_folders(name: str, path: Path) -> ImageData | None:
         _check_classes(files.classes, found[first], folders[chosen[split]], folders[chosen[first]])
         labels = np.array([numbers[label] for label, _ in files.images], dtype=np.int64)
         paths = np.array([os.fsencode(file) for _, file in files.images])
-        splits[split] = whole_split(chosen[split], _Files(paths), labels)
+        splits[split] = whole_split(chosen[split], _Files(paths, str(path)), labels)
     notes += [_without_labels(own) for own in unlabelled]
     notes += _about_files(
         found, [os.path.relpath(folders[chosen[first]] / label, path) for label in found[first].empty]
@@ -122,7 +127,7 @@ def unlabelled_images(path: Path) -> ImageData | None:
     if not found.images:
         return None
     files_of = np.array([os.fsencode(file) for _, file in found.images])
-    split = whole_split("validation", _Files(files_of), np.zeros(len(files_of), dtype=np.int64))
+    split = whole_split("validation", _Files(files_of, str(folder)), np.zeros(len(files_of), dtype=np.int64))
     return ImageData(str(path), str(folder), (), {"validation": split})
 
 

@@ -21,6 +21,13 @@ from sdcli.network.blueprint import ENSEMBLE
 Collect: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Gathers the tensors of all processes, each of which has every n-th: returns all of them in order, on the CPU."""
 
+Beside: TypeAlias = Callable[[Batch, Mapping[str, Tensor]], None]
+"""Sees every batch and the logits of its points [B, K]."""
+
+
+def nothing(batch: Batch, logits: Mapping[str, Tensor]) -> None:
+    """Looks at none of it."""
+
 
 def only_one(own: Sequence[Tensor]) -> Sequence[Tensor]:
     """The tensors of the only process."""
@@ -89,7 +96,7 @@ def answer(
     progress: Callable[[int], None] = lambda images: None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     collect: Collect = only_one,
-    beside: Callable[[Batch, Mapping[str, Tensor]], None] = lambda batch, logits: None,
+    beside: Beside = nothing,
 ) -> Answers:
     """One pass over the batches with the heads of `points` (shallowest first) and, if there are several, their
     ensemble: the mean of their logits.

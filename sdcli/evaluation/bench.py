@@ -22,7 +22,7 @@ from sdcli.data.dataset import Split
 from sdcli.data.open import open_dataset
 from sdcli.data.splits import training_splits
 from sdcli.evaluation.latency import now
-from sdcli.evaluation.scoring import recorded_source
+from sdcli.evaluation.opened import recorded_source
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.predict import Strategy

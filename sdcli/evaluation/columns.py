@@ -32,21 +32,24 @@ class Column:
     best: str  # "max", "min" or ""
     style: str
 
+    @property
+    def heading(self) -> str:
+        """The title in two lines, which keep a column narrow."""
+        return self.title.replace(" final", "\nfinal") if " final" in self.title else self.title.replace(" %", "\n%")
+
 
 COLUMNS = (
     Column("top-1 %", "top1", "max", ".2f"),
     Column("top-5 %", "top5", "max", ".2f"),
     Column("NLL", "nll", "min", ".3f"),
     Column("ECE", "ece", "min", ".3f"),
+    Column("AUROC", "auroc", "max", ".3f"),
+    Column("same as final %", "agreement", "", ".2f"),
     Column("params", "params", "min", "amount"),
     Column("MACs", "macs", "min", "amount"),
     Column("speed-up", "speedup", "max", ".2f"),
 )
-MORE = (
-    Column("AUROC", "auroc", "max", ".3f"),
-    Column("same as final %", "agreement", "", ".2f"),
-)
-"""Columns for which a terminal has no room."""
+LATENCY = Column("ms", "latency_ms", "min", ".2f")
 
 
 def report_columns(num_classes: int) -> list[Column]:

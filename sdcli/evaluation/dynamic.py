@@ -11,7 +11,7 @@ from torch import Tensor
 from sdcli.data.batch import Batch
 from sdcli.evaluation.evaluate import ExitResult
 from sdcli.evaluation.latency import now
-from sdcli.evaluation.metrics import confidence_and_correct, ece, nll, topk_correct
+from sdcli.evaluation.metrics import auroc, confidence_and_correct, ece, nll, topk_correct
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.policies import Policy
 
@@ -79,14 +79,16 @@ def evaluate_dynamic(
         progress(done)
     where, truth = torch.cat(exits), torch.cat(labels)
     return Dynamic(
-        _scores(network, torch.cat(answers), where, truth, points),
+        _scores(network, torch.cat(answers), where, truth, points, torch.cat(plain)),
         tuple(_leaving(points, torch.cat(answers), where, torch.cat(plain), truth)),
         seconds,
         plain_seconds,
     )
 
 
-def _scores(network: MultiExit, answers: Tensor, exits: Tensor, labels: Tensor, points: tuple[str, ...]) -> ExitResult:
+def _scores(
+    network: MultiExit, answers: Tensor, exits: Tensor, labels: Tensor, points: tuple[str, ...], plain: Tensor
+) -> ExitResult:
     blueprint = network.blueprint
     passing, heads = blueprint.passing(points[:-1]), blueprint.head_costs()
     macs = float(torch.tensor([passing[point] for point in points], dtype=torch.float64)[exits].mean())
@@ -100,6 +102,8 @@ def _scores(network: MultiExit, answers: Tensor, exits: Tensor, labels: Tensor, 
         params=blueprint.costs()["final"].params + sum(heads[point].params for point in points[:-1]),
         macs=round(macs),
         speedup=blueprint.costs()["final"].macs / macs,
+        auroc=auroc(confidence, correct),
+        agreement=100 * float((answers.argmax(dim=1) == plain).double().mean()),
     )
 
 

@@ -36,6 +36,8 @@ class ExitResult:
     """How often a right answer is surer than a wrong one; None where all are right or wrong."""
     agreement: float | None = None
     """The share of images, in percent, with the same class as `final`; None where that was not scored."""
+    latency_ms: float | None = None
+    """Median time of one image on this device, in milliseconds; None where it was not measured."""
 
     def interval(self, num_images: int) -> tuple[float, float]:
         """Wilson's 95 % interval of top-1, in percent: the noise of the images, not of the training."""

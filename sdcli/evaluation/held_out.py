@@ -11,9 +11,9 @@ from sdcli.devices import accelerator_for
 from sdcli.errors import UserError
 from sdcli.evaluation.calibrate import Calibrated, Goal, calibrate
 from sdcli.evaluation.latency import measure_latencies
+from sdcli.evaluation.opened import Opened, open_checkpoint
 from sdcli.evaluation.outputs import collect
-from sdcli.evaluation.scoring import Opened, open_checkpoint
-from sdcli.files import replacing
+from sdcli.files import check_writable
 from sdcli.network.checkpoint import describe_again
 from sdcli.network.weights import rebuild
 from sdcli.recipe.address import FINAL
@@ -48,7 +48,7 @@ def calibrate_checkpoint(
         split = "validation"
     else:
         opened = open_checkpoint(path, dataset=dataset, image_key=image_key, label_key=label_key)
-        network, about, split = opened.network, opened.about, _held_out(opened)
+        network, about, split = opened.network, opened.about, opened.held_out
     exits = [point for point in network.classifiers[:-1] if not network.why_not[point]]
     if not exits:
         reasons = {reason for reason in network.why_not.values() if reason}
@@ -79,34 +79,9 @@ def calibrate_checkpoint(
     return replace(found, notes=(*opened.notes, *notes, *left_out, *found.notes))
 
 
-def _held_out(opened: Opened) -> str:
-    """The split that calibrates; raises UserError where no image was held out of training."""
-    if "validation" in opened.splits:
-        return "validation"
-    if opened.own:
-        raise UserError(
-            f"'{opened.path}' was trained on all images of {opened.name}: none is left to calibrate on",
-            "images that it has not seen, other than the test split, which only measures",
-            "train with --val-fraction 0.1, or name other data with --dataset",
-        )
-    raise UserError(
-        f"{opened.data.name} has no validation split",
-        "a split named validation, valid, val or dev: the test split only measures",
-        "rename the split, or sort the images into val/CLASS/",
-    )
-
-
 def _check_writable(output: Path) -> None:
     """Raises UserError for a file that cannot be written, before anything is computed."""
     try:
-        with replacing(output) as beside:
-            beside.touch()
-            raise _Writable
-    except _Writable:
-        return
+        check_writable(output)
     except OSError as error:
         raise UserError(f"'{output}' cannot be written: {error.strerror}", "a file in a folder that exists") from None
-
-
-class _Writable(Exception):
-    pass

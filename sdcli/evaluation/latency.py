@@ -37,7 +37,9 @@ def now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def measure_latencies(network: MultiExit, exits: Sequence[str], device: torch.device) -> dict[str, Latency]:
-    """The medians of `exits` and `final`, at batch size 1, in rounds that take all of them in turn."""
+    """The medians of `exits` and `final`, at batch size 1, in rounds that take all of them in turn. Leaves the network
+    in eval mode."""
+    network.eval()
     image = torch.randn(1, *network.plan.input_size, device=device)
     parts: dict[str, Callable[[], object]] = {FINAL: lambda: network.plain(image)}
     kept = network.tensors(image)

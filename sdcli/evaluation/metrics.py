@@ -5,6 +5,8 @@ B images, K classes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,46 @@ def ece(confidence: Tensor, correct: Tensor, num_bins: int = ECE_BINS) -> float:
     from torchmetrics.functional.classification import binary_calibration_error
 
     return float(binary_calibration_error(confidence.float(), correct.long(), n_bins=num_bins, norm="l1"))
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bin of a reliability diagram."""
+
+    low: float
+    high: float
+    accuracy: float
+    confidence: float
+    """Mean, of the images in this bin."""
+    images: int
+
+
+def bins(confidence: Tensor, correct: Tensor, num_bins: int = ECE_BINS) -> list[Bin]:
+    """The bins of `ece` that hold images, lowest confidence first."""
+    places = (confidence.double() * num_bins).ceil().long().sub(1).clamp(0, num_bins - 1)
+    counts = torch.bincount(places, minlength=num_bins)
+    right = torch.bincount(places, correct.double(), minlength=num_bins)
+    sure = torch.bincount(places, confidence.double(), minlength=num_bins)
+    return [
+        Bin(b / num_bins, (b + 1) / num_bins, float(right[b] / n), float(sure[b] / n), n)
+        for b, n in enumerate(counts.tolist())
+        if n
+    ]
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """How many images of each class (rows) are taken for each class (columns) [K, K]."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def class_accuracies(matrix: Tensor) -> Tensor:
+    """The share of each class's images that are right, from a confusion matrix [K]; NaN for a class without images."""
+    return matrix.diag().double() / matrix.sum(dim=1)
+
+
+def balanced_accuracy(matrix: Tensor) -> float:
+    """The mean of the accuracies of all classes that have images, in [0, 1]: small classes count as much as large."""
+    return float(class_accuracies(matrix).nanmean())
 
 
 def confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,160 +1,247 @@
-"""Scores a checkpoint's exits on a data set."""
+"""Scores a network's exits on a data set, and whatever else a user asks to know about them."""
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from sdcli.data.dataset import SPLITS, ImageData, Split, short_name
-from sdcli.data.loaders import EpochBatches, Loader
-from sdcli.data.open import open_dataset
-from sdcli.data.resident import ResidentLoader, suitable_loader
-from sdcli.data.splits import limited, training_splits
-from sdcli.devices import accelerator_for, short_of_memory
-from sdcli.errors import UserError, did_you_mean, unknown
+from sdcli.data.batch import Batch
+from sdcli.data.dataset import Split
+from sdcli.devices import accelerator_for, keep_freed_memory, short_of_memory
+from sdcli.errors import UserError, counted, unknown
+from sdcli.evaluation.answers import Answers, Beside, answer
+from sdcli.evaluation.bench import device_name
 from sdcli.evaluation.dynamic import Dynamic, evaluate_dynamic
-from sdcli.evaluation.evaluate import Report, evaluate
-from sdcli.network.checkpoint import Description
+from sdcli.evaluation.early import Early, Watch
+from sdcli.evaluation.ensembles import PROBABILITIES, WEIGHTED, Ensembles, Mixed, fit_weights
+from sdcli.evaluation.evaluate import Report, report_of, result_of
+from sdcli.evaluation.fidelity import Against, Follow, check_same_classes
+from sdcli.evaluation.latency import measure_latencies
+from sdcli.evaluation.opened import Opened, open_checkpoint
+from sdcli.evaluation.outputs import collect
+from sdcli.evaluation.sharpness import BATCH, IMAGES, Sharpness, measure_sharpness
+from sdcli.network.blueprint import ENSEMBLE, Blueprint
+from sdcli.network.checkpoint import find_checkpoint
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.policies import Policy
 from sdcli.network.weights import rebuild
+from sdcli.recipe.address import FINAL
 
-
-class Scored(NamedTuple):
-    """The scores of a checkpoint, and notes about them."""
-
-    report: Report
-    notes: list[str]
-    classes: tuple[str, ...]
-    epoch: int
-    """The number of epochs after which the checkpoint was saved."""
-    dynamic: Dynamic | None = None
-    """The scores of early exit, if they were asked for."""
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A checkpoint and the data to score it on."""
+class Wanted:
+    """What is scored besides the exits and the ensemble."""
 
-    path: Path
-    network: MultiExit
-    about: Description
-    data: ImageData
-    splits: dict[str, Split]
-    own: bool
-    """Whether these are the data that it was trained on, split as they were for training."""
-    notes: tuple[str, ...]
+    dynamic: bool = False
+    """Early exit as it is used, as calibrated."""
+    budget: float | None = None
+    """With `dynamic`: within this share of the plain network's MACs."""
+    curve: bool = False
+    """Early exit at every calibrated setting, where the checkpoint has a calibration."""
+    against: Path | None = None
+    """Another run or checkpoint, whose answers are compared."""
+    ensembles: bool = False
+    latency: bool = False
+    sharpness: bool = False
+
+
+NOTHING_ELSE = Wanted()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a network, and notes about them."""
+
+    report: Report
+    notes: list[str]
+    opened: Opened
+    answers: Answers
+    images: Split
+    """Those that were scored."""
+    dynamic: Dynamic | None = None
+    early: Early | None = None
+    against: Against | None = None
+    ensembles: Ensembles | None = None
+    sharpness: Sharpness | None = None
+    latency_on: str = ""
+    """The device of the latencies, in words."""
 
     @property
-    def name(self) -> str:
-        """The data set's name in tables."""
-        return self.about.dataset.name if self.own else short_name(self.data)
-
-    def choose(self, asked: str | None) -> tuple[str, list[str]]:
-        """The split to score, and notes on what its score means; None asks for the test split, else another."""
-        return _choose_split(asked, self.splits, self.data.name, self.path, self.own)
-
-    def batches(
-        self, split: str, limit: int | None, batch_size: int, workers: int | None, device: torch.device
-    ) -> tuple[Split, Loader | ResidentLoader, list[str]]:
-        """The images of a split, their batches, and notes on how they are read."""
-        chosen = limited(self.splits[split], limit, self.about.dataset.seed)
-        batches = EpochBatches(chosen, batch_size)
-        preprocess = self.about.blueprint.preprocess
-        loader, notes = suitable_loader(chosen, preprocess, None, batches, seed=0, workers=workers, device=device)
-        return chosen, loader, notes
-
-
-def open_checkpoint(
-    path: Path, *, dataset: str | None = None, image_key: str | None = None, label_key: str | None = None
-) -> Opened:
-    """A checkpoint with the data set that it was trained on, or with another one.
-
-    Raises UserError for a file that is no checkpoint, data that cannot be opened, and classes that do not match.
-    """
-    network, about = rebuild(path)
-    trained_on = about.dataset
-    data = open_dataset(
-        dataset or trained_on.source or recorded_source(path),
-        image_key=image_key or (None if dataset else trained_on.image_key),
-        label_key=label_key or (None if dataset else trained_on.label_key),
-    )
-    # The same data in another folder are split as they were for training.
-    own = dataset is None or short_name(data) == trained_on.name
-    notes = (*data.notes, *_compare_classes(list(about.blueprint.classes), list(data.classes), path))
-    splits = dict(data.splits)
-    if own:
-        # The images that were held out of training form the validation split here too.
-        train_split, val_split = training_splits(data, trained_on.val_fraction, trained_on.seed)
-        splits |= {"train": train_split} | ({"validation": val_split} if val_split else {})
-    return Opened(path, network, about, data, splits, own, notes)
+    def classes(self) -> tuple[str, ...]:
+        return self.opened.data.classes
 
 
 def score_checkpoint(
     path: Path,
     *,
-    points: list[str] | None = None,
     dataset: str | None = None,
-    split: str | None = None,
     image_key: str | None = None,
     label_key: str | None = None,
+    points: list[str] | None = None,
+    split: str | None = None,
     limit: int | None = None,
     batch_size: int = 256,
     device: str | None = None,
     workers: int | None = None,
-    dynamic: bool = False,
-    budget: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Scored:
-    """Scores `points` (None: all) of a checkpoint, on the data set that it was trained on or on another one.
+) -> Report:
+    """The scores of `points` (None: all) of a checkpoint, on the data set that it was trained on or on another one.
 
-    With `dynamic` early exit is scored too, as calibrated, or within a `budget` (a share of the plain network's MACs).
-
-    `split` can be any usual name of a split (`dataset.SPLITS`); None means the test split or, for data without one, the
-    validation split. Raises UserError for a point that the checkpoint does not have, a split that the data set does not
-    have, and classes that do not match.
+    Raises UserError as `open_checkpoint` and `score` do.
     """
     opened = open_checkpoint(path, dataset=dataset, image_key=image_key, label_key=label_key)
-    network = opened.network
-    if points is not None:
-        for point in points:
-            if point not in network.classifiers:
-                raise unknown("exit", point, network.classifiers)
-        points = [point for point in network.classifiers if point in points]
-    policy = calibrated_policy(network, path, budget) if dynamic else None
+    scored = score(
+        opened, points=points, split=split, limit=limit, batch_size=batch_size, device=device, workers=workers
+    )
+    return scored.report
+
+
+def score(
+    opened: Opened,
+    wanted: Wanted = NOTHING_ELSE,
+    *,
+    points: list[str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+    device: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scored:
+    """Scores `points` (None: all) of a network and what else is `wanted`, in one pass over the images where it can be.
+
+    `split` can be any usual name of a split (`dataset.SPLITS`); None means the test split or, for data without one, the
+    validation split. Raises UserError for a point that the network does not have, a split that the data set does not
+    have, and whatever is wanted of a network or data set that does not allow it.
+    """
+    network, blueprint = opened.network, opened.about.blueprint
+    points = _points(network, points)
+    policy = calibrated_policy(network, opened.path, wanted.budget) if wanted.dynamic else None
     split, notes = opened.choose(split)
-    accelerator = accelerator_for(device)
-    chosen, loader, loader_notes = opened.batches(split, limit, batch_size, workers, accelerator.device)
-    notes = [*opened.notes, *notes, *loader_notes]
-    points = points or network.classifiers
-    total = len(chosen)
-    at_once = min(batch_size, total)
-    doing, smaller = f"on {accelerator.device} with {at_once} images at a time", f"--batch-size {at_once // 2}"
+    if wanted.ensembles:
+        _check_ensembles(opened, points, split)
+    other = _other(wanted.against, opened) if wanted.against is not None else None
+    place = accelerator_for(device).device
+    network.to(place).eval()
+    chosen, loader, loader_notes = opened.batches(split, limit, batch_size, workers, place)
+    policies = 2 if policy else 1
+    at_once = min(batch_size, len(chosen))
+    doing, smaller = f"on {place} with {at_once} images at a time", f"--batch-size {at_once // 2}"
     with short_of_memory(doing, "a network and a batch that fit", smaller if at_once > 1 else "another --device"):
-        report = evaluate(
-            network.to(accelerator.device),
+        mixed = None
+        if wanted.ensembles:
+            held_out, held_out_loader, _ = opened.batches(opened.held_out, None, batch_size, workers, place)
+            _LOG.info("fitting the weights of an ensemble on %s", counted(len(held_out), "validation image"))
+            mixed = Mixed(fit_weights(collect(network, held_out_loader, points, place)), len(held_out))
+        follow = None
+        if other is not None:
+            theirs = other.blueprint.preprocess
+            follow = Follow(other, opened.batches(split, limit, batch_size, workers, place, theirs)[1], place)
+        watch = None
+        if wanted.curve and network.calibration and {*network.calibration.policy.exits, FINAL} <= set(points):
+            watch = Watch(network.calibration, blueprint)
+        answers = answer(
+            network,
             loader,
             points=points,
-            costs=opened.about.blueprint.costs(points),
-            device=accelerator.device,
-            model=opened.about.blueprint.architecture.model,
-            dataset=opened.name,
-            split=split,
-            progress=lambda done: progress(done, total * (2 if policy else 1)),
+            device=place,
+            progress=lambda done: progress(done, len(chosen) * policies),
+            beside=_each(mixed, follow, watch),
         )
+        costs = blueprint.costs(points)
+        report = report_of(answers, costs, model=blueprint.architecture.model, dataset=opened.name, split=split)
+        check_finite(report, opened.path)
         leaving = None
         if policy is not None:
             leaving = evaluate_dynamic(
-                network, loader, policy, accelerator.device, lambda done: progress(total + done, 2 * total)
+                network, loader, policy, place, lambda done: progress(len(chosen) + done, len(chosen) * policies)
             )
-    check_finite(report, path)
-    return Scored(report, notes, opened.data.classes, opened.about.epoch, leaving)
+        if wanted.latency:
+            _LOG.info("measuring latencies")
+            report = _timed(report, network, place)
+        sharpness = None
+        if wanted.sharpness:
+            _LOG.info("measuring sharpness")
+            keep_freed_memory(place)
+            _, fewer, _ = opened.batches(split, min(limit or IMAGES, IMAGES), BATCH, workers, place)
+            sharpness = measure_sharpness(network, list(fewer), place)
+    return Scored(
+        report,
+        [*opened.notes, *notes, *loader_notes],
+        opened,
+        answers,
+        chosen,
+        dynamic=leaving,
+        early=watch.early(answers) if watch else None,
+        against=follow.against(str(wanted.against)) if follow else None,
+        ensembles=_ensembles(mixed, answers, blueprint) if mixed else None,
+        sharpness=sharpness,
+        latency_on=device_name(place) if wanted.latency else "",
+    )
+
+
+def _points(network: MultiExit, asked: list[str] | None) -> list[str]:
+    """The points to score, shallowest first."""
+    for point in asked or ():
+        if point not in network.classifiers:
+            raise unknown("exit", point, network.classifiers)
+    return [point for point in network.classifiers if asked is None or point in asked]
+
+
+def _check_ensembles(opened: Opened, points: Sequence[str], split: str) -> None:
+    """Raises UserError where ensembles cannot be formed, or their weights not be fitted on other images than those
+    that are scored."""
+    if len(points) < 2:
+        raise UserError("--ensembles: only one exit is scored", "two exits or more", "--exits all")
+    if split == opened.held_out:
+        raise fitted_there(split, "--split test" if "test" in opened.splits else "leave --ensembles out")
+
+
+def fitted_there(split: str, fix: str) -> UserError:
+    """The error for weights that would be scored on the images that they were fitted on."""
+    return UserError(
+        f"--ensembles: the weights are fitted on the {split} split, which is scored here", "other images to score", fix
+    )
+
+
+def _other(path: Path, opened: Opened) -> MultiExit:
+    """The network to compare with; raises UserError unless it has the same classes."""
+    network, about = rebuild(find_checkpoint(path))
+    check_same_classes(opened.about.blueprint.classes, about.blueprint.classes, opened.path, path)
+    return network
+
+
+def _each(*asides: Beside | None) -> Beside:
+    def beside(batch: Batch, logits: Mapping[str, Tensor]) -> None:
+        for aside in asides:
+            if aside is not None:
+                aside(batch, logits)
+
+    return beside
+
+
+def _timed(report: Report, network: MultiExit, device: torch.device) -> Report:
+    """The report with the time of every exit alone."""
+    taken = measure_latencies(network, [r.point for r in report.exits if r.point != FINAL], device)
+    exits = (replace(r, latency_ms=taken[r.point].reach + taken[r.point].head) for r in report.exits)
+    return replace(report, exits=tuple(exits))
+
+
+def _ensembles(mixed: Mixed, answers: Answers, blueprint: Blueprint) -> Ensembles:
+    """The further ensembles scored as the exits are; an exit with a weight of 0 costs nothing."""
+    every = [point for point in answers.points if point != ENSEMBLE]
+    used = {PROBABILITIES: every, WEIGHTED: [point for point in every if mixed.weights[point] > 0]}
+    both = replace(answers, points=answers.points | mixed.answered())
+    plain = blueprint.costs()[FINAL].macs
+    results = (result_of(both, name, blueprint.costs(points)[ENSEMBLE], plain) for name, points in used.items())
+    return Ensembles(tuple(results), mixed.weights, mixed.num_images)
 
 
 def check_finite(report: Report, path: Path) -> None:
@@ -182,60 +269,3 @@ def calibrated_policy(network: MultiExit, path: Path, budget: float | None) -> P
     policy = network.strategy(budget=budget).policy
     assert policy is not None
     return policy
-
-
-def recorded_source(path: Path) -> str:
-    """The local data set that the run in the checkpoint's folder was trained on.
-
-    Raises UserError if the checkpoint is in another folder: it does not itself contain the path of a local data set.
-    """
-    try:
-        source = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["dataset"]
-    except (OSError, ValueError, KeyError, TypeError):
-        source = None
-    if not isinstance(source, str):
-        raise UserError(
-            f"'{path}' was trained on a local folder, but does not contain its path",
-            "the data set",
-            f"sdcli eval {path} --dataset FOLDER",
-        )
-    return source
-
-
-def _choose_split(
-    asked: str | None, splits: dict[str, Split], dataset: str, path: Path, own: bool
-) -> tuple[str, list[str]]:
-    """The split to score, and notes on what its score means if the checkpoint has seen it (`own` data)."""
-    notes = []
-    if asked is None:
-        split = next(name for name in reversed(SPLITS) if name in splits)
-        if split != "test":
-            notes.append(f"{dataset} has no test split: the {split} split is scored")
-    else:
-        split = next((name for name, others in SPLITS.items() if asked.lower() in others), asked)
-    if split not in splits:
-        there = f"--split {'validation' if 'validation' in splits else next(iter(splits))}"
-        fix = did_you_mean(split, splits) or there
-        raise UserError(f"{dataset} has no split '{asked}'", "one of " + ", ".join(splits), fix)
-    if own and split == "validation" and path.name != "last.safetensors":
-        notes.append("the epoch was chosen by its validation score: expect a slightly lower score on new images")
-    if own and split == "train":
-        notes.append("this checkpoint was trained on these images")
-    return split, notes
-
-
-def _compare_classes(ours: list[str], theirs: list[str], path: Path) -> list[str]:
-    """Raises UserError if the numbers of classes differ; returns a note if only their names do."""
-    if len(ours) != len(theirs):
-        raise UserError(
-            f"'{path}' has {len(ours)} classes, but the data set has {len(theirs)}",
-            "a data set with the classes that the checkpoint was trained on",
-            "choose another --dataset, or another column with --label-key",
-        )
-    if ours != theirs:
-        number = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        return [
-            f"class {number} is '{ours[number]}' in the checkpoint and '{theirs[number]}' in the data set: "
-            "the scores are valid only if both mean the same class"
-        ]
-    return []

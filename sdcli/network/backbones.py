@@ -174,7 +174,9 @@ def build(
     silence = ""
     try:
         with torch.device(device), reach(repo, "model") if repo else nullcontext("") as silence:
-            built = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **model_args)
+            # A `local-dir:` or `hf-hub:` source may have a number of classes among its arguments.
+            given = {**model_args} if num_classes is None else {**model_args, "num_classes": num_classes}
+            built = timm.create_model(model, pretrained=pretrained, **given)
     except Exception as error:  # timm and its models raise all kinds of errors: assertions, KeyError, errors of the hub
         reason = " ".join(str(error).split()) or type(error).__name__
         if silence and isinstance(error, OSError):

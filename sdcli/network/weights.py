@@ -19,7 +19,14 @@ from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
 from sdcli.network.backbones import create, pretrained_transform, resolve
 from sdcli.network.blueprint import BRANCH, Blueprint, WeightsFile
-from sdcli.network.checkpoint import Description, find_checkpoint, load_checkpoint, read_description, read_tensors
+from sdcli.network.checkpoint import (
+    Description,
+    find_checkpoint,
+    load_checkpoint,
+    open_tensors,
+    read_description,
+    read_tensors,
+)
 from sdcli.network.heads import POOLED, find_head
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.recipe.schema import Network
@@ -241,6 +248,18 @@ def _fresh_classifier(network: MultiExit) -> tuple[str, ...]:
     heads = tuple(f"heads.{point}" for point in network.heads)
     same = pretrained.get("num_classes") == len(network.blueprint.classes)
     return heads if same else (*_classifier_names(backbone), *heads)
+
+
+def classes_of(backbone: nn.Module, path: Path | None) -> int:
+    """The classes of the classifier in a file of timm's format, or in timm's pretrained weights; 0 without one."""
+    if path is None:
+        return int((getattr(backbone, "pretrained_cfg", {}) or {}).get("num_classes") or 0)
+    with open_tensors(path) as file:
+        held = set(file.keys())
+        for name in _classifier_names(backbone):
+            if f"{name}.weight" in held:
+                return int(file.get_slice(f"{name}.weight").get_shape()[0])
+    return 0
 
 
 def _classifier_names(backbone: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ The strings below the keys become docs/recipes.md. The own keys of a loss or sig
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -92,6 +93,11 @@ class Network(Table):
     def from_file(self) -> bool:
         """Whether `weights` is the path of a file."""
         return self.weights not in ("random", "pretrained")
+
+
+def weights_file(path: Path) -> str:
+    """A file as `weights` names it: a plain word would be a keyword, such as pretrained."""
+    return str(path) if set("./~") & set(str(path)) else f"./{path}"
 
 
 class Augment(Table):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from sdcli.errors import counted
+from sdcli.evaluation.metrics import Bin
 
 WIDTH, HEIGHT = 400, 260
 """Of a chart, in units of which its letters are 12 high: narrow, so that they can be read on a phone too."""
@@ -335,19 +336,7 @@ def _places(x: float, y: float, width: float) -> Iterator[Box]:
     yield Box(x + 8, y - 7, x + 8 + width, y + 7)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One bin of a reliability diagram."""
-
-    low: float
-    high: float
-    accuracy: float
-    confidence: float
-    """Mean, of the images in this bin."""
-    images: int
-
-
-def reliability(title: str, bars: Sequence[Bar], kind: Markup) -> Markup:
+def reliability(title: str, bars: Sequence[Bin], kind: Markup) -> Markup:
     """Accuracy by confidence: bars that end on the diagonal are right; the fuller, the more images."""
     side, left, top = 120.0, 26.0, 8.0
     floor = top + side
@@ -368,7 +357,7 @@ def reliability(title: str, bars: Sequence[Bar], kind: Markup) -> Markup:
     return picture(left + side + 8, floor + 20, title, parts)
 
 
-def _bar_tip(bar: Bar) -> str:
+def _bar_tip(bar: Bin) -> str:
     return (
         f"confidence {bar.low:.2f} to {bar.high:.2f}: {counted(bar.images, 'image')}, "
         f"mean confidence {bar.confidence:.1%}, {bar.accuracy:.1%} right"

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from markupsafe import Markup
-from torch import Tensor
 
 from sdcli.errors import counted
 from sdcli.evaluation.columns import amount
 from sdcli.evaluation.dynamic import EARLY_EXIT
 from sdcli.evaluation.evaluate import ExitResult
-from sdcli.evaluation.metrics import ECE_BINS
+from sdcli.evaluation.metrics import ECE_BINS, bins
 from sdcli.network.blueprint import ENSEMBLE
 from sdcli.recipe.address import FINAL
 from sdcli.report import charts
-from sdcli.report.charts import Bar, Row, Series, look, shades
+from sdcli.report.charts import Row, Series, look, shades
 from sdcli.report.findings import Findings
 
 MOST_CLASSES = 24
@@ -163,19 +162,6 @@ def reliability(found: Findings) -> Figure:
         "not applied."
     )
     return Figure("Reliability", tuple(pictures), caption, layout="panels")
-
-
-def bins(confidence: Tensor, correct: Tensor) -> list[Bar]:
-    """The bins of ECE that hold images, from their confidence and whether they are right, both [N]."""
-    places = (confidence.double() * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
-    counts = torch.bincount(places, minlength=ECE_BINS)
-    right = torch.bincount(places, correct.double(), minlength=ECE_BINS)
-    sure = torch.bincount(places, confidence.double(), minlength=ECE_BINS)
-    return [
-        Bar(b / ECE_BINS, (b + 1) / ECE_BINS, float(right[b] / n), float(sure[b] / n), n)
-        for b, n in enumerate(counts.tolist())
-        if n
-    ]
 
 
 def per_class(found: Findings) -> Figure:

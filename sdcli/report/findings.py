@@ -10,55 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from sdcli.data.batch import Batch
 from sdcli.data.dataset import Split
 from sdcli.devices import accelerator_for, short_of_memory
-from sdcli.evaluation.answers import Answers, Tally, answer
-from sdcli.evaluation.dynamic import EARLY_EXIT
-from sdcli.evaluation.evaluate import ExitResult, Report, report_of, result_of
-from sdcli.evaluation.scoring import check_finite, open_checkpoint
+from sdcli.evaluation.answers import Answers, answer, nothing
+from sdcli.evaluation.early import Early, Watch
+from sdcli.evaluation.evaluate import ExitResult, Report, report_of
+from sdcli.evaluation.opened import open_checkpoint
+from sdcli.evaluation.scoring import check_finite
 from sdcli.export.card import license_of
-from sdcli.network.blueprint import Blueprint, Cost
-from sdcli.network.calibration import Calibration
 from sdcli.network.checkpoint import Description
-from sdcli.network.policies import Policy, decide
-from sdcli.recipe.address import FINAL
 from sdcli.run.folder import read_log
 from sdcli.run.settings import Settings
 from sdcli.toml import write
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Early exit at one point of the calibrated curve, on the images of this split."""
-
-    macs: float
-    """Mean per image, heads included."""
-    top1: float
-    """In percent."""
-
-
-@dataclass(frozen=True)
-class Early:
-    """Early exit as the checkpoint is calibrated."""
-
-    calibration: Calibration
-    result: ExitResult
-    """`macs` is the mean per image."""
-    points: tuple[str, ...]
-    """The exits in use, and `final`."""
-    exits: Tensor
-    """For each image the position of the point that answers among `points` [N]."""
-    curve: tuple[Setting, ...]
-    """Cheapest first."""
-
-    @property
-    def leaves(self) -> bool:
-        """Whether the calibrated policy lets any image leave."""
-        return bool(self.calibration.policy.exits)
 
 
 @dataclass(frozen=True)
@@ -151,7 +114,7 @@ def examine(
             points=network.classifiers,
             device=accelerator.device,
             progress=lambda done: progress(done, len(chosen)),
-            beside=watch or _nothing,
+            beside=watch or nothing,
         )
     model = blueprint.architecture.model
     costs = blueprint.costs(network.classifiers)
@@ -172,59 +135,6 @@ def examine(
         notes=(*opened.notes, *notes, *loader_notes),
         license=license_of(network, opened.about),
     )
-
-
-def _nothing(batch: Batch, logits: Mapping[str, Tensor]) -> None:
-    """For a checkpoint that is not calibrated."""
-
-
-class Watch:
-    """Early exit decided from the logits of a full pass, batch after batch: as calibrated, and along the curve.
-
-    Only counts and a few numbers per image are kept. They stay on the device until the end.
-    """
-
-    def __init__(self, calibration: Calibration, blueprint: Blueprint) -> None:
-        self.calibration, self.blueprint = calibration, blueprint
-        policy = calibration.policy
-        self.settings = [policy.at(point.thresholds) for point in calibration.curve]
-        self.counts: list[list[Tensor]] = [[] for _ in self.settings]
-        self.right: list[list[Tensor]] = [[] for _ in self.settings]
-        self.tally = Tally()
-        self.exits: list[Tensor] = []
-
-    def __call__(self, batch: Batch, logits: Mapping[str, Tensor]) -> None:
-        decided = decide(self.calibration.policy, logits)
-        self.tally.add(decided.answers, batch.labels)
-        self.exits.append(decided.exits)
-        for place, policy in enumerate(self.settings):
-            decided = decide(policy, logits)
-            numbers = torch.arange(len(decided.points), device=decided.exits.device)
-            self.counts[place].append((decided.exits[:, None] == numbers).sum(dim=0))
-            self.right[place].append((decided.answers.argmax(dim=1) == batch.labels).sum())
-
-    def early(self, answers: Answers) -> Early:
-        """What was seen; `answers` are those of the same images."""
-        policy = self.calibration.policy
-        points, exits = (*policy.exits, FINAL), torch.cat(self.exits).cpu()
-        own = Answers({EARLY_EXIT: self.tally.answered(), FINAL: answers.points[FINAL]}, answers.labels, answers.index)
-        alone, heads = self.blueprint.costs(), self.blueprint.head_costs()
-        params = alone[FINAL].params + sum(heads[point].params for point in policy.exits)
-        macs = self._macs(policy, torch.bincount(exits, minlength=len(points)))
-        result = result_of(own, EARLY_EXIT, Cost(params, round(macs)), alone[FINAL].macs)
-        settings = (
-            Setting(
-                self._macs(setting, torch.stack(counts).sum(dim=0).cpu()),
-                100 * int(torch.stack(right).sum()) / len(answers),
-            )
-            for setting, counts, right in zip(self.settings, self.counts, self.right, strict=True)
-        )
-        return Early(self.calibration, result, points, exits, tuple(sorted(settings, key=lambda s: s.macs)))
-
-    def _macs(self, policy: Policy, counts: Tensor) -> float:
-        """Mean MACs per image, where so many leave at each exit of the policy."""
-        costs = torch.tensor(list(self.blueprint.passing(policy.exits).values()), dtype=torch.float64)
-        return float((costs * counts).sum() / counts.sum())
 
 
 def _shown(checkpoint: Path) -> str:

@@ -15,12 +15,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sdcli import __version__
 from sdcli.errors import counted
-from sdcli.evaluation.columns import COLUMNS, MORE, Column, amount, cell, is_best, report_columns
+from sdcli.evaluation.columns import Column, amount, cell, is_best, report_columns
+from sdcli.evaluation.early import Early
 from sdcli.evaluation.evaluate import ExitResult
 from sdcli.network.predict import promised
 from sdcli.recipe.address import FINAL
 from sdcli.report.figures import score_figures, training_figures
-from sdcli.report.findings import Early, Findings
+from sdcli.report.findings import Findings
 from sdcli.report.pictures import Picture, disagreeing, pictures, varied
 
 FEW_RUNS = 3
@@ -165,20 +166,13 @@ def _facts(found: Findings) -> Iterator[Fact]:
 
 def scores_table(found: Findings) -> Table:
     """Every exit, the ensemble and early exit, with Wilson intervals of top-1."""
-    rows, columns = found.rows, table_columns(len(found.classes))
+    rows, columns = found.rows, report_columns(len(found.classes))
     cells = tuple((result.point, *(_cell(result, column, found) for column in columns)) for result in rows)
     best = frozenset(
         (r, c) for r, result in enumerate(rows) for c, column in enumerate(columns) if is_best(result, column, rows)
     )
     caption = f"{found.report.dataset}, {found.report.split} split, {counted(found.report.num_images, 'image')}"
     return Table(caption, ("exit", *(column.title for column in columns)), cells, best)
-
-
-def table_columns(num_classes: int) -> list[Column]:
-    """Scores first, then costs."""
-    costs = [column for column in COLUMNS if column.field in ("params", "macs", "speedup")]
-    scores = [column for column in report_columns(num_classes) if column not in costs]
-    return [*scores, *MORE, *costs]
 
 
 def _cell(result: ExitResult, column: Column, found: Findings) -> str:
