@@ -97,7 +97,9 @@ def comparison(runs: Sequence[Findings], names: Sequence[str]) -> Table:
     cells = [{result.point: _compared(result, found) for result in found.rows} for found in runs]
     rows = tuple((point, *(own.get(point, "-") for own in cells)) for point in points)
     seen = {(found.report.dataset, found.report.split, found.report.num_images) for found in runs}
-    note = "The runs were scored on different images: their figures cannot be compared." if len(seen) > 1 else ""
+    note = "Whether differences are more than chance: sdcli compare, with several seeds of each recipe."
+    if len(seen) > 1:
+        note = "The runs were scored on different images: their figures cannot be compared."
     return Table("Top-1 % with 95% intervals, and MACs", ("exit", *names), rows, note=note)
 
 
