@@ -665,7 +665,12 @@ def test_a_run_keeps_freed_memory_for_the_next_step(tmp_path, sdcli, monkeypatch
 def test_commands_that_score_keep_freed_memory_for_the_next_batch(trained, sdcli, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(devices, "keep_freed_memory", asked.append)
-    for command in (["compare"], ["report", "--output", tmp_path / "page.html", "--no-card"], ["bench", "-b", 1]):
+    for command in (
+        ["eval"],
+        ["compare"],
+        ["report", "--output", tmp_path / "page.html", "--no-card"],
+        ["bench", "-b", 1],
+    ):
         asked.clear()
         assert sdcli(command[0], trained, *command[1:]).code == 0
         assert asked == [torch.device("cpu")]

@@ -187,10 +187,12 @@ def evaluate(
         from sdcli.cli import grids, scores
         from sdcli.cli.progress import scoring
         from sdcli.data.dataset import SPLITS
+        from sdcli.devices import accelerator_for, keep_freed_memory
         from sdcli.evaluation.scoring import Wanted, fitted_there, score
         from sdcli.network.checkpoint import find_checkpoint, read_description
 
         load_imports(import_ or [])
+        keep_freed_memory(accelerator_for(device).device)
         if ensembles and split is not None and split.lower() in SPLITS["validation"]:
             raise fitted_there("validation", "--split test")
         if against is not None:
