@@ -26,8 +26,9 @@ from sdcli.network.signals import Signal
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Network, Prune
 from sdcli.run import prepare as preparing
-from sdcli.run.events import Finished, Step
+from sdcli.run.events import Finished, Step, Stopped
 from sdcli.run.prepare import prepare
+from sdcli.run.resume import resume, resumed
 from sdcli.run.settings import Settings
 from sdcli.run.state import load_state
 from sdcli.run.train import fit, next_update, train_step
@@ -439,3 +440,25 @@ def test_a_pruned_teacher_stays_pruned_while_it_and_its_student_learn(tmp_path: 
     assert zeros == pytest.approx(0.5, abs=0.02)
     enter_phase(training, 2, begins=False)
     assert training.learner.frozen == {"teacher"}
+
+
+@pytest.mark.parametrize("name", ["takd", "eskd", "prue", "prune"])
+def test_a_run_goes_on_exactly_from_the_middle_of_each_of_its_phases(name: str, teacher: Path, tmp_path: Path) -> None:
+    recipe = load_recipe([name], SHORT)
+    small = [f"networks.{other}.model=test_resnet" for other, table in recipe.others.items() if table.model]
+    small += [f"networks.{other}.weights={teacher}" for other in recipe.awaited]
+    whole = training_of(name, tmp_path / "whole", *small)
+    assert isinstance(list(fit(whole))[-1], Finished)
+    wanted = weights(whole.learner)
+    for phase in range(len(recipe.all_phases)):
+        folder = tmp_path / f"phase{phase}"
+        training = training_of(name, folder, *small)
+
+        def told(training: Training = training, phase: int = phase) -> int | None:
+            return 15 if (training.phase, training.position.update) == (phase, 1) else None
+
+        assert isinstance(list(fit(training, told))[-1], Stopped)
+        resumed_run = resume(folder / "run", *resumed(folder / "run", {}, None, []))
+        assert resumed_run.phase == phase
+        assert isinstance(list(fit(resumed_run))[-1], Finished)
+        assert same(wanted, weights(resumed_run.learner)), phase
