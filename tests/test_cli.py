@@ -717,7 +717,7 @@ def test_resume_auto_starts_and_goes_on_with_the_same_command(trained, tmp_path,
          "  expected: one of them: a run stays in its folder"),
         (["--resume", "RUN", "--seed", 5], "the run in 'RUN' was started with seed = 42, not 5\n"
          "  expected: the same value; only these may change: --epochs, --device, --workers, --compile, --grad-accum-steps, "
-         "--save-every, --track, --import\n"
+         "--save-every, --keep-every, --track, --import\n"
          "  fix:      leave --seed out, or start a new run"),
         (["--resume", "RUN", "--lr", 5], "the recipe of the run in 'RUN' has optimizer.lr = 0.05, not 5.0\n"
          "  expected: the recipe that it was started with; only epochs may change\n"

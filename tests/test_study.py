@@ -91,11 +91,14 @@ def test_every_record_is_a_cell_of_its_study(study):
 def test_the_page_of_the_study_is_made_from_its_records():
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from make_study import FOLDER, study
+        from make_study import FOLDER, README, readme_table, study, with_table
     finally:
         sys.path.pop(0)
     page = (FOLDER / "study.md").read_text(encoding="utf-8")
-    assert page == study(FOLDER / "results" / "cifar100"), "run python docs/make_study.py"
+    assert page == study(FOLDER / "results"), "run python docs/make_study.py"
+    readme = README.read_text(encoding="utf-8")
+    assert readme.count("<!-- study -->") == 1
+    assert readme == with_table(readme, readme_table(FOLDER / "results")), "run python docs/make_study.py"
     pictures = [part.split(")")[0] for part in page.split("](")[1:] if ".png" in part.split(")")[0]]
     assert pictures and all((FOLDER / picture).is_file() for picture in pictures)
 

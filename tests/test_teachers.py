@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from sdcli.data.batch import Batch
 from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
+from sdcli.method.losses.features import ConfidentHint
 from sdcli.method.pruning import Masks, left_in, uncertainty_scores, weights_of
 from sdcli.method.rules import switokd
 from sdcli.network.blueprint import Blueprint
@@ -462,3 +464,25 @@ def test_a_run_goes_on_exactly_from_the_middle_of_each_of_its_phases(name: str, 
         assert resumed_run.phase == phase
         assert isinstance(list(fit(resumed_run))[-1], Finished)
         assert same(wanted, weights(resumed_run.learner)), phase
+
+
+def test_maps_of_several_teachers_weigh_by_what_their_classifiers_make_of_the_students() -> None:
+    torch.manual_seed(0)
+    loss = ConfidentHint(3, [(4, 4), (5, 5)]).double().eval()
+    batch = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([1, 0]), torch.arange(2))
+    student = Signal(torch.randn(2, 3, 4, 4).double().requires_grad_(), torch.ones(2, 3), None)
+    classify = [nn.Linear(width, 3).double() for width in (4, 5)]
+    maps = [torch.randn(2, width, 2, 2).double() for width in (4, 5)]
+    sources = tuple(Signal(m, m.mean(dim=(2, 3)), None, classify=c) for m, c in zip(maps, classify, strict=True))
+    found = loss(student, replace(sources[0], sources=sources), batch)
+    wrong, far = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+    for k in range(2):
+        mapped = loss.adapt[k](F.avg_pool2d(student.features, 2))
+        for image in range(2):
+            wrong[k, image] = -classify[k](mapped[image].mean(dim=(1, 2))).log_softmax(0)[batch.labels[image]]
+            far[k, image] = (mapped[image] - maps[k][image]).pow(2).mean()
+    torch.testing.assert_close(found, ((1 - wrong.softmax(0)) * far).sum(0))
+    found.sum().backward()
+    assert student.features.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="two or more ends of networks"):
+        ConfidentHint(3, [(4, 4)])

@@ -244,7 +244,7 @@ def test_what_makes_another_run_is_refused(whole: tuple[Recipe, Path]) -> None:
     assert refused({"seed": 7}) == (
         f"the run in '{folder}' was started with seed = 42, not 7\n"
         "  expected: the same value; only these may change: --epochs, --device, --workers, --compile, --grad-accum-steps, "
-        "--save-every, --track, --import\n"
+        "--save-every, --keep-every, --track, --import\n"
         "  fix:      leave --seed out, or start a new run"
     )
     assert refused({"model": "resnet50"}).endswith("  fix:      leave MODEL out, or start a new run")
@@ -823,8 +823,8 @@ def poisoned(training: Training, at: int) -> None:
     objective = training.learner.objective
     forward, calls = objective._parts, iter(range(1, 1000))
 
-    def parts(signals: Any, batch: Any) -> Any:
-        found = forward(signals, batch)
+    def parts(*given: Any) -> Any:
+        found = forward(*given)
         return {**found, "hint": found["hint"] * float("inf")} if next(calls) == at else found
 
     objective._parts = parts
@@ -1168,7 +1168,7 @@ def test_a_frozen_network_with_random_weights_is_refused_as_a_teacher(
         prepare(replace(QUICK, limit_train=48), load(recipe, "networks.teacher.weights=random"), tmp_path / "run")
     assert str(error.value) == (
         "networks.teacher does not learn and has random weights: it would teach noise\n"
-        "  expected: weights: pretrained, or a .safetensors file\n"
+        "  expected: weights: pretrained, a run, or a .safetensors file\n"
         "  fix:      --set networks.teacher.weights=pretrained"
     )
     assert not (tmp_path / "run").exists()
@@ -1184,8 +1184,7 @@ def test_a_frozen_network_whose_classifier_is_fresh_is_refused_as_a_teacher(
     with pytest.raises(UserError) as error:
         prepare(replace(QUICK, limit_train=48), load(recipe, *begins), tmp_path / "run")
     assert error.value.wrong == (
-        "networks.teacher does not learn, but its classifier at final has random weights: the file has no weights for "
-        "these classes"
+        "networks.teacher.weights: the network tells 7 classes apart, whose names are not known, and the data have 10"
     )
     assert not (tmp_path / "run").exists()
     # Its maps are those of the file: a loss on them may read it.

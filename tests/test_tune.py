@@ -233,7 +233,7 @@ def test_a_folder_or_storage_of_another_search_is_refused(sdcli: Command, tmp_pa
         refused(
             sdcli(*command, "--seed", 1, "-o", output),
             f"{where} holds another search: seed = 42 there, 1 here\n  expected: the same search; only --budget, "
-            "--no-pruning, --device, --workers, --compile, --grad-accum-steps, --save-every, --import may change\n"
+            "--no-pruning, --device, --workers, --compile, --grad-accum-steps, --save-every, --keep-every, --import may change\n"
             "  fix:      the same options, or another --output and --storage",
         )
     assert not (tmp_path / "other").exists()

@@ -96,9 +96,12 @@ def confident(signals: Sequence[Signal], batch: Batch, *, temperature: Annotated
     """
     logits = [_logits(signal) for signal in signals]
     weights = confidence(logits, batch)
-    mixed = sum(weight[:, None] * (z / temperature).softmax(dim=1) for weight, z in zip(weights, logits, strict=True))
-    assert isinstance(mixed, Tensor)
-    return temperature * mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
+    tiny = torch.finfo(weights.dtype).tiny
+    shares = [
+        weight.clamp_min(tiny).log()[:, None] + (z / temperature).log_softmax(dim=1)
+        for weight, z in zip(weights, logits, strict=True)
+    ]
+    return temperature * torch.stack(shares).logsumexp(dim=0)
 
 
 @SIGNALS.register("propagated", reads_one=True, sees_batch=True, constant=True)

@@ -70,9 +70,11 @@ def classifier_rows(table: Network, model: str) -> int | None:
     known = get_pretrained_cfg(split_model_name_tag(model)[0])
     names = (known.classifier if known else None) or ()
     with open_tensors(file_of(table)) as file:
+        stored = set(file.keys())
         for classifier in (names,) if isinstance(names, str) else names:
-            if f"{classifier}.weight" in file.keys():  # noqa: SIM118
-                return int(file.get_slice(f"{classifier}.weight").get_shape()[0])
+            for name in (f"{classifier}.weight", f"backbone.{classifier}.weight"):
+                if name in stored:
+                    return int(file.get_slice(name).get_shape()[0])
     return None
 
 

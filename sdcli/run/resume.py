@@ -34,13 +34,17 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
     damaged or of another version, edited files, fewer epochs than are done, missing weights that are still needed, and
     training data that have changed.
     """
+    for name, table in recipe.others.items():
+        if table.finished:
+            _check_there(recipe, name, f"networks.{name} is loaded from it")
     check(settings, recipe)
     accelerator = accelerator_of(settings, folder)
     run = Run(folder)
     if accelerator.is_main_process:
         run.lock()
     state = read_state(folder, settings, recipe)
-    _check_weights_ahead(recipe, state["phase"])
+    if any(later.fresh for later in recipe.all_phases[state["phase"] + 1 :]):
+        _check_there(recipe, STUDENT, "a later phase starts from it")
     with short_of_memory(f"on {accelerator.device} {BEFORE}", "networks that fit", "another --device"):
         training = build(settings, recipe, accelerator, run, state["data"])
         restore(training, state)
@@ -162,20 +166,15 @@ def _check_same(folder: Path, now: dict[str, Any], made: dict[str, Any]) -> None
             )
 
 
-def _check_weights_ahead(recipe: Recipe, phase: int) -> None:
-    """Raises UserError if a weight file is missing that is still needed: by a network that does not learn, or by a
-    later phase with `fresh`, which starts the student from it again."""
-    ahead = any(later.fresh for later in recipe.all_phases[phase + 1 :])
-    needed = {name: f"networks.{name} is loaded from it" for name, table in recipe.others.items() if not table.learns}
-    needed |= {STUDENT: "a later phase starts from it"} if ahead else {}
-    for name, why in needed.items():
-        weights = (recipe.networks.get(name) or recipe.student).weights
-        if weights not in ("random", "pretrained") and not Path(weights).is_file():
-            raise UserError(
-                f"networks.{name}.weights = '{weights}': file not found, and {why}",
-                "the file that the run was started from",
-                "restore the file",
-            )
+def _check_there(recipe: Recipe, name: str, why: str) -> None:
+    """Raises UserError if a network's file of weights is missing that is still needed."""
+    weights = (recipe.networks.get(name) or recipe.student).weights
+    if weights not in ("random", "pretrained") and not Path(weights).is_file():
+        raise UserError(
+            f"networks.{name}.weights = '{weights}': file not found, and {why}",
+            "the file that the run was started from",
+            "restore the file",
+        )
 
 
 def first_difference(one: Any, other: Any, at: str = "") -> tuple[str, Any, Any] | None:
