@@ -72,7 +72,7 @@ def test_every_head_fits_every_stage(name, head):
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", pytest.param("test_efficientnet", marks=pytest.mark.slow)])
 def test_every_trained_parameter_gets_a_gradient(name, recipe):
     loaded = load_recipe([recipe])
     head = loaded.student.head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sdcli.errors import UserError
 from sdcli.evaluation.scoring import score_checkpoint
 from sdcli.method.catalogue import completed
 from sdcli.method.check import remarks
+from sdcli.method.losses import LOSSES
 from sdcli.method.signals import Memory, SignalContext
 from sdcli.network.checkpoint import read_tensors
 from sdcli.network.signals import Signal
@@ -70,8 +71,20 @@ def outcome(folder: Path) -> Any:
     return [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds", "images_per_s")} for line in lines]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", recipe_names())
+def every_recipe() -> Iterator[Any]:
+    """All recipes on a convnet; on a transformer those whose networks have exits or compare more than predictions.
+
+    The others, which do the same there, run where slow tests do.
+    """
+    for name in recipe_names():
+        recipe = load_recipe([name])
+        reads = {LOSSES.find(loss.kind).reads for loss in recipe.losses.values()}
+        plain = recipe.student.exits == "none" and not recipe.student.branches and reads == {"logits"}
+        yield name, "convnet"
+        yield pytest.param(name, "transformer", marks=[pytest.mark.slow] if plain and not recipe.signals else [])
+
+
+@pytest.mark.parametrize(("name", "model"), every_recipe())
 def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, finished: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of(name, finished[model], MODELS[model])
     whole = list(fit(prepare(settings(model), recipe, tmp_path / "whole")))
