@@ -84,7 +84,7 @@ def every_recipe() -> Iterator[Any]:
         yield pytest.param(name, "transformer", marks=[pytest.mark.slow] if plain and not recipe.signals else [])
 
 
-@pytest.mark.parametrize(("name", "model"), every_recipe())
+@pytest.mark.parametrize(("name", "model"), list(every_recipe()))
 def test_a_recipe_trains_and_goes_on_exactly(name: str, model: str, finished: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of(name, finished[model], MODELS[model])
     whole = list(fit(prepare(settings(model), recipe, tmp_path / "whole")))
