@@ -71,9 +71,12 @@ def needs(recipe: Recipe) -> list[str]:
         found.append("pretrained weights")
     if any(loss.share is not None for loss in recipe.losses.values()):
         found.append("weights found automatically")
+    if recipe.awaited:
+        found.append("a trained teacher" if len(recipe.awaited) == 1 else f"{len(recipe.awaited)} trained teachers")
     for name, network in recipe.others.items():
-        kind = "any trained one" if network.awaited else network.model or "a checkpoint's"
-        found.append(f"network {name} ({kind}{'' if network.learns else ', frozen'})")
+        if not network.awaited:
+            kind = network.model or "a checkpoint's"
+            found.append(f"network {name} ({kind}{'' if network.learns else ', frozen'})")
     for key, value in tables.get("batch", {}).items():
         if key not in ORDINARY_BATCH:
             found += _in_words(key, value)
@@ -100,6 +103,13 @@ def _in_words(key: str, value: Any) -> list[str]:
             return [f"derived predictions ({signal['kind']})" for signal in value.values()]
         case "ema":
             return ["EMA of the weights"]
+        case "phases":
+            pruned = ["pruning"] if any("prune" in phase for phase in value) else []
+            return [f"{len(value)} phases", *pruned]
+        case "rules":
+            return [f"a rule ({rule['kind']})" for rule in value.values()]
+        case "updates":
+            return ["updates in turn"]
         case "random_weights":
             return ["random weights of the losses"]
     return [f"{len(value)} {key}" if isinstance(value, list) else f"{key} {_names(value)}".strip()]
