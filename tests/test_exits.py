@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import timm
@@ -71,8 +72,19 @@ def test_every_head_fits_every_stage(name, head):
             assert signal.embedding.shape[1] == network.plan.embedding_dim
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", pytest.param("test_efficientnet", marks=pytest.mark.slow)])
+def networks_and_recipes() -> list[Any]:
+    """Every recipe on a convnet; on a transformer those whose student has exits or branches; the rest where slow tests run."""
+    cases = []
+    for name in ("test_resnet", "test_vit", "test_efficientnet"):
+        for recipe in recipe_names():
+            student = load_recipe([recipe]).student
+            plain = student.exits == "none" and not student.branches
+            slow = name == "test_efficientnet" or (name == "test_vit" and plain)
+            cases.append(pytest.param(name, recipe, marks=[pytest.mark.slow] if slow else []))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "recipe"), networks_and_recipes())
 def test_every_trained_parameter_gets_a_gradient(name, recipe):
     loaded = load_recipe([recipe])
     head = loaded.student.head
