@@ -6,11 +6,12 @@
 
 Per batch size and number of threads four ways through one network take turns on the same images: plain (the timm model
 without taps and heads), early exit, early exit with thresholds that nobody reaches, and early exit where a batch leaves
-only once all of its images are sure (as earlyon does it). Thresholds of random weights are chosen so that `--shares` of
-all images leave at each exit; a checkpoint's are those of sdcli calibrate, or else `--shares` of its images leave.
-Times are medians over the rounds of the time divided by the plain network's in the same round. `saved, cpu` and
-`over, cpu` are the same of processor time, which other programs on the machine disturb less; with several threads it
-counts all of them.
+only once all of its images are sure (as earlyon does it). A turn is `--in-a-row` batches, as whoever classifies many
+images has them: the weights of a network that has just run are still in the cache. Thresholds of random weights are
+chosen so that `--shares` of all images leave at each exit; a checkpoint's are those of sdcli calibrate, or else
+`--shares` of its images leave. Times are medians over the turns of the time divided by the plain network's on the same
+batches. `saved, cpu` and `over, cpu` are the same of processor time, which other programs on the machine disturb less;
+with several threads it counts all of them.
 
 MACs are not time: the first stages of a convolutional network take more time per MAC. `possible` is what could be saved
 at best, time / MACs, if each image went through the exit alone at which it leaves (`upto`, timed in the same rounds).
@@ -73,10 +74,11 @@ def route_whole_batch(network: MultiExit, images: Tensor, policy: Policy) -> int
     return router.left[0][2]
 
 
-def random_network(model: str, head: str) -> MultiExit:
+def random_network(model: str, head: str, size: int | None) -> MultiExit:
     """With classifiers that have opinions: fresh ones are close to zero, and all images alike to them."""
     torch.manual_seed(0)
-    network = build(Blueprint.draft(Network(head=head), model, [str(number) for number in range(100)])).eval()
+    classes = [str(number) for number in range(100)]
+    network = build(Blueprint.draft(Network(head=head), model, classes, image_size=size)).eval()
     for module in network.modules():
         if isinstance(module, nn.Linear) and module.out_features == 100:
             nn.init.normal_(module.weight)
@@ -113,7 +115,13 @@ def forced(network: MultiExit, images: Tensor, shares: list[float]) -> Policy:
 
 
 def measure(
-    network: MultiExit, plain: Callable[[Tensor], Any], policy: Policy, images: Tensor, batch_size: int, seconds: float
+    network: MultiExit,
+    plain: Callable[[Tensor], Any],
+    policy: Policy,
+    images: Tensor,
+    batch_size: int,
+    seconds: float,
+    in_a_row: int,
 ) -> dict[str, Any]:
     """One row: ratios of times and of MACs to the plain network's."""
     device = images.device
@@ -128,29 +136,28 @@ def measure(
     alone = {point: network.upto(point) for point in policy.exits}
     ways |= alone
     batches = [part for part in images.split(batch_size) if len(part) == batch_size]
-    for way in ways.values():
-        for _ in range(2):
-            timed(way, batches[0], device)
+    turns = [batches[start : start + in_a_row] for start in range(0, len(batches), in_a_row)]
     passing, full = network.blueprint.passing(policy.exits), network.plan.macs
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    cpu: dict[str, list[float]] = {name: [] for name in ways}
     macs: dict[str, list[float]] = {"early": [], "whole": []}
     left = dict.fromkeys(points, 0)
+    # Before the clock runs, all batches, and so all sizes that a batch shrinks to: each is prepared once.
+    for batch in batches:
+        for way in ways.values():
+            way(batch)
+        for place in network.route(batch, policy).exits.tolist():
+            left[points[place]] += 1
+            macs["early"].append(passing[points[place]] / full)
+        macs["whole"].append(passing[points[route_whole_batch(network, batch, policy)]] / full)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     names, start, number = list(ways), time.perf_counter(), 0
-    # As many rounds for each batch: they differ in how many leave.
-    while number % len(batches) or number < 5 or time.perf_counter() - start < seconds:
-        batch = batches[number % len(batches)]
+    # As many turns for each batch: they differ in how many leave.
+    while number % len(turns) or number < 5 or time.perf_counter() - start < seconds:
+        turn = turns[number % len(turns)]
         for name in names[number % len(names) :] + names[: number % len(names)]:
             before = time.process_time()
-            taken, found = timed(ways[name], batch, device)
-            cpu[name].append(time.process_time() - before)
-            times[name].append(taken)
-            if name == "early":
-                for place in found.exits.tolist():
-                    left[points[place]] += 1
-                macs[name].append(statistics.mean(passing[points[place]] for place in found.exits.tolist()) / full)
-            elif name == "whole":
-                macs[name].append(passing[points[found]] / full)
+            times[name].append(sum(timed(ways[name], batch, device)[0] for batch in turn) / len(turn))
+            cpu[name].append((time.process_time() - before) / len(turn))
         number += 1
     ratios, cpu_ratios = ratios_of(times), ratios_of(cpu)
     means = {name: statistics.mean(own) for name, own in macs.items()}
@@ -195,6 +202,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each batch size and number of threads")
+    parser.add_argument("--in-a-row", type=int, default=4, help="batches that a way takes when it has its turn")
+    parser.add_argument("--image-size", type=int, help="of a network with random weights")
     parser.add_argument("--channels-last", action="store_true", help="faster on most CPUs, the first stages above all")
     parser.add_argument("--quick", action="store_true", help="small batches, five rounds: the figures mean nothing")
     options = parser.parse_args()
@@ -207,7 +216,7 @@ def main() -> None:
         images, name = real_images(path, about, network, options.images)
         network.eval()
     else:
-        network = random_network(options.model, options.head)
+        network = random_network(options.model, options.head, options.image_size)
         images, name = varied_images(network, options.images), "noise"
     network, images = network.to(device), images.to(device)
     keep_freed_memory(device)
@@ -228,7 +237,7 @@ def main() -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         for batch_size in options.batch_size:
-            row = measure(network, plain, policy, images, batch_size, options.seconds)
+            row = measure(network, plain, policy, images, batch_size, options.seconds, options.in_a_row)
             rows.append(row)
             numbers = [f"{row['plain_ms']:.1f}"] + [
                 "-" if row[key] is None else f"{row[key]:.3f}" for key in list(row)[4:]

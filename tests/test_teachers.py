@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import together
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -490,3 +491,30 @@ def test_maps_of_several_teachers_weigh_by_what_their_classifiers_make_of_the_st
     assert student.features.grad.abs().sum() > 0
     with pytest.raises(UserError, match="two or more ends of networks"):
         ConfidentHint(3, [(4, 4)])
+
+
+# Shared out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kd", "dml", "switokd"])
+def test_two_processes_teach_as_one_does(name: str, teacher: Path, tmp_path: Path) -> None:
+    """A student without batch statistics; each process has the whole teacher, or peer, and half of the batch."""
+    own = {
+        "kd": [f"networks.teacher.weights={teacher}"],
+        "dml": ["networks.peer.model=test_vit", "updates=simultaneous"],
+        "switokd": ["networks.peer.model=test_vit"],
+    }
+    more = [*SHORT, *own[name]]
+    about = replace(settings(limit_train=192, limit_val=60), model="test_vit")
+    one = prepare(about, load_recipe([name], more), tmp_path / "one" / "run")
+    assert isinstance(list(fit(one))[-1], Finished)
+    sets = [part for override in more for part in ("--set", override)]
+    two = together(2, "train", "test_vit", "--dataset", "digits", "--recipe", name, *sets, "--limit-train", 192,
+                   "--limit-val", 60, "--device", "cpu", "--workers", 0, "--output", tmp_path / "two")  # fmt: skip
+    assert [process.wait() for process in two] == [0, 0], two[0].err
+    alone, shared = (json.loads((tmp_path / run / "log.jsonl").read_text()) for run in ("one/run", "two"))
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert shared["networks"] == alone["networks"], "their top-1 on the same images"
+    for ours, theirs in zip(alone["validation"]["exits"], shared["validation"]["exits"], strict=True):
+        assert theirs["nll"] == pytest.approx(ours["nll"], rel=1e-4)
