@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ from processes import together
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sdcli.cli.choices import overrides_of
+from sdcli.cli.train import train as train_command
 from sdcli.data.batch import Batch
 from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
@@ -87,9 +91,10 @@ def test_classes_are_found_by_name_whatever_their_order():
     assert columns_of(["a", "b"], ["a", "b"], "") is None
     assert columns_of(["sea_lion", "cat"], ["Cat", "dog", "sea lion"], "") == [2, 0]
     # Weights of timm's own format do not name their classes: as many are taken to be the same.
-    assert columns_of(["a", "b"], ["0", "1"], "") is None
-    # WordNet's names of ImageNet's classes.
+    assert columns_of(["a", "b"], ["0", "1"], "", named=False) is None
+    # WordNet's names of ImageNet's classes, of which two are called crane.
     assert columns_of(["goldfish", "n01440764"], ["n01440764", "n01443537"], "") == [1, 0]
+    assert columns_of(["n03126707"], ["n02012849", "n03126707"], "") == [1]
     signal = Signal(torch.ones(1, 1, 1, 1), torch.ones(1, 1), torch.tensor([[1.0, 2.0, 3.0]]), classify=nn.Identity())
     told = Translation(preprocess(8, 0, 1), preprocess(8, 0, 1), [2, 0]).signals({"final": signal})["final"]
     assert told.logits.tolist() == [[3.0, 1.0]]
@@ -97,15 +102,17 @@ def test_classes_are_found_by_name_whatever_their_order():
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "words"),
+    ("ours", "theirs", "named", "words"),
     [
-        (["a", "b"], ["a", "c"], "does not know 1 of the 2 classes: b\n"),
-        (["a", "b"], ["0", "1", "2"], "tells 3 classes apart, whose names are not known, and the data have 2\n"),
+        (["a", "b"], ["a", "c"], True, "does not know 1 of the 2 classes: b\n"),
+        (["a", "b"], ["0", "1"], True, "does not know 2 of the 2 classes: a, b\n"),
+        (["a", "b"], ["0", "1", "2"], False, "tells 3 classes apart, whose names are not known, and the data have 2\n"),
+        (["Crane"], ["n02012849", "n03126707"], True, "rename the data set's class Crane to n02012849 or n03126707"),
     ],
 )
-def test_a_teacher_of_other_classes_is_refused(ours: list[str], theirs: list[str], words: str) -> None:
+def test_a_teacher_of_other_classes_is_refused(ours: list[str], theirs: list[str], named: bool, words: str) -> None:
     with pytest.raises(UserError, match=r"networks\.teacher\.weights") as error:
-        columns_of(ours, theirs, "networks.teacher.weights")
+        columns_of(ours, theirs, "networks.teacher.weights", named=named)
     assert words in str(error.value)
 
 
@@ -117,7 +124,7 @@ def test_other_classes_are_refused_before_an_image_is_read(
         (tmp_path / "data" / f"class{number % 2}" / f"{number}.png").write_bytes(b"not read")
     monkeypatch.setattr(preparing, "measure", lambda data: pytest.fail("images were read"))
     recipe = load_recipe(["kd"], [*SHORT, f"networks.teacher.weights={teacher}"])
-    with pytest.raises(UserError, match="tells 10 classes apart, whose names are not known, and the data have 2"):
+    with pytest.raises(UserError, match="does not know 2 of the 2 classes: class0, class1"):
         prepare(Settings("test_resnet", str(tmp_path / "data"), device="cpu", workers=0), recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -180,8 +187,53 @@ def test_the_option_names_a_run_or_a_model(teacher: Path, tmp_path: Path, sdcli:
     result = sdcli("train", "test_resnet", *quick, "--recipe", "kd", "--teacher", teacher, "-o", tmp_path / "run")
     assert result.code == 0 and f"teacher: weights from {teacher / 'best.safetensors'}" in result.err
     assert "validation top-1 %: final " in result.err and ", teacher " in result.err
-    refused = sdcli("train", "test_resnet", *quick, "--recipe", "kd", "--teacher", "resnet1", "-o", tmp_path / "x")
-    assert refused.code == 2 and "--teacher resnet1: networks.teacher.model: unknown model 'resnet1'" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named", "words"),
+    [
+        ("kd", "resnet1", ["--teacher resnet1: networks.teacher.model: unknown model 'resnet1'"]),
+        ("kd", "cifar_resnet8", ["there are no pretrained weights of cifar_resnet8", "train it first"]),
+        (
+            "kd",
+            "RUN/plain.safetensors",
+            ["does not say of which model its weights are", "networks.teacher.model=MODEL"],
+        ),
+        ("baseline", "RUN", ["this recipe has no network 'teacher'", "--recipe kd"]),
+        ("dml", "resnet18", ["this recipe has no network 'teacher'", "--recipe kd"]),
+        ("eskd", "RUN", ["this recipe trains its teacher itself", "--teacher MODEL"]),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(
+    recipe: str, named: str, words: list[str], teacher: Path, tmp_path: Path, sdcli: Any
+) -> None:
+    save_file({"a": torch.zeros(1)}, teacher / "plain.safetensors")
+    start = ["train", "test_resnet", "--dataset", "digits", "-o", tmp_path / "x", "--recipe", recipe, "--teacher"]
+    refused = sdcli(*start, named.replace("RUN", str(teacher)))
+    assert refused.code == 2 and all(part in refused.err for part in words), refused.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_recipe_that_trains_its_teacher_takes_the_name_of_its_model() -> None:
+    given = dict.fromkeys(inspect.signature(train_command).parameters) | {"teacher": "cifar_resnet8"}
+    recipe = load_recipe(["eskd"], overrides_of(given, ["eskd"]))
+    assert (recipe.others["teacher"].model, recipe.others["teacher"].weights) == ("cifar_resnet8", "random")
+
+
+def test_a_public_resnet_for_small_images_teaches(tmp_path: Path) -> None:
+    """Under the names of its repository: ten classes, which no name tells."""
+    backbone = build(Blueprint.draft(Network(exits="none"), "cifar_resnet8", [str(n) for n in range(10)])).backbone
+    public = {}
+    for name, tensor in backbone.state_dict().items():
+        name = re.sub(r"^stages\.(\d)", lambda stage: f"layer{int(stage[1]) + 1}", name.removeprefix("stem."))
+        public[name.replace("head.fc", "linear")] = tensor.clone()
+    save_file(public, tmp_path / "public.safetensors")
+    of = ["networks.teacher.model=cifar_resnet8", f"networks.teacher.weights={tmp_path / 'public.safetensors'}"]
+    training = training_of("kd", tmp_path, *of)
+    assert same(backbone.state_dict(), training.learner.networks["teacher"].backbone.state_dict())
+    assert (
+        "teacher: its weights do not name their 10 classes, which are taken to be those of the data" in training.notes
+    )
 
 
 def test_a_run_needs_its_teacher_and_its_checkpoint_does_not(teacher: Path, tmp_path: Path, sdcli: Any) -> None:

@@ -256,8 +256,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return chosen | {"imports": find_imports(given["import_"] or [])}
 
 
-def overrides_of(given: Mapping[str, Any]) -> list[Override]:
-    """What the options change in the recipe: `--set`, `--unset`, and then those that are short for a key."""
+def overrides_of(given: Mapping[str, Any], names: Sequence[str] | None) -> list[Override]:
+    """What the options change in the recipe of these names: `--set`, `--unset`, and those that are short for a key."""
     from sdcli.recipe.merge import Override
 
     if given["pretrained"] and given["weights"]:
@@ -278,21 +278,36 @@ def overrides_of(given: Mapping[str, Any]) -> list[Override]:
     if given["pretrained"]:
         found.append(Override("networks.student.weights", "pretrained", "--pretrained"))
     if given["teacher"]:
-        found += _teacher(given["teacher"])
+        found += _teacher(given["teacher"], names, found)
     return found
 
 
-def _teacher(named: str) -> list[Override]:
-    """What `--teacher` changes: a path names weights, any other word a model of timm."""
+def _teacher(named: str, names: Sequence[str] | None, others: list[Override]) -> list[Override]:
+    """What `--teacher` changes: a path names weights, any other word a model of timm, pretrained unless the recipe
+    trains it. Raises UserError for a recipe without a teacher."""
+    from sdcli.recipe.load import read_recipe
     from sdcli.recipe.merge import Override
 
     source = f"--teacher {Path(named).name}"
+    recipe = read_recipe(names or ["default"], others)[0]
+    table = recipe.others.get("teacher")
+    if table is None:
+        raise UserError(
+            f"{source}: this recipe has no network 'teacher'",
+            "a recipe in which a trained network teaches; `sdcli recipes list` has a group of them",
+            "--recipe kd",
+        )
+    trained_here = table.learns and table.trains == "all"
     if os.path.exists(named) or set("./~") & set(named):
+        if trained_here:
+            raise UserError(
+                f"{source}: this recipe trains its teacher itself",
+                "the name of the teacher's model",
+                "--teacher MODEL, or a recipe for a trained teacher: --recipe kd",
+            )
         return [Override("networks.teacher.weights", _weights_file(Path(named)), source)]
-    return [
-        Override("networks.teacher.model", named, source),
-        Override("networks.teacher.weights", "pretrained", source),
-    ]
+    model = Override("networks.teacher.model", named, source)
+    return [model] if trained_here else [model, Override("networks.teacher.weights", "pretrained", source)]
 
 
 def _weights_file(path: Path) -> str:

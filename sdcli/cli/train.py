@@ -112,7 +112,7 @@ def train(
 
     from sdcli.recipe.load import read_recipe
 
-    overrides = choices.overrides_of(given)
+    overrides = choices.overrides_of(given, recipe)
     whole, origins = read_recipe(recipe or ["default"], overrides) if recipe or not to_resume else (None, {})
     folder = to_resume or output
     if folder is None:

@@ -139,7 +139,7 @@ def tune(
     from sdcli.recipe.load import read_recipe
     from sdcli.recipe.space import Tried
 
-    names, overrides = recipe or ["default"], choices.overrides_of(given)
+    names, overrides = recipe or ["default"], choices.overrides_of(given, recipe)
     space = [Tried.parse(text) for text in try_ or []]
     # What the tables alone show comes before torch is loaded.
     read_recipe(names, overrides)

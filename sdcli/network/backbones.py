@@ -207,6 +207,18 @@ def _repository(model: str) -> str:
     return (known.hf_hub_id or "") if known else ""
 
 
+def check_pretrained(model: str, key: str) -> None:
+    """Raises UserError, with the key that names the model, if nobody provides weights for it."""
+    known = None if model.startswith(SOURCES) else models().get_pretrained_cfg(model)
+    if known is not None and not known.has_weights:
+        raise UserError(
+            f"{key}: there are no pretrained weights of {model}",
+            "a model that timm has weights of, or a run that has trained it",
+            f"train it first: sdcli train {model} --recipe baseline --output RUN, then name RUN in its place",
+            key=key,
+        )
+
+
 def names_weights(model: str) -> bool:
     """Whether a model's name specifies its pretrained weights, by timm's tag or by a source."""
     from timm.models import split_model_name_tag

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from sdcli.data.dataset import listed
 from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError
-from sdcli.network.backbones import SOURCES
+from sdcli.network.backbones import SOURCES, check_pretrained
 from sdcli.network.blueprint import Blueprint, choose_heads, plan_network
 from sdcli.network.checkpoint import open_tensors, read_description
 from sdcli.network.signals import Signal
 from sdcli.network.weights import file_of, read_weights_file
 from sdcli.recipe.address import FINAL, GROUPS
 from sdcli.recipe.schema import Network
+from sdcli.zoo.public import renamed
+
+TRAIN_IT = "train it on these data: sdcli train MODEL --recipe finetune, then name its run"
 
 
 def draft_foreign(table: Network, name: str, points: Collection[str]) -> Blueprint:
@@ -52,7 +55,16 @@ def draft_foreign(table: Network, name: str, points: Collection[str]) -> Bluepri
             table = table.model_copy(update={"head": "none"} if exits else {"exits": "none"})
         plan = plan_network(table, own.architecture)
         return replace(own, plan=plan, heads=choose_heads(plan, table, len(own.classes)))
-    model = str(table.model)
+    if table.model is None:
+        raise UserError(
+            f"networks.{name}: '{file_of(table)}' does not say of which model its weights are",
+            "a checkpoint of sdcli, or the model beside the file",
+            f"--set networks.{name}.model=MODEL",
+            key=f"networks.{name}.weights",
+        )
+    model = table.model
+    if table.weights == "pretrained":
+        check_pretrained(model, f"networks.{name}.model")
     if not taps:
         # The exits of a model that came without them: their maps can be compared, and nothing else.
         table = table.model_copy(update={"head": "none"} if {*points} - {FINAL} else {"exits": "none"})
@@ -70,12 +82,23 @@ def classifier_rows(table: Network, model: str) -> int | None:
     known = get_pretrained_cfg(split_model_name_tag(model)[0])
     names = (known.classifier if known else None) or ()
     with open_tensors(file_of(table)) as file:
-        stored = set(file.keys())
+        # By the names here, those in the file.
+        own_names = list(file.keys())
+        stored = dict(zip(own_names, own_names, strict=True))
+        stored |= renamed(stored)
         for classifier in (names,) if isinstance(names, str) else names:
             for name in (f"{classifier}.weight", f"backbone.{classifier}.weight"):
                 if name in stored:
-                    return int(file.get_slice(name).get_shape()[0])
+                    return int(file.get_slice(stored[name]).get_shape()[0])
     return None
+
+
+def names_classes(table: Network, blueprint: Blueprint) -> bool:
+    """Whether a network's classes have names: those of timm's format are counted, unless ImageNet is known to be
+    theirs. A data set's own names may be numbers."""
+    if list(blueprint.classes) != [str(number) for number in range(len(blueprint.classes))]:
+        return True
+    return table.from_file and read_description(file_of(table)) is not None
 
 
 def known_classes(model: str, count: int, otherwise: Sequence[str]) -> tuple[str, ...]:
@@ -90,37 +113,46 @@ def known_classes(model: str, count: int, otherwise: Sequence[str]) -> tuple[str
     return tuple(ImageNetInfo(subset).label_names()) if subset else tuple(otherwise)
 
 
-def columns_of(ours: Sequence[str], theirs: Sequence[str], where: str) -> list[int] | None:
+def columns_of(ours: Sequence[str], theirs: Sequence[str], where: str, *, named: bool = True) -> list[int] | None:
     """Where the run's classes stand among those of another network; None where they are the same, in the same order.
 
-    Compared by name. Names that are only numbers say nothing: as many classes are then taken to be the same.
-    Raises UserError, with the key `where` of the weights, if a class of the run is missing.
+    Compared by name; with `named` false, theirs are only numbers, and as many classes are taken to be the same. Raises
+    UserError, with the key `where` of the weights, if a class of the run is missing, or two are called like it.
     """
     if list(ours) == list(theirs):
         return None
-    if list(theirs) == [str(number) for number in range(len(theirs))]:
+    if not named:
         if len(ours) == len(theirs):
             return None
         raise UserError(
             f"{where}: the network tells {len(theirs)} classes apart, whose names are not known, and the data have "
             f"{len(ours)}",
             "weights of a network with the data set's classes",
-            "train it on these data: sdcli train MODEL --recipe finetune, then name its run",
+            TRAIN_IT,
             key=where,
         )
-    places: dict[str, int] = {}
+    places: dict[str, set[int]] = {}
     for place, name in enumerate(theirs):
         for word in (name, *_words(name)):
-            places.setdefault(_plain(word), place)
+            places.setdefault(_plain(word), set()).add(place)
     missing = [name for name in ours if _plain(name) not in places]
     if missing:
         raise UserError(
             f"{where}: the network does not know {len(missing)} of the {len(ours)} classes: {listed(missing)}",
             f"weights of a network with the data set's classes; it knows {listed(list(theirs))}",
-            "train it on these data: sdcli train MODEL --recipe finetune, then name its run",
+            TRAIN_IT,
             key=where,
         )
-    return [places[_plain(name)] for name in ours]
+    for name in ours:
+        if len(found := places[_plain(name)]) > 1:
+            several = [theirs[place] for place in sorted(found)]
+            raise UserError(
+                f"{where}: {len(several)} classes of the network are called '{name}': {', '.join(several)}",
+                "names that say which class is meant",
+                f"rename the data set's class {name} to {' or '.join(several)}",
+                key=where,
+            )
+    return [min(places[_plain(name)]) for name in ours]
 
 
 def _words(name: str) -> list[str]:

@@ -32,7 +32,7 @@ from sdcli.method.losses import LOSSES
 from sdcli.method.optimizer import create_optimizer, create_schedule
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import Description, TrainedOn
-from sdcli.network.foreign import Translation, columns_of, draft_foreign
+from sdcli.network.foreign import Translation, columns_of, draft_foreign, names_classes
 from sdcli.network.memory_format import suitable_format
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import Loaded, build_network, file_of, read_weights_file
@@ -175,7 +175,11 @@ def build(
         for name, table in recipe.others.items()
         if table.finished
     }
-    answers = {name: _columns(name, blueprint.classes, classes, recipe) for name, blueprint in foreign.items()}
+    named = {name: names_classes(recipe.others[name], blueprint) for name, blueprint in foreign.items()}
+    answers = {
+        name: _columns(name, blueprint.classes, classes, recipe, named=named[name])
+        for name, blueprint in foreign.items()
+    }
     networks, notes = _build_networks(settings, recipe, splits, foreign, begins=trained_on is None)
     student = networks[STUDENT]
     translations = {
@@ -183,6 +187,11 @@ def build(
         for name, blueprint in foreign.items()
     }
     notes += [f"{name}: {note}" for name, translation in translations.items() for note in translation.notes]
+    notes += [
+        f"{name}: its weights do not name their {len(classes)} classes, which are taken to be those of the data"
+        for name, (_, knows) in answers.items()
+        if knows and not named[name]
+    ]
     loaded = {name: digest_of(networks[name].state_dict()) for name, t in recipe.others.items() if not t.learns}
     blueprint = student.blueprint
     ema = _average(student, recipe)
@@ -323,12 +332,14 @@ def _build_networks(
     return networks, notes
 
 
-def _columns(name: str, theirs: Sequence[str], classes: Sequence[str], recipe: Recipe) -> tuple[list[int] | None, bool]:
+def _columns(
+    name: str, theirs: Sequence[str], classes: Sequence[str], recipe: Recipe, *, named: bool
+) -> tuple[list[int] | None, bool]:
     """Where the run's classes stand among those of a network that was trained elsewhere, and whether it knows them;
     raises UserError where a loss compares predictions about other classes."""
     compared = [loss for loss, table in recipe.losses.items() if LOSSES.find(table.kind).reads in ("logits", "signal")]
     try:
-        return columns_of(classes, theirs, f"networks.{name}.weights"), True
+        return columns_of(classes, theirs, f"networks.{name}.weights", named=named), True
     except UserError:
         if any(address.network == name for address in recipe.addresses(compared)):
             raise

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
-from torch import Tensor
+T = TypeVar("T")
 
 _BLOCK = r"layer([123])\.(\d+)\."
 _RULES = {
@@ -20,8 +21,9 @@ _RULES = {
 }
 
 
-def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the zoo's names; empty unless each of them has a name of one of these repositories."""
+def renamed(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors, or what stands for them, under the zoo's names; empty unless each of them has a name of one of
+    these repositories."""
     found = {}
     for name, tensor in tensors.items():
         new = _renamed(name.removeprefix("module."))

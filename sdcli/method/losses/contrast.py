@@ -77,7 +77,7 @@ class Crd(nn.Module):
         other = F.normalize(self.embed_t(teacher), dim=1)
         places = torch.cat([batch.index[:, None], self.others(batch.index)], dim=1)
         losses = [
-            self.contrast(a, bank[places], number)
+            self.contrast(a, bank, places, number)
             for number, (a, bank) in enumerate(((one, self.memory_t), (other, self.memory_s)))
         ]
         if self.training:
@@ -98,13 +98,16 @@ class Crd(nn.Module):
             rows.append(self.order[drawn + own * (drawn >= start)])
         return torch.stack(rows) if num else index.new_zeros(len(index), 0)
 
-    def contrast(self, anchors: Tensor, remembered: Tensor, side: int) -> Tensor:
-        """One side's loss [B]: anchors [B, D], remembered [B, 1 + K, D], the positive first."""
-        x = torch.einsum("bd,bkd->bk", anchors, remembered.detach().to(anchors)).div(self.temperature).exp()
+    def contrast(self, anchors: Tensor, bank: Tensor, places: Tensor, side: int) -> Tensor:
+        """One side's loss [B]: anchors [B, D], what is remembered [N, D], and whose [B, 1 + K], the positive first."""
+        # All N products are a small part of what a copy of the remembered rows would take: [B, 1 + K, D] numbers. The
+        # bank is about to change, and the backward pass needs it as it is.
+        products = (anchors @ bank.detach().to(anchors, copy=True).T).gather(1, places)
+        x = products.div(self.temperature).exp()
         if self.training and not bool(self.z[side]):
             self.z[side] = x.detach().mean() * len(self.labels)
         x = x / self.z[side].clamp_min(torch.finfo(x.dtype).tiny).to(x)
-        noise = (remembered.shape[1] - 1) / len(self.labels)
+        noise = (places.shape[1] - 1) / len(self.labels)
         positive = (x[:, 0] / (x[:, 0] + noise + EPS)).log()
         negative = (noise / (x[:, 1:] + noise + EPS)).log().sum(dim=1)
         return -(positive + negative)
