@@ -193,9 +193,21 @@ def test_runs_of_other_images_or_networks_are_never_compared(change):
     assert len({task.name for task in found.tasks}) == 2 or set(change) & {"checkpoint", "precision"}
 
 
-def test_another_split_is_said_loudly():
-    found = compare([*three("baseline", [50.0]), *three("byot", [52.0], 40.0, split_seed=7)])
-    assert "not compared with each other, because of another split_seed: 42, 7" in found.notes
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"split_seed": 7}, "split_seed: 42, 7"),
+        ({"limit_train": 500}, "training images: all, 500"),
+        ({"model_args": {"channels": [8]}}, "model_args: as in timm, channels=[8]"),
+    ],
+)
+def test_what_keeps_runs_of_one_network_apart_is_said_loudly(change, words):
+    found = compare([*three("baseline", [50.0]), *three("byot", [52.0], 40.0, **change)])
+    assert f"not compared with each other, because of another {words}" in found.notes
+
+
+def test_one_run_is_told_that_it_is_alone():
+    assert compare(three("byot", [50.0])).notes == ("one run: there is nothing to compare it with",)
 
 
 def test_another_schedule_is_named():

@@ -23,6 +23,7 @@ from conftest import noise, png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from sdcli.data import folders, loaders, transforms
 from sdcli.data.batch import Batch
@@ -129,14 +130,13 @@ def test_digits_are_grey_on_the_full_scale_and_not_to_be_mirrored() -> None:
 
 @pytest.mark.slow
 def test_digits_are_scikit_learns() -> None:
-    sklearn_datasets = pytest.importorskip("sklearn.datasets")
     digits = open_dataset("digits")
     ours = {
         (part.labels[i], np.asarray(part.image(i))[..., 0].tobytes())
         for part in digits.splits.values()
         for i in range(len(part))
     }
-    theirs = sklearn_datasets.load_digits()
+    theirs = load_digits()
     scaled = (theirs.images.astype(int) * 255 // 16).astype(np.uint8)
     assert ours == {(label, image.tobytes()) for label, image in zip(theirs.target, scaled, strict=True)}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from conftest import Command, Terminal, batch_of, noise, refused
@@ -108,6 +109,7 @@ def test_auroc_counts_pairs_and_ties_are_half():
     generator = torch.Generator().manual_seed(0)
     confidence, correct = torch.rand(200, generator=generator), torch.rand(200, generator=generator) < 0.7
     assert auroc(confidence, correct) == pytest.approx(float(binary_auroc(confidence, correct.long())), abs=1e-6)
+    assert auroc(confidence, correct) == pytest.approx(sklearn.metrics.roc_auc_score(correct, confidence), abs=1e-6)
 
 
 def test_confusion_has_true_classes_in_rows():
@@ -119,6 +121,8 @@ def test_confusion_has_true_classes_in_rows():
     assert balanced_accuracy(matrix) == pytest.approx((1 / 2 + 1 + 1 / 3) / 3)
     recall = multiclass_recall(predicted, labels, num_classes=3, average="macro")
     assert balanced_accuracy(matrix) == pytest.approx(float(recall))
+    assert matrix.tolist() == sklearn.metrics.confusion_matrix(labels, predicted).tolist()
+    assert balanced_accuracy(matrix) == pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, predicted))
 
 
 def test_a_class_without_images_does_not_count_in_balanced_accuracy():

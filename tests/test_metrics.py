@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sklearn.metrics import log_loss, top_k_accuracy_score
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from sdcli.evaluation.metrics import confidence_and_correct, ece, nll, topk_correct
 from sdcli.method.signals import ensemble
@@ -42,3 +44,16 @@ def test_the_ensemble_is_the_mean_of_the_logits(vectors):
     entry = vectors["exit_ensemble"]
     mean = ensemble(torch.tensor(entry["inputs"]["exit_logits"], dtype=torch.float64))
     assert torch.allclose(mean, torch.tensor(entry["expected"]["mean_logits"], dtype=torch.float64), atol=1e-9)
+
+
+def test_metrics_equal_those_of_other_libraries():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(300, 7, generator=generator)
+    labels = torch.randint(7, (300,), generator=generator)
+    probabilities = logits.double().softmax(1)
+    assert nll(logits, labels).mean().item() == pytest.approx(log_loss(labels, probabilities), abs=1e-6)
+    for k in (1, 5):
+        theirs = top_k_accuracy_score(labels, probabilities, k=k)
+        assert topk_correct(logits, labels, k).double().mean().item() == pytest.approx(theirs)
+    theirs = float(multiclass_calibration_error(logits.softmax(1), labels, num_classes=7, n_bins=15))
+    assert ece(*confidence_and_correct(logits, labels), 15) == pytest.approx(theirs, abs=1e-6)

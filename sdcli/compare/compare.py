@@ -126,7 +126,8 @@ def compare(records: Sequence[Record], baseline: str | None = None) -> Compariso
     against = baseline or (plain or labels)[0]
     names = _short_names(list(tasks))
     made = [_task(names[key], groups, against) for key, groups in tasks.items()]
-    notes = [*_apart(list(tasks), names), *_versions(records)]
+    notes = [*_apart(list(tasks)), *_versions(records)]
+    notes += ["one run: there is nothing to compare it with"] if len(records) == 1 else []
     notes += [f"{task.name}: no runs of {against}: nothing to compare with" for task in made if task.baseline is None]
     return Comparison(tuple(made), _overall(tasks, against), tuple(notes))
 
@@ -169,13 +170,16 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace(" ", "")
 
 
-def _apart(keys: Sequence[str], names: Mapping[str, str]) -> Iterator[str]:
-    """A note on tasks that are told apart by something other than network and data: perhaps by mistake."""
-    tables = [json.loads(key) for key in keys]
-    for name in ("val_fraction", "split_seed", "scored split", "scored images", "checkpoint", "precision"):
-        values = list(dict.fromkeys(_plain(table[name]) for table in tables))
-        if len(values) > 1:
-            yield f"not compared with each other, because of another {name}: {', '.join(values)}"
+def _apart(keys: Sequence[str]) -> Iterator[str]:
+    """Notes on tasks of one model and data set that are told apart by something else: perhaps by mistake."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for table in map(json.loads, keys):
+        alike.setdefault((table["model"], table["data"]), []).append(table)
+    for name in dict.fromkeys(name for tables in alike.values() for name in tables[0]):
+        for tables in alike.values():
+            values = list(dict.fromkeys(_plain(table[name]) for table in tables))
+            if len(values) > 1:
+                yield f"not compared with each other, because of another {name}: {', '.join(values)}"
 
 
 def _versions(records: Sequence[Record]) -> Iterator[str]:
