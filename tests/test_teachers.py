@@ -443,18 +443,31 @@ def test_the_smallest_weights_of_all_layers_go_first() -> None:
     assert all(torch.equal(masks.of(name), weight.abs() >= limit) for name, weight in before.items())
 
 
-def test_what_is_left_is_told_with_the_width_of_a_dense_network() -> None:
-    blueprint = Blueprint.draft(Network(exits="none"), "resnet18", ["a", "b"], image_size=32)
+@pytest.mark.parametrize(
+    ("model", "argument", "widths"),
+    [("resnet18", "channels", [64, 128, 256, 512]), ("cifar_resnet20", "widths", [16, 16, 32, 64])],
+)
+def test_what_is_left_is_told_with_the_width_of_a_dense_network(model: str, argument: str, widths: list[int]) -> None:
+    blueprint = Blueprint.draft(Network(exits="none"), model, ["a", "b"], image_size=32)
     network = build(blueprint)
     masks = Masks(network)
-    assert left_in(network, masks).endswith("by stage 100%, 100%, 100%, 100%; a dense network with as many: "
-                                            "model_args.channels=[64,128,256,512]")  # fmt: skip
+    whole, told = left_in(network, masks).split(f"; a dense network with as many: model_args.{argument}=")
+    assert whole.endswith("by stage 100%, 100%, 100%, 100%") and json.loads(told) == widths
     masks.prune(network, Prune(amount=0.6, by="random"))
     text = left_in(network, masks)
     assert text.startswith("40.0% of its weights are left")
-    narrow = Network(exits="none", model_args={"channels": json.loads(text.rpartition("channels=")[2])})
-    dense = Blueprint.draft(narrow, "resnet18", ["a", "b"], image_size=32)
-    assert dense.plan.params / blueprint.plan.params == pytest.approx(0.4, rel=0.03)
+    narrow = Network(exits="none", model_args={argument: json.loads(text.rpartition("=")[2])})
+    dense = Blueprint.draft(narrow, model, ["a", "b"], image_size=32)
+    assert dense.plan.params / blueprint.plan.params == pytest.approx(0.4, rel=0.05)
+    # The last stage is narrower than the one before it.
+    with torch.no_grad():
+        for name in masks.names:
+            masks.of(name)[0:] = not name.startswith(("layer4", "stages.2"))
+            masks.of(name)[:1] = True
+    found = json.loads(left_in(network, masks).rpartition("=")[2])
+    assert found[-1] < found[-2] == widths[-2]
+    narrow = build(Blueprint.draft(Network(model_args={argument: found}), model, ["a", "b"], image_size=32)).eval()
+    assert narrow(torch.zeros(1, 3, 32, 32))["final"].logits.shape == (1, 2)
 
 
 class Linear(nn.Module):

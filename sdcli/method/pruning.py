@@ -113,37 +113,47 @@ def left_in(network: MultiExit, masks: Masks) -> str:
     own = [torch.cat([masks.of(name).reshape(-1) for name in names]) for names in by_stage(network, stages)]
     shares = ", ".join(f"{float(mask.float().mean()):.0%}" for mask in own)
     text = f"{masks.kept:.1%} of its weights are left, by stage {shares}"
-    widths = widths_for(network, masks, stages)
-    if widths is None:
+    found = widths_for(network, masks)
+    if found is None:
         return text
-    return f"{text}; a dense network with as many: model_args.channels=[{','.join(map(str, widths))}]"
+    argument, widths = found
+    return f"{text}; a dense network with as many: model_args.{argument}=[{','.join(map(str, widths))}]"
 
 
-def widths_for(network: MultiExit, masks: Masks, stages: Sequence[Stage]) -> list[int] | None:
-    """The channels of each stage with which a dense network of the same kind has about as many weights, stage by stage
-    from front to back (Park et al. 2022, arXiv:2109.14960); None for models whose `channels` are no argument.
+def widths_for(network: MultiExit, masks: Masks) -> tuple[str, list[int]] | None:
+    """The argument of the model, and its value, by which a dense network of the same kind has about as many weights,
+    stage by stage from front to back (Park et al. 2022, arXiv:2109.14960); None for models without such an argument:
+    others than ResNets, timm's and the zoo's.
 
     A stage with scale r of its channels, after one with scale r', has a r^2 + b r r' weights: b are those that read
     the stage before.
     """
     from timm.models.resnet import ResNet
 
-    layers = [f"layer{number}" for number in range(1, 5)]
-    if not isinstance(network.backbone, ResNet) or [stage.module for stage in stages] != layers:
+    of_timm = isinstance(network.backbone, ResNet)
+    if of_timm:
+        modules = [f"layer{number}" for number in range(1, 5)]
+    elif network.plan.model.startswith("cifar_resnet"):
+        modules = [f"stages.{number}" for number in range(3)]
+    else:
         return None
     before, scale, widths = 0, 1.0, []
-    for stage, names in zip(stages, by_stage(network, stages), strict=True):
-        own = [name for name in names if name.startswith(f"{stage.module}.")]
-        reading = [n for n in own if before != stage.num_chs and masks.of(n).shape[1] == before]
+    for module in modules:
+        own = [name for name in masks.names if name.startswith(f"{module}.")]
+        if not own:
+            return None
+        num_chs = max(masks.of(name).shape[0] for name in own)
+        reading = [n for n in own if before != num_chs and masks.of(n).shape[1] == before]
         b = sum(masks.of(name).numel() for name in reading)
         a = sum(masks.of(name).numel() for name in own) - b
         kept = sum(int(masks.of(name).sum()) for name in own)
         if not a:
             return None
         scale = (math.sqrt((b * scale) ** 2 + 4 * a * kept) - b * scale) / (2 * a)
-        widths.append(max(1, round(stage.num_chs * scale / _expansion(network.backbone))))
-        before = stage.num_chs
-    return widths
+        widths.append(max(1, round(num_chs * scale / _expansion(network.backbone))))
+        before = num_chs
+    # The zoo's begin with the width of the stem, which is that of the first stage.
+    return ("channels", widths) if of_timm else ("widths", [widths[0], *widths])
 
 
 def _expansion(backbone: nn.Module) -> int:

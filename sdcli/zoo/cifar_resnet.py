@@ -3,6 +3,7 @@ literature (Tian et al. 2020, arXiv:1910.10699)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -17,7 +18,8 @@ Shortcut = Literal["pad", "project"]
 
 
 class PadShortcut(nn.Module):
-    """The paper's option A: every second pixel, and zeros for the new channels, half before and half behind."""
+    """The paper's option A: every second pixel, and zeros for the new channels, half before and half behind. Where
+    there are fewer channels than before, those at both ends are left out."""
 
     def __init__(self, num_new: int, stride: int) -> None:
         super().__init__()
@@ -28,14 +30,17 @@ class PadShortcut(nn.Module):
         return pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.num_new - before))
 
 
-def resnet(depth: int, widths: tuple[int, int, int, int], *, shortcut: Shortcut = "pad", in_chans: int = 3) -> Parts:
-    """6n + 2 layers: a convolution, three stages of n blocks, and the classifier; `widths` begins with the stem's.
+def resnet(depth: int, *, widths: Sequence[int], shortcut: Shortcut = "pad", in_chans: int = 3) -> Parts:
+    """6n + 2 layers: a convolution, three stages of n blocks, and the classifier; the four `widths` begin with the
+    stem's.
 
     `shortcut` is what joins stages: "pad" adds no parameters (option A), "project" is a 1x1 convolution with norm
     (option B), which most of the distillation literature has.
     """
     num_blocks, rest = divmod(depth - 2, 6)
     assert not rest, "6n + 2 layers"
+    if len(widths) != 4:
+        raise ValueError(f"widths are those of the stem and of three stages, not {list(widths)}")
     if shortcut not in ("pad", "project"):
         raise ValueError(f'shortcut is "pad" or "project", not {shortcut!r}')
     stem = nn.Sequential()
@@ -61,8 +66,8 @@ WIDTHS, HALF, FOURFOLD = (16, 16, 32, 64), (8, 8, 16, 32), (32, 64, 128, 256)
 register(
     __name__,
     {
-        **{f"cifar_resnet{depth}": partial(resnet, depth, WIDTHS) for depth in (8, 14, 20, 32, 44, 56, 110)},
-        "cifar_resnet20_half": partial(resnet, 20, HALF),
-        **{f"cifar_resnet{depth}x4": partial(resnet, depth, FOURFOLD, shortcut="project") for depth in (8, 32)},
+        **{f"cifar_resnet{depth}": partial(resnet, depth, widths=WIDTHS) for depth in (8, 14, 20, 32, 44, 56, 110)},
+        "cifar_resnet20_half": partial(resnet, 20, widths=HALF),
+        **{f"cifar_resnet{depth}x4": partial(resnet, depth, widths=FOURFOLD, shortcut="project") for depth in (8, 32)},
     },
 )
