@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +31,7 @@ from sdcli.network.signals import Signal
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Network, Prune
 from sdcli.run import prepare as preparing
-from sdcli.run.events import Finished, Step, Stopped
+from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.prepare import prepare
 from sdcli.run.resume import resume, resumed
 from sdcli.run.settings import Settings
@@ -55,6 +57,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def training_of(name: str, folder: Path, *overrides: str, **changed: Any) -> Training:
     return prepare(settings(**changed), load_recipe([name], [*SHORT, *overrides]), folder / "run")
+
+
+def of_the_page(title: str, folder: Path) -> str:
+    """The recipe of docs/teachers.md that has this title, as a file."""
+    page = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    start = page.index(f'    title = "{title}"')
+    indented = takewhile(lambda line: line.startswith("    ") or not line, page[start:].splitlines())
+    (folder / "recipe.toml").write_text(dedent("\n".join(indented)), encoding="utf-8")
+    return str(folder / "recipe.toml")
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -232,15 +243,22 @@ def test_every_network_that_learns_has_its_own_optimizer_and_schedule(tmp_path: 
     assert rates == [pytest.approx(0.0), 0.5]
 
 
+def mutual(own: torch.Tensor, others: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """DML's loss of one of K networks: cross entropy plus the mean of the divergences from the K - 1 others."""
+    p, label = own.softmax(1), F.one_hot(labels, own.shape[1])
+    divergences = [(q * (q / p).log()).sum(1).mean() for q in (other.detach().softmax(1) for other in others)]
+    return -(label * p.log()).sum(1).mean() + sum(divergences) / len(others)
+
+
 def by_hand(training: Training, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
     """DML's update as its paper has it: one network after the other, each after new predictions."""
     rate, momentum, decay = 0.01, 0.9, 5e-4
     networks = {name: copy.deepcopy(network).train() for name, network in training.learner.networks.items()}
-    for name, other in (("student", "peer"), ("peer", "student")):
+    for name in networks:
         own = networks[name](batch.images)["final"].logits
         with torch.no_grad():
-            target = networks[other](batch.images)["final"].logits.softmax(1)
-        loss = F.cross_entropy(own, batch.labels) + F.kl_div(own.log_softmax(1), target, reduction="batchmean")
+            others = [networks[other](batch.images)["final"].logits for other in networks if other != name]
+        loss = mutual(own, others, batch.labels)
         learnt = [p for p in networks[name].parameters() if p.requires_grad]
         for parameter, gradient in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
             # The first step of Nesterov's momentum.
@@ -249,14 +267,41 @@ def by_hand(training: Training, batch: Batch) -> dict[str, dict[str, torch.Tenso
     return {name: weights(network.backbone) for name, network in networks.items()}
 
 
-def test_networks_take_turns_as_in_dmls_paper(tmp_path: Path) -> None:
-    training = training_of("dml", tmp_path, "networks.peer.model=test_resnet", "schedule.sched=none")
+SMALL_PEERS = {2: ["networks.peer.model=test_resnet"]}
+SMALL_PEERS[3] = [*SMALL_PEERS[2], "networks.third.model=test_resnet"]
+
+
+def learning_together(number: int, folder: Path, *overrides: str) -> Training:
+    recipe = "dml" if number == 2 else of_the_page("Deep mutual learning of three", folder)
+    return training_of(recipe, folder, *SMALL_PEERS[number], "schedule.sched=none", *overrides)
+
+
+def test_three_networks_teach_each_other_as_in_dmls_formula(tmp_path: Path) -> None:
+    training = learning_together(3, tmp_path, "updates=simultaneous")
+    training.module.train()
+    batch = next_update(training, iter(training.loader))[0]
+    networks = training.learner.networks
+    logits = {name: network(batch.images)["final"].logits for name, network in networks.items()}
+    assert len(logits) == 3
+    wanted = {n: mutual(z, [logits[o] for o in logits if o != n], batch.labels) for n, z in logits.items()}
+    total, _ = training.module(batch)
+    torch.testing.assert_close(total, sum(wanted.values()))
+    total.backward()
+    for name, network in networks.items():
+        learnt = [p for p in network.parameters() if p.requires_grad]
+        for parameter, gradient in zip(learnt, torch.autograd.grad(wanted[name], learnt), strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_networks_take_turns_as_in_dmls_paper(number: int, tmp_path: Path) -> None:
+    training = learning_together(number, tmp_path)
     training.module.train()
     batches = next_update(training, iter(training.loader))
     wanted = by_hand(training, batches[0])
     before = {name: weights(network) for name, network in training.learner.networks.items()}
     losses, _ = train_step(training, batches)
-    assert losses.shape == (2,) and losses.isfinite().all()
+    assert losses.shape == (number,) and losses.isfinite().all()
     for name, network in training.learner.networks.items():
         found = dict(network.backbone.named_parameters())
         for parameter, tensor in found.items():
@@ -337,6 +382,38 @@ def test_a_chain_of_assistants_learns_one_after_the_other(teacher: Path, tmp_pat
     # The student is scored once it learns.
     assert seen[0].validation is None and set(seen[0].networks) == {"teacher", "assistant"}
     assert seen[1].validation is not None
+
+
+def test_each_of_two_assistants_learns_from_the_one_before(teacher: Path, tmp_path: Path) -> None:
+    small = [f"networks.{name}.model=test_resnet" for name in ("assistant", "second")]
+    recipe = of_the_page("Two teacher assistants", tmp_path)
+    training = training_of(recipe, tmp_path, f"networks.teacher.weights={teacher}", *small)
+    said, seen = {}, []
+    for name, network in training.learner.networks.items():
+        network.register_forward_hook(lambda _, __, signals, name=name: said.update({name: signals["final"].logits}))
+
+    def check(_: nn.Module, given: tuple[Batch], found: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+        name, above = [("assistant", "teacher"), ("second", "assistant"), ("student", "second")][training.phase]
+        p, q = (said[network].detach() / 4 for network in (name, above))
+        soft = 0.5 * 16 * (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
+        torch.testing.assert_close(found[0], 0.5 * F.cross_entropy(said[name], given[0].labels) + soft)
+        # Little, while the networks are new.
+        torch.testing.assert_close(found[1]["soft" if name == "student" else f"{name}-soft"], soft, rtol=1e-3, atol=0)
+        assert set(said) == {name, above}
+        seen.append(name)
+        said.clear()
+
+    training.module.register_forward_hook(check)
+    moved, before = [], {name: weights(network) for name, network in training.learner.networks.items()}
+    for event in fit(training):
+        if isinstance(event, Epoch):
+            said.clear()
+            after = {name: weights(network) for name, network in training.learner.networks.items()}
+            moved.append([name for name in after if not same(before[name], after[name])])
+            before = after
+    assert isinstance(event, Finished)
+    assert moved == [["assistant"], ["second"], ["student"]]
+    assert seen == ["assistant"] * 2 + ["second"] * 2 + ["student"] * 2
 
 
 def test_an_early_stopped_teacher_gets_a_share_of_the_epochs() -> None:
