@@ -557,15 +557,26 @@ def test_maps_of_several_teachers_weigh_by_what_their_classifiers_make_of_the_st
     maps = [torch.randn(2, width, 2, 2).double() for width in (4, 5)]
     sources = tuple(Signal(m, m.mean(dim=(2, 3)), None, classify=c) for m, c in zip(maps, classify, strict=True))
     found = loss(student, replace(sources[0], sources=sources), batch)
-    wrong, far = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
-    for k in range(2):
-        mapped = loss.adapt[k](F.avg_pool2d(student.features, 2))
-        for image in range(2):
-            wrong[k, image] = -classify[k](mapped[image].mean(dim=(1, 2))).log_softmax(0)[batch.labels[image]]
-            far[k, image] = (mapped[image] - maps[k][image]).pow(2).mean()
-    torch.testing.assert_close(found, ((1 - wrong.softmax(0)) * far).sum(0))
-    found.sum().backward()
-    assert student.features.grad.abs().sum() > 0
+    convolutions = [adapt[0].weight for adapt in loss.adapt]
+
+    def naive(constant: bool) -> torch.Tensor:
+        wrong, far = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+        pooled = student.features.reshape(2, 3, 2, 2, 2, 2).mean(dim=(3, 5))
+        for k in range(2):
+            # A new batch norm divides by the root of 1 + 1e-5.
+            mapped = torch.einsum("oc,bchw->bohw", convolutions[k][:, :, 0, 0], pooled).relu() / (1 + 1e-5) ** 0.5
+            for image in range(2):
+                wrong[k, image] = -classify[k](mapped[image].mean(dim=(1, 2))).log_softmax(0)[batch.labels[image]]
+                far[k, image] = (mapped[image] - maps[k][image]).pow(2).mean()
+        v = 1 - wrong.softmax(0)
+        return ((v.detach() if constant else v) * far).sum(0)
+
+    torch.testing.assert_close(found, naive(False))
+    learnt = [student.features, *convolutions]
+    gradients, wanted, others = (torch.autograd.grad(v.sum(), learnt) for v in (found, naive(False), naive(True)))
+    for gradient, own, other in zip(gradients, wanted, others, strict=True):
+        torch.testing.assert_close(gradient, own)
+        assert (gradient - other).abs().max() > 1e-3, "gradients pass through the weights too"
     with pytest.raises(UserError, match="two or more ends of networks"):
         ConfidentHint(3, [(4, 4)])
 
