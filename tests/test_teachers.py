@@ -186,6 +186,27 @@ def test_a_teacher_that_knows_nothing_is_refused(overrides: list[str], words: st
     assert words in str(error.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("point", ["exit1", "final"])
+def test_a_teacher_with_a_classifier_of_random_weights_is_refused(point: str, tmp_path: Path) -> None:
+    """A file in timm's own format has nothing for an exit, and this one half of what it should have at the end."""
+    model = build(Blueprint.draft(Network(exits="none"), "test_resnet", [str(n) for n in range(10)]))
+    tensors = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    if point == "final":
+        del tensors["fc.bias"]
+    save_file(tensors, tmp_path / "weights.safetensors")
+    given = [f"networks.teacher.weights={tmp_path / 'weights.safetensors'}", "networks.teacher.model=test_resnet"]
+    given += [f"losses.soft.target=teacher.{point}", "networks.teacher.head=linear"]
+    with pytest.raises(UserError) as error:
+        training_of("kd", tmp_path, *given)
+    assert str(error.value) == (
+        f"networks.teacher does not learn, but its classifier at {point} has random weights: the file has no weights for "
+        "these classes\n"
+        "  expected: weights of a network with the data set's classes\n"
+        "  fix:      --set networks.teacher.weights=CHECKPOINT, or --set networks.teacher.learns=true"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_option_names_a_run_or_a_model(teacher: Path, tmp_path: Path, sdcli: Any) -> None:
     quick = ["--dataset", "digits", "--limit-train", 32, "--limit-val", 20, "--epochs", 1, "--batch-size", 32, "-j", 0]
     result = sdcli("train", "test_resnet", *quick, "--recipe", "kd", "--teacher", teacher, "-o", tmp_path / "run")
@@ -307,6 +328,39 @@ def test_networks_take_turns_as_in_dmls_paper(number: int, tmp_path: Path) -> No
         for parameter, tensor in found.items():
             torch.testing.assert_close(tensor.data, wanted[name][parameter], rtol=1e-4, atol=1e-6)
         assert not same(before[name], network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("about", "allowed", "words"),
+    [
+        (
+            {"num_processes": 2},
+            ["dml", "updates=simultaneous"],
+            'updates = "sequential" with 2 processes\n'
+            "  expected: one process: networks that take turns leave the others without gradients to exchange\n"
+            '  fix:      --set updates="simultaneous"',
+        ),
+        (
+            {"scaler": object()},
+            ["baseline"],
+            "--precision fp16 with several networks that learn: student, peer\n"
+            "  expected: a precision without a gradient scaler, which all of them would share\n"
+            "  fix:      --precision bf16",
+        ),
+    ],
+    ids=["processes", "fp16"],
+)
+def test_what_networks_that_learn_together_cannot_do_is_refused(
+    about: dict[str, Any], allowed: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = SimpleNamespace(device="cpu", is_main_process=True, **({"num_processes": 1, "scaler": None} | about))
+    monkeypatch.setattr(preparing, "accelerator_of", lambda settings, folder: accelerator)
+    monkeypatch.setattr(preparing, "from_first", lambda accelerator, value: value)
+    monkeypatch.setattr(preparing, "open_dataset", lambda *given, **named: pytest.fail("images were read"))
+    with pytest.raises(UserError) as error:
+        training_of("dml", tmp_path, "networks.peer.model=test_resnet")
+    assert str(error.value) == words and not (tmp_path / "run").exists()
+    preparing._check_many(load_recipe(allowed[:1], allowed[1:]), accelerator)
 
 
 def test_turns_cost_a_forward_pass_more_for_each_network(tmp_path: Path) -> None:
