@@ -270,6 +270,16 @@ def test_kd_equals_hintons_formula(case):
     assert of.agrees(taught("kd", pair(of), of)[0], "total")
 
 
+def test_kl_is_a_sum_over_classes_and_not_a_mean_of_elements(case):
+    of = case("kl")
+    value = taught("kd", pair(of), of, "losses.soft.weight=1.0", "losses.soft.temperature=4.0")[1]["soft"]
+    # What nn.KLDivLoss() makes of it.
+    elements = F.kl_div((of["S"] / 4).log_softmax(1), (of["T"] / 4).softmax(1), reduction="none").mean()
+    assert of.agrees(16 * elements, "T4_T2_elementwise_mean_PITFALL")
+    assert of.agrees(value, "T4_T2")
+    assert not of.agrees(value, "T4_T2_elementwise_mean_PITFALL", scale=1e4)
+
+
 def test_takd_sums_over_classes_where_the_authors_code_takes_their_mean(case):
     of = case("takd_total_as_coded")
     total, parts = taught("takd", {"final": said(of["S"]), "assistant.final": said(of["T"]), **pair(of)}, of)
@@ -324,6 +334,91 @@ def soft_part(recipe: str, of: Case) -> float:
             return 2 * dist(student, teacher, of.batch, beta=1.0, gamma=1.0, temperature=4.0).mean().item()
 
 
+# Gradients, from the formulas written with probabilities
+
+
+def softened(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    powers = (logits / temperature).exp()
+    return powers / powers.sum(1, keepdim=True)
+
+
+def divergence(q: Tensor, p: Tensor) -> Tensor:
+    return (q * (q / p).log()).sum(1)
+
+
+def of_label(p: Tensor, labels: Tensor) -> Tensor:
+    return p[torch.arange(len(p)), labels]
+
+
+def of_others(p: Tensor, labels: Tensor) -> Tensor:
+    """The probabilities of the wrong classes, made to sum to 1."""
+    return torch.stack([torch.cat([row[:y], row[y + 1 :]]) / (1 - row[y]) for row, y in zip(p, labels, strict=True)])
+
+
+def task(logits: Tensor, labels: Tensor) -> Tensor:
+    return -of_label(softened(logits), labels).log().mean()
+
+
+def naive_dkd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    p, q = softened(s, 4), softened(t, 4)
+    pair_p, pair_q = (torch.stack([of_label(x, y), 1 - of_label(x, y)], 1) for x in (p, q))
+    apart = divergence(pair_q, pair_p) + 8 * divergence(of_others(q, y), of_others(p, y))
+    return task(s, y) + 16 * apart.mean()
+
+
+def naive_nkd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    label = -of_label(softened(t), y) * of_label(softened(s), y).log()
+    others = -(of_others(softened(t, 3), y) * of_others(softened(s, 3), y).log()).sum(1)
+    return task(s, y) + (label + 3.5 * 9 * others).mean()
+
+
+def naive_dist(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def apart(rows: Tensor, others: Tensor) -> Tensor:
+        both = [(u - u.mean(), v - v.mean()) for u, v in zip(rows, others, strict=True)]
+        return torch.stack([1 - (u @ v) / (u.norm() * v.norm() + 1e-8) for u, v in both]).mean()
+
+    p, q = softened(s, 4), softened(t, 4)
+    return task(s, y) + 2 * 16 * (apart(p, q) + apart(p.T, q.T))
+
+
+def naive_bd_kd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    p, q, p_fixed, q_fixed = softened(s), softened(t), softened(s.detach()), softened(t.detach())
+    surer = (p_fixed * p_fixed.log()).sum(1) > (q_fixed * q_fixed.log()).sum(1)
+    forward, reverse = 1 + surer.to(p), 2 - surer.to(p)
+    student = forward * divergence(q_fixed, p) + reverse * divergence(p, q_fixed)
+    return task(s, y) + student.mean() + task(t, y) + divergence(p_fixed, q).mean()
+
+
+def naive_sokd(s: Tensor, bridge: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    p, a, q = softened(s, 4), softened(bridge, 4), softened(t, 4)
+    taught_by = divergence(q, a) + divergence(p.detach(), a) + divergence(a.detach(), p)
+    return task(s, y) + task(bridge, y) + 16 * taught_by.mean()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "read", "naive"),
+    [
+        ("dkd", "dkd", {"final": "S4", "teacher.final": "T4"}, naive_dkd),
+        ("nkd", "nkd_cifar100", {"final": "S4", "teacher.final": "T4"}, naive_nkd),
+        ("dist", "dist", {"final": "S4", "teacher.final": "T4"}, naive_dist),
+        ("bd-kd", "bdkd_reconstruction", {"final": "S", "peer.final": "T"}, naive_bd_kd),
+        ("sokd", "sokd", {"final": "S", "teacher.exit1": "A", "teacher.final": "T"}, naive_sokd),
+    ],
+    ids=["dkd", "nkd", "dist", "bd-kd", "sokd"],
+)
+def test_a_recipe_has_the_gradient_of_its_formula(case, recipe, name, read, naive):
+    of = case(name)
+    logits = {point: of[vector].requires_grad_() for point, vector in read.items()}
+    total, _ = taught(recipe, {point: said(z) for point, z in logits.items()}, of)
+    total.backward()
+    learning = [point for point in logits if point != "teacher.final"]
+    wanted = naive(*logits.values(), of.batch.labels)
+    assert of.equals(total, wanted, scale=100)
+    for point, gradient in zip(learning, torch.autograd.grad(wanted, [logits[p] for p in learning]), strict=True):
+        assert of.equals(logits[point].grad, gradient, scale=10), point
+    assert all(z.grad is None for point, z in logits.items() if point not in learning)
+
+
 def test_mix_kd_equals_the_authors_code_as_a_whole(case):
     of = case("mix_kd")
     of.batch.labels = torch.tensor(of.expected["mixed_targets"], dtype=of.dtype)
@@ -347,17 +442,27 @@ def test_ca_mkd_weighs_teachers_as_the_authors_code_and_has_its_gradient(case):
     assert of.equals(gradient, 4 * ((student.detach() / 4).softmax(-1) - mixed) / 2, scale=10)
 
 
-def test_crd_equals_the_authors_code(case):
+def test_crd_equals_the_authors_code_and_remembers_what_it_has_seen(case):
     of = case("crd_memory_nce")
     loss = Crd(4, 4, torch.arange(6), negatives=3, dim=4).to(of.dtype)
+    # The vector's embeddings are those behind the linear layers.
+    for layer in (loss.embed_s, loss.embed_t):
+        nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)
     loss.memory_s, loss.memory_t = of["mem_s"], of["mem_t"]
     places = torch.tensor(of.inputs["contrast_idx"])
+    loss.others = lambda index: places[:, 1:]
+    of.batch.index = places[:, 0]
     student = loss.contrast(of["embed_s"], loss.memory_t, places, 0)
     teacher = loss.contrast(of["embed_t"], loss.memory_s, places, 1)
     # float32 divides exponentials of up to a million.
     assert of.equals(student.mean(), of.expected["loss_s"], scale=100)
     assert of.equals(teacher.mean(), of.expected["loss_t"], scale=100)
     assert loss.z.tolist() == pytest.approx([of.expected["Z_s"], of.expected["Z_t"]], rel=1e-5)
+    assert of.equals(loss(of["embed_s"], of["embed_t"], of.batch).mean(), of.expected["total"], scale=100)
+    assert of.agrees(loss.memory_s[:2], "updated_mem_s_rows")
+    assert torch.equal(loss.memory_s[2:], of["mem_s"][2:]) and torch.equal(loss.memory_t[2:], of["mem_t"][2:])
+    # Both are of length 1, so that half of each has the direction of their sum.
+    assert of.equals(loss.memory_t[:2], F.normalize(of["mem_t"][:2] + of["embed_t"], dim=1))
 
 
 def test_crd_draws_negatives_of_other_classes_and_remembers_what_it_has_seen():

@@ -7,7 +7,9 @@ import inspect
 import json
 import re
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +35,7 @@ from sdcli.network.signals import Signal
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Network, Prune
 from sdcli.run import prepare as preparing
-from sdcli.run.events import Finished, Step, Stopped
+from sdcli.run.events import Epoch, Finished, Step, Stopped
 from sdcli.run.prepare import prepare
 from sdcli.run.resume import resume, resumed
 from sdcli.run.settings import Settings
@@ -59,6 +61,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def training_of(name: str, folder: Path, *overrides: str, **changed: Any) -> Training:
     return prepare(settings(**changed), load_recipe([name], [*SHORT, *overrides]), folder / "run")
+
+
+def of_the_page(title: str, folder: Path) -> str:
+    """The recipe of docs/teachers.md that has this title, as a file."""
+    page = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    start = page.index(f'    title = "{title}"')
+    indented = takewhile(lambda line: line.startswith("    ") or not line, page[start:].splitlines())
+    (folder / "recipe.toml").write_text(dedent("\n".join(indented)), encoding="utf-8")
+    return str(folder / "recipe.toml")
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -182,6 +193,27 @@ def test_a_teacher_that_knows_nothing_is_refused(overrides: list[str], words: st
     assert words in str(error.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("point", ["exit1", "final"])
+def test_a_teacher_with_a_classifier_of_random_weights_is_refused(point: str, tmp_path: Path) -> None:
+    """A file in timm's own format has nothing for an exit, and this one half of what it should have at the end."""
+    model = build(Blueprint.draft(Network(exits="none"), "test_resnet", [str(n) for n in range(10)]))
+    tensors = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    if point == "final":
+        del tensors["fc.bias"]
+    save_file(tensors, tmp_path / "weights.safetensors")
+    given = [f"networks.teacher.weights={tmp_path / 'weights.safetensors'}", "networks.teacher.model=test_resnet"]
+    given += [f"losses.soft.target=teacher.{point}", "networks.teacher.head=linear"]
+    with pytest.raises(UserError) as error:
+        training_of("kd", tmp_path, *given)
+    assert str(error.value) == (
+        f"networks.teacher does not learn, but its classifier at {point} has random weights: the file has no weights for "
+        "these classes\n"
+        "  expected: weights of a network with the data set's classes\n"
+        "  fix:      --set networks.teacher.weights=CHECKPOINT, or --set networks.teacher.learns=true"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_option_names_a_run_or_a_model(teacher: Path, tmp_path: Path, sdcli: Any) -> None:
     quick = ["--dataset", "digits", "--limit-train", 32, "--limit-val", 20, "--epochs", 1, "--batch-size", 32, "-j", 0]
     result = sdcli("train", "test_resnet", *quick, "--recipe", "kd", "--teacher", teacher, "-o", tmp_path / "run")
@@ -284,15 +316,22 @@ def test_every_network_that_learns_has_its_own_optimizer_and_schedule(tmp_path: 
     assert rates == [pytest.approx(0.0), 0.5]
 
 
+def mutual(own: torch.Tensor, others: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """DML's loss of one of K networks: cross entropy plus the mean of the divergences from the K - 1 others."""
+    p, label = own.softmax(1), F.one_hot(labels, own.shape[1])
+    divergences = [(q * (q / p).log()).sum(1).mean() for q in (other.detach().softmax(1) for other in others)]
+    return -(label * p.log()).sum(1).mean() + sum(divergences) / len(others)
+
+
 def by_hand(training: Training, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
     """DML's update as its paper has it: one network after the other, each after new predictions."""
     rate, momentum, decay = 0.01, 0.9, 5e-4
     networks = {name: copy.deepcopy(network).train() for name, network in training.learner.networks.items()}
-    for name, other in (("student", "peer"), ("peer", "student")):
+    for name in networks:
         own = networks[name](batch.images)["final"].logits
         with torch.no_grad():
-            target = networks[other](batch.images)["final"].logits.softmax(1)
-        loss = F.cross_entropy(own, batch.labels) + F.kl_div(own.log_softmax(1), target, reduction="batchmean")
+            others = [networks[other](batch.images)["final"].logits for other in networks if other != name]
+        loss = mutual(own, others, batch.labels)
         learnt = [p for p in networks[name].parameters() if p.requires_grad]
         for parameter, gradient in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
             # The first step of Nesterov's momentum.
@@ -301,19 +340,79 @@ def by_hand(training: Training, batch: Batch) -> dict[str, dict[str, torch.Tenso
     return {name: weights(network.backbone) for name, network in networks.items()}
 
 
-def test_networks_take_turns_as_in_dmls_paper(tmp_path: Path) -> None:
-    training = training_of("dml", tmp_path, "networks.peer.model=test_resnet", "schedule.sched=none")
+SMALL_PEERS = {2: ["networks.peer.model=test_resnet"]}
+SMALL_PEERS[3] = [*SMALL_PEERS[2], "networks.third.model=test_resnet"]
+
+
+def learning_together(number: int, folder: Path, *overrides: str) -> Training:
+    recipe = "dml" if number == 2 else of_the_page("Deep mutual learning of three", folder)
+    return training_of(recipe, folder, *SMALL_PEERS[number], "schedule.sched=none", *overrides)
+
+
+def test_three_networks_teach_each_other_as_in_dmls_formula(tmp_path: Path) -> None:
+    training = learning_together(3, tmp_path, "updates=simultaneous")
+    training.module.train()
+    batch = next_update(training, iter(training.loader))[0]
+    networks = training.learner.networks
+    logits = {name: network(batch.images)["final"].logits for name, network in networks.items()}
+    assert len(logits) == 3
+    wanted = {n: mutual(z, [logits[o] for o in logits if o != n], batch.labels) for n, z in logits.items()}
+    total, _ = training.module(batch)
+    torch.testing.assert_close(total, sum(wanted.values()))
+    total.backward()
+    for name, network in networks.items():
+        learnt = [p for p in network.parameters() if p.requires_grad]
+        for parameter, gradient in zip(learnt, torch.autograd.grad(wanted[name], learnt), strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_networks_take_turns_as_in_dmls_paper(number: int, tmp_path: Path) -> None:
+    training = learning_together(number, tmp_path)
     training.module.train()
     batches = next_update(training, iter(training.loader))
     wanted = by_hand(training, batches[0])
     before = {name: weights(network) for name, network in training.learner.networks.items()}
     losses, _ = train_step(training, batches)
-    assert losses.shape == (2,) and losses.isfinite().all()
+    assert losses.shape == (number,) and losses.isfinite().all()
     for name, network in training.learner.networks.items():
         found = dict(network.backbone.named_parameters())
         for parameter, tensor in found.items():
             torch.testing.assert_close(tensor.data, wanted[name][parameter], rtol=1e-4, atol=1e-6)
         assert not same(before[name], network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("about", "allowed", "words"),
+    [
+        (
+            {"num_processes": 2},
+            ["dml", "updates=simultaneous"],
+            'updates = "sequential" with 2 processes\n'
+            "  expected: one process: networks that take turns leave the others without gradients to exchange\n"
+            '  fix:      --set updates="simultaneous"',
+        ),
+        (
+            {"scaler": object()},
+            ["baseline"],
+            "--precision fp16 with several networks that learn: student, peer\n"
+            "  expected: a precision without a gradient scaler, which all of them would share\n"
+            "  fix:      --precision bf16",
+        ),
+    ],
+    ids=["processes", "fp16"],
+)
+def test_what_networks_that_learn_together_cannot_do_is_refused(
+    about: dict[str, Any], allowed: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = SimpleNamespace(device="cpu", is_main_process=True, **({"num_processes": 1, "scaler": None} | about))
+    monkeypatch.setattr(preparing, "accelerator_of", lambda settings, folder: accelerator)
+    monkeypatch.setattr(preparing, "from_first", lambda accelerator, value: value)
+    monkeypatch.setattr(preparing, "open_dataset", lambda *given, **named: pytest.fail("images were read"))
+    with pytest.raises(UserError) as error:
+        training_of("dml", tmp_path, "networks.peer.model=test_resnet")
+    assert str(error.value) == words and not (tmp_path / "run").exists()
+    preparing._check_many(load_recipe(allowed[:1], allowed[1:]), accelerator)
 
 
 def test_turns_cost_a_forward_pass_more_for_each_network(tmp_path: Path) -> None:
@@ -389,6 +488,38 @@ def test_a_chain_of_assistants_learns_one_after_the_other(teacher: Path, tmp_pat
     # The student is scored once it learns.
     assert seen[0].validation is None and set(seen[0].networks) == {"teacher", "assistant"}
     assert seen[1].validation is not None
+
+
+def test_each_of_two_assistants_learns_from_the_one_before(teacher: Path, tmp_path: Path) -> None:
+    small = [f"networks.{name}.model=test_resnet" for name in ("assistant", "second")]
+    recipe = of_the_page("Two teacher assistants", tmp_path)
+    training = training_of(recipe, tmp_path, f"networks.teacher.weights={teacher}", *small)
+    said, seen = {}, []
+    for name, network in training.learner.networks.items():
+        network.register_forward_hook(lambda _, __, signals, name=name: said.update({name: signals["final"].logits}))
+
+    def check(_: nn.Module, given: tuple[Batch], found: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+        name, above = [("assistant", "teacher"), ("second", "assistant"), ("student", "second")][training.phase]
+        p, q = (said[network].detach() / 4 for network in (name, above))
+        soft = 0.5 * 16 * (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
+        torch.testing.assert_close(found[0], 0.5 * F.cross_entropy(said[name], given[0].labels) + soft)
+        # Little, while the networks are new.
+        torch.testing.assert_close(found[1]["soft" if name == "student" else f"{name}-soft"], soft, rtol=1e-3, atol=0)
+        assert set(said) == {name, above}
+        seen.append(name)
+        said.clear()
+
+    training.module.register_forward_hook(check)
+    moved, before = [], {name: weights(network) for name, network in training.learner.networks.items()}
+    for event in fit(training):
+        if isinstance(event, Epoch):
+            said.clear()
+            after = {name: weights(network) for name, network in training.learner.networks.items()}
+            moved.append([name for name in after if not same(before[name], after[name])])
+            before = after
+    assert isinstance(event, Finished)
+    assert moved == [["assistant"], ["second"], ["student"]]
+    assert seen == ["assistant"] * 2 + ["second"] * 2 + ["student"] * 2
 
 
 def test_an_early_stopped_teacher_gets_a_share_of_the_epochs() -> None:
@@ -545,15 +676,26 @@ def test_maps_of_several_teachers_weigh_by_what_their_classifiers_make_of_the_st
     maps = [torch.randn(2, width, 2, 2).double() for width in (4, 5)]
     sources = tuple(Signal(m, m.mean(dim=(2, 3)), None, classify=c) for m, c in zip(maps, classify, strict=True))
     found = loss(student, replace(sources[0], sources=sources), batch)
-    wrong, far = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
-    for k in range(2):
-        mapped = loss.adapt[k](F.avg_pool2d(student.features, 2))
-        for image in range(2):
-            wrong[k, image] = -classify[k](mapped[image].mean(dim=(1, 2))).log_softmax(0)[batch.labels[image]]
-            far[k, image] = (mapped[image] - maps[k][image]).pow(2).mean()
-    torch.testing.assert_close(found, ((1 - wrong.softmax(0)) * far).sum(0))
-    found.sum().backward()
-    assert student.features.grad.abs().sum() > 0
+    convolutions = [adapt[0].weight for adapt in loss.adapt]
+
+    def naive(constant: bool) -> torch.Tensor:
+        wrong, far = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+        pooled = student.features.reshape(2, 3, 2, 2, 2, 2).mean(dim=(3, 5))
+        for k in range(2):
+            # A new batch norm divides by the root of 1 + 1e-5.
+            mapped = torch.einsum("oc,bchw->bohw", convolutions[k][:, :, 0, 0], pooled).relu() / (1 + 1e-5) ** 0.5
+            for image in range(2):
+                wrong[k, image] = -classify[k](mapped[image].mean(dim=(1, 2))).log_softmax(0)[batch.labels[image]]
+                far[k, image] = (mapped[image] - maps[k][image]).pow(2).mean()
+        v = 1 - wrong.softmax(0)
+        return ((v.detach() if constant else v) * far).sum(0)
+
+    torch.testing.assert_close(found, naive(False))
+    learnt = [student.features, *convolutions]
+    gradients, wanted, others = (torch.autograd.grad(v.sum(), learnt) for v in (found, naive(False), naive(True)))
+    for gradient, own, other in zip(gradients, wanted, others, strict=True):
+        torch.testing.assert_close(gradient, own)
+        assert (gradient - other).abs().max() > 1e-3, "gradients pass through the weights too"
     with pytest.raises(UserError, match="two or more ends of networks"):
         ConfidentHint(3, [(4, 4)])
 

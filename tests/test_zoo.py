@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,8 +27,10 @@ from sdcli.network.multi_exit import build
 from sdcli.network.weights import load_weights, rebuild
 from sdcli.recipe.load import load_recipe
 from sdcli.recipe.schema import Network
+from sdcli.run.events import Stopped
 from sdcli.run.prepare import prepare
 from sdcli.run.resume import resume, resumed
+from sdcli.run.state import load_state
 from sdcli.run.train import fit
 from sdcli.zoo import NAMES
 from sdcli.zoo.public import renamed
@@ -259,19 +262,35 @@ def test_the_networks_train_on_photos_of_cifar(name: str, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "report.json").exists()
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20_half", "cifar_squeezenet"])
+def trained_twice(name: str, folder: Path, *overrides: str) -> Path:
+    """The checkpoint of a run, once another that was stopped and resumed has ended with the same bits."""
+    settings = replace(QUICK, model=name, limit_train=8, limit_val=10)
+    recipe = load_recipe(["quick"], ["batch.size=4", "epochs=2", *overrides])
+    finish(prepare(settings, recipe, folder / "whole"))
+    # An epoch asks after two updates and three scored batches: this is between the updates of the second.
+    assert isinstance(list(fit(prepare(settings, recipe, folder / "parts"), after(6)))[-1], Stopped)
+    assert load_state(folder / "parts" / "state" / "last.pt")["position"]["update"] == 1
+    finish(resume(folder / "parts", *resumed(folder / "parts", {}, None, [])))
+    assert same(folder / "whole", folder / "parts")
+    return folder / "whole" / "last.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet8", "cifar_wrn_16_2", "cifar_vgg8_bn", "cifar_mobilenetv2_050", "cifar_shufflenetv1"]
+)
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
-    settings = replace(QUICK, model=name, limit_train=48)
-    recipe = load_recipe(["quick"], ["batch.size=24", "epochs=2"])
-    finish(prepare(settings, recipe, tmp_path / "whole"))
-    list(fit(prepare(settings, recipe, tmp_path / "parts"), after(3)))
-    finish(resume(tmp_path / "parts", *resumed(tmp_path / "parts", {}, None, [])))
-    assert same(tmp_path / "whole", tmp_path / "parts")
-    network, about = rebuild(tmp_path / "whole" / "last.safetensors")
-    assert about.blueprint.architecture.model == name
-    assert network.eval()(torch.zeros(1, 3, 8, 8))["final"].logits is not None
-    exported = export(tmp_path / "whole" / "last.safetensors", "timm", "final", tmp_path / "out")
-    assert "import sdcli.zoo" in exported.usage
+    # One of each family; most of the time of a short run is the planning of its exits.
+    path = trained_twice(name, tmp_path, "networks.student.exits=1")
+    assert "import sdcli.zoo" in export(path, "timm", "final", tmp_path / "out").usage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_is_trained_stopped_resumed_exported_and_loaded(name: str, tmp_path: Path) -> None:
+    path = trained_twice(name, tmp_path)
+    card_agrees(name, path, 8, tmp_path)
+    # Gigabytes, for all of them.
+    shutil.rmtree(tmp_path)
 
 
 # Export
@@ -287,31 +306,36 @@ def saved(folder: Path, name: str, **table: object) -> Path:
     return folder / f"{name}.safetensors"
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_mobilenetv2_050"])
-def test_timms_folder_is_loaded_by_the_cards_snippet(name: str, tmp_path: Path) -> None:
-    table = {"model_args": {"shortcut": "project"}} if name == "cifar_resnet20" else {}
-    path = saved(tmp_path, name, **table)
-    exported = export(path, "timm", "final", tmp_path / "out")
+def card_agrees(name: str, path: Path, size: int, folder: Path) -> None:
+    """A checkpoint's timm folder, loaded in a fresh process by the snippet on its card, answers as the network does."""
+    exported = export(path, "timm", "final", folder / "out")
     assert exported.usage.startswith("import sdcli.zoo; model = timm.create_model(")
     card = (exported.output / "README.md").read_text(encoding="utf-8")
     assert f"{name} of sdcli, which registers it with timm" in card
     snippet = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(exported.output))
-    images = torch.randn(2, 3, 32, 32)
-    save_file({"images": images}, tmp_path / "images.safetensors")
+    images = torch.randn(2, 3, size, size)
+    save_file({"images": images}, folder / "images.safetensors")
     snippet += f"""
 import torch
 from safetensors.torch import load_file, save_file
 with torch.no_grad():
-    save_file({{"logits": model(load_file("{tmp_path}/images.safetensors")["images"])}}, "{tmp_path}/logits.safetensors")
+    save_file({{"logits": model(load_file("{folder}/images.safetensors")["images"])}}, "{folder}/logits.safetensors")
 import sys
 assert not {{"sdcli.network", "sdcli.cli", "datasets"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", snippet], check=True, cwd=ROOT)
-    network = rebuild(path)[0].eval()
+    network, about = rebuild(path)
+    assert about.blueprint.architecture.model == name
+    network.eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            load_file(tmp_path / "logits.safetensors")["logits"], network(images)["final"].logits
-        )
+        torch.testing.assert_close(load_file(folder / "logits.safetensors")["logits"], network(images)["final"].logits)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_mobilenetv2_050"])
+def test_timms_folder_is_loaded_by_the_cards_snippet(name: str, tmp_path: Path) -> None:
+    table = {"model_args": {"shortcut": "project"}} if name == "cifar_resnet20" else {}
+    path = saved(tmp_path, name, **table)
+    card_agrees(name, path, 32, tmp_path)
 
 
 # Weights of public repositories
