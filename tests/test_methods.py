@@ -216,7 +216,7 @@ def test_a_tap_without_a_head_is_compared_and_not_scored(tmp_path: Path) -> None
         prepare(settings("convnet"), load_recipe(["byot"], ["networks.student.head=none"]), tmp_path / "x")
     assert str(error.value) == (
         "losses.exits compares predictions, but exit1 has no classifier\n"
-        "  expected: a point with a head\n"
+        "  expected: a point with a head; a network that is trained already has those of its checkpoint\n"
         "  fix:      --set networks.student.head=auto"
     )
 

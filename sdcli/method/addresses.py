@@ -108,7 +108,7 @@ class Addresses:
                 network = Address.parse(name).network
                 raise UserError(
                     f"{key} compares predictions, but {name} has no classifier",
-                    "a point with a head",
+                    "a point with a head; a network that is trained already has those of its checkpoint",
                     f"--set networks.{network}.head=auto",
                     key=key,
                 )
