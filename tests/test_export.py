@@ -43,7 +43,7 @@ from sdcli.network.blueprint import Blueprint
 from sdcli.network.calibration import Calibration, OperatingPoint, Promise
 from sdcli.network.checkpoint import Description, TrainedOn, load_checkpoint, save_checkpoint
 from sdcli.network.multi_exit import MultiExit, build
-from sdcli.network.policies import POLICIES, Policy
+from sdcli.network.policies import POLICIES, Policy, decide
 from sdcli.network.weights import rebuild
 from sdcli.recipe.schema import Network
 
@@ -214,9 +214,27 @@ def test_the_runner_was_compared_with_the_checkpoints_policy_and_one_that_uses_a
     assert len(staged.routed) == 4
     for row in staged.routed:
         assert row.same + row.near >= row.num_images and sum(row.shares.values()) == pytest.approx(1)
-    assert set(staged.routed[0].shares) == {"exit1", "exit2", "exit3", "final"}
+    for row in staged.routed[::2]:
+        assert row.policy == "a third of the rest at each exit"
+        assert list(row.shares) == ["exit1", "exit2", "exit3", "final"]
+        assert all(row.shares.values()), "every exit is used"
+        assert row.near <= row.num_images // 8
     assert set(staged.routed[1].shares) == {"exit1", "exit3", "final"}
-    assert all(len([share for share in row.shares.values() if share]) > 1 for row in staged.routed[::2])
+
+
+def test_a_third_of_those_that_reach_an_exit_leave_there():
+    generator = torch.Generator().manual_seed(0)
+    # The surest at one exit are the surest at all of them: a third of all images would leave no one to later exits.
+    sure = torch.linspace(0, 6, 48)[torch.randperm(48, generator=generator)].view(-1, 1)
+    exits = ("exit1", "exit2", "exit3")
+    logits = {point: sure * torch.eye(5)[0] + 0.01 * place for place, point in enumerate((*exits, "final"))}
+    policy = routed._spread(Policy({}), exits, logits)
+    decided = decide(policy, logits)
+    counts, left = torch.bincount(decided.exits, minlength=4).tolist(), 48
+    for count in counts[:3]:
+        assert 1 / 4 <= count / left <= 5 / 12
+        left -= count
+    assert not routed._near(policy, logits, 1e-6)[decided.exits < 3].any()
 
 
 @pytest.mark.parametrize("agreement", [False, True])
@@ -237,6 +255,8 @@ def test_the_runner_routes_every_policy_as_the_network(staged, resnet, kind, agr
         section["asked"] = exit == "final" or exit in policy.exits
     found = routed._compare(job, runner, kind, policy, "noise", images, logits, 2e-6)
     assert found.same == 40 and found.near < 4
+    # Nothing comes before the first exit with which it could agree, and untrained exits agree on little.
+    assert agreement or all(found.shares.values())
     answers, _ = runner.route(images.numpy())
     np.testing.assert_allclose(answers, network.route(images, policy).answers, rtol=1e-4, atol=1e-4)
 
