@@ -343,6 +343,28 @@ def test_malformed_manifests_and_images_give_one_message(staged, tmp_path, capsy
     assert started(folder, capsys, monkeypatch, image)[0] == 2
 
 
+def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(staged, tmp_path, capsys, monkeypatch):
+    names = ["first.png", "cut.png", "photos", "none.png", "last.png"]
+    first, cut, folder, none, last = files = [tmp_path / name for name in names]
+    noise(0).save(first)
+    noise(1).save(last)
+    cut.write_bytes(first.read_bytes()[:60])
+    folder.mkdir()
+    code, out, err = started(staged.output, capsys, monkeypatch, *files)
+    assert code == 2
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(first), str(last)]
+    lines = err.splitlines()
+    assert [line.split("'")[1] for line in lines] == [str(cut), str(folder), str(none)]
+    assert lines[1] == f"error: '{folder}': it is a folder; name the images in it"
+    assert "No such file" in lines[2]
+
+
+@pytest.mark.parametrize("words", [(), ("--threshold",), ("--threshold", "0.5"), ("--help",)])
+def test_the_runner_without_images_says_how_it_is_used(staged, capsys, monkeypatch, words):
+    found = started(staged.output, capsys, monkeypatch, *words)
+    assert found == (2, "", "usage: python run.py [--threshold SHARE] IMAGE...\n")
+
+
 def test_a_threshold_is_for_all_exits(staged, tmp_path, capsys, monkeypatch):
     noise(0).save(tmp_path / "image.png")
     for threshold, exit in ((0.0, "exit1"), (2.0, "final")):
