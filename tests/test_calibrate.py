@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdcli.cli import main
+from sdcli.cli.scores import _duration
+from sdcli.cli.tables import trade_off_table
 from sdcli.errors import UserError
 from sdcli.evaluation.calibrate import Goal, calibrate, choose, losses, temperature_of
 from sdcli.evaluation.metrics import auroc
@@ -25,7 +28,8 @@ from sdcli.evaluation.promise import betting, bound_of, clopper_pearson, fixed_s
 from sdcli.evaluation.search import Costs, best_policy
 from sdcli.evaluation.thresholds import Exits, Setting, area, frontier, geometric, lagrangian, measure
 from sdcli.network.blueprint import Blueprint
-from sdcli.network.checkpoint import load_checkpoint
+from sdcli.network.checkpoint import Description, TrainedOn, load_checkpoint, save_checkpoint
+from sdcli.network.multi_exit import build
 from sdcli.network.policies import decide
 from sdcli.recipe.schema import Network
 
@@ -306,6 +310,16 @@ def test_too_few_images_are_refused(blueprint):
         calibrate(population(19), blueprint, EXITS, Goal(budget=0.5), data="")
 
 
+def test_the_table_of_trade_offs_has_exits_in_order_and_no_row_twice(blueprint):
+    found = calibrate(population(400), blueprint, EXITS, Goal(budget=0.9), data="", kind="confidence", agreement=False)
+    plain = found.trade_offs[-1]
+    one = replace(plain, thresholds={"exit2": 0.5}, shares={"exit10": 0.3, "exit2": 0.2, "final": 0.5}, chosen=False)
+    same = replace(one, thresholds={"exit2": 0.6}, chosen=True)
+    table = trade_off_table(replace(found, trade_offs=(one, same, plain)), 0.9, change=False)
+    assert [column.header for column in table.columns][-3:] == ["exit2", "exit10", "final"]
+    assert list(table.columns[0].cells) == (["→", "→"] if plain.chosen else ["→", ""])
+
+
 # The command
 
 
@@ -345,6 +359,9 @@ def test_calibrate_writes_policy_and_promise_beside_the_same_tensors(sdcli, run)
         in result.out
     )
     assert promised == (calibration.promise is not None)
+    tried = next(line for line in result.out.splitlines() if line.startswith("Policies tried"))
+    assert f" {calibration.policy.kind}" in tried.split(", taken")[0]
+    assert all(name in tried for name in ("ensemble", "confidence", "margin", "entropy"))
     assert "test split" not in result.out and f"stored in {path}" in result.err
 
 
@@ -389,6 +406,10 @@ def test_early_exit_is_scored_beside_the_exits_as_calibrated(sdcli, run):
     assert "\n| early exit | " in sdcli("eval", run, "--dynamic", "--markdown").out
 
 
+def test_short_times_are_in_milliseconds():
+    assert [_duration(seconds) for seconds in (12.34, 0.25, 0.0304, 0.0004)] == ["12.3 s", "250 ms", "30 ms", "0.4 ms"]
+
+
 def test_a_budget_of_eval_chooses_among_the_settings(sdcli, run):
     assert sdcli("calibrate", run, "--max-drop", "100", "--no-guarantee").code == 0
     curve = load_checkpoint(run / "best.safetensors")[1].early_exit.curve
@@ -396,7 +417,8 @@ def test_a_budget_of_eval_chooses_among_the_settings(sdcli, run):
     assert scored["early_exit"]["result"]["speedup"] == pytest.approx(1.0)
     refused(
         sdcli("eval", run, "--dynamic", "--budget", "0.001"),
-        f"a budget of 0.001 cannot be met\n  expected: {math.ceil(1000 * curve[0].cost) / 1000:g} or more",
+        f"a budget of 0.001 cannot be met\n  expected: {math.ceil(1000 * curve[0].cost) / 1000:g} or more"
+        "\n  fix:      a larger budget, one exit alone (sdcli predict --exit), or exits with a cheaper head (--head linear)",
     )
 
 
@@ -410,6 +432,70 @@ def test_photos_without_labels_are_enough_for_consistency(sdcli, run, tmp_path):
     result = sdcli("calibrate", run, "--consistency", "--dataset", photos, "--max-drop", "50")
     assert result.code == 0, result.err
     assert load_checkpoint(run / "best.safetensors")[1].early_exit.num_images == 40
+
+
+def save_noise(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+def test_photos_that_cannot_be_read_are_all_named_and_left_out(sdcli, run, tmp_path):
+    photos = save_noise(tmp_path / "photos", 30)
+    (photos / "03.png").write_bytes((photos / "03.png").read_bytes()[:60])
+    (photos / "11.png").write_bytes(b"")
+    result = sdcli("calibrate", run, "--consistency", "--dataset", photos, "--max-drop", "50")
+    assert result.code == 0, result.err
+    assert "note: left out 2 images that cannot be read" in result.err
+    assert f"'{photos}/03.png'" in result.err and f"'{photos}/11.png'" in result.err
+    calibration = load_checkpoint(run / "best.safetensors")[1].early_exit
+    assert (calibration.num_images, calibration.data) == (28, "photos (validation)")
+
+
+def test_few_photos_ask_for_more_photos(sdcli, run, tmp_path):
+    photos = save_noise(tmp_path / "photos", 12)
+    refused(
+        sdcli("calibrate", run, "--consistency", "--dataset", photos),
+        "only 12 held-out images\n"
+        "  expected: at least 20, and some thousands for a useful promise\n"
+        f"  fix:      add images to '{photos}'",
+    )
+
+
+def test_photos_without_classes_need_consistency(sdcli, run, tmp_path):
+    photos = save_noise(tmp_path / "photos", 2)
+    refused(
+        sdcli("calibrate", run, "--max-drop", "1", "--dataset", photos),
+        f"'{photos}' has no class folders, and right answers cannot be counted without labels\n"
+        "  expected: images sorted into val/CLASS/\n"
+        "  fix:      --consistency, which limits the share of answers that change and needs no labels",
+    )
+
+
+@pytest.mark.parametrize("words", [("calibrate",), ("eval", "--dynamic")])
+def test_a_network_without_exits_is_refused_with_what_to_train(sdcli, tmp_path, words):
+    path = tmp_path / "best.safetensors"
+    blueprint = Blueprint.draft(Network(exits="none"), "test_resnet", [str(n) for n in range(10)], image_size=32)
+    about = Description(blueprint, TrainedOn("digits", "digits", 0.1, 42), {}, 1)
+    save_checkpoint(path, build(blueprint).state_dict(), about)
+    command, *options = words
+    refused(
+        sdcli(command, path, *options),
+        f"'{path}' has no exits: images cannot leave it early\n"
+        "  expected: a network that was trained with exits\n"
+        "  fix:      train one with a recipe that has exits, such as --recipe default",
+    )
+    benched = sdcli("bench", path, "--batch-size", "1", "--seconds", "0")
+    assert "early exit is left out: the network has no exits; a recipe such as default trains them" in benched.err
+    image = save_noise(tmp_path / "photos", 1)
+    refused(
+        sdcli("predict", path, image, "--ensemble"),
+        "an ensemble without effect: the network has no exit but final\n"
+        "  expected: a network with exits\n"
+        "  fix:      leave it out",
+    )
 
 
 def test_a_run_that_trained_on_everything_cannot_be_calibrated(sdcli, tmp_path):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.evaluation.latency import Latency
 from sdcli.evaluation.metrics import auroc, confidence_and_correct, ece
 from sdcli.evaluation.outputs import Outputs
@@ -123,12 +123,7 @@ def calibrate(
     `latencies` are needed for a goal in milliseconds. Raises UserError for a budget below the cheapest exit, and for
     fewer than 20 images.
     """
-    if len(outputs) < LEAST_IMAGES:
-        raise UserError(
-            f"only {len(outputs)} held-out images",
-            f"at least {LEAST_IMAGES}, and some thousands for a useful promise",
-            "hold out more images with --val-fraction when training",
-        )
+    check_enough(len(outputs), "hold out more images with --val-fraction when training")
     if goal.loss == "change":
         # The plain network's answers take the place of the labels.
         outputs = replace(outputs, labels=outputs.logits[FINAL].argmax(dim=1))
@@ -157,6 +152,16 @@ def calibrate(
         tried,
         tuple(notes),
     )
+
+
+def check_enough(num: int, fix: str) -> None:
+    """Raises UserError, with this fix, for too few images to calibrate on."""
+    if num < LEAST_IMAGES:
+        raise UserError(
+            f"only {counted(num, 'held-out image')}",
+            f"at least {LEAST_IMAGES}, and some thousands for a useful promise",
+            fix,
+        )
 
 
 def temperature_of(logits: Tensor, labels: Tensor) -> float:
