@@ -131,7 +131,7 @@ def test_compiled_networks_stand_beside_eager_ones(sdcli: Command, monkeypatch: 
     [
         (
             ["nothing/here"],
-            "checkpoint 'nothing/here' does not exist\n  expected: a .safetensors file, such as RUN/best.safetensors",
+            "checkpoint 'nothing/here' does not exist\n  expected: a run folder, or a file such as RUN/best.safetensors",
         ),
         (
             ["test_resnet", "--batch-size", "1,many"],

@@ -99,7 +99,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(saved):
 def test_a_missing_checkpoint_is_named(tmp_path):
     assert message(tmp_path / "no.safetensors") == (
         f"checkpoint '{tmp_path / 'no.safetensors'}' does not exist\n"
-        "  expected: a .safetensors file, such as RUN/best.safetensors"
+        "  expected: a run folder, or a file such as RUN/best.safetensors"
     )
 
 

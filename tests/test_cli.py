@@ -140,6 +140,17 @@ def test_eval_of_a_run_takes_its_best_checkpoint_else_the_last_one(trained, tmp_
 def test_a_run_without_a_checkpoint_cannot_be_scored(trained, tmp_path, sdcli):
     expected = "\n  expected: a run folder with best.safetensors or last.safetensors, or a checkpoint file"
     refused(sdcli("eval", tmp_path), f"'{tmp_path}' has no checkpoint{expected}")
+    several = tmp_path / "runs"
+    for name in ("second", "first"):
+        (several / name).mkdir(parents=True)
+        (several / name / "last.safetensors").write_bytes(b"")
+    for command in ("eval", "report"):
+        refused(
+            sdcli(command, several),
+            f"'{several}' is no run folder: it holds 2 runs\n"
+            "  expected: one of them: first, second\n"
+            f"  fix:      name one, such as {several}/first",
+        )
     (tmp_path / "run.json").write_bytes((trained / "run.json").read_bytes())
     refused(
         sdcli("eval", tmp_path),
@@ -419,7 +430,7 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
          "losses.exits, losses.soft, losses.hint\n  fix:      did you mean 'losses.hint'?"),
         (["--pretrained", "--weights", "x.safetensors"], "--pretrained and --weights exclude each other\n  expected: one of them"),
         (["--weights", "no.safetensors"], "--weights no.safetensors: networks.student.weights: checkpoint 'no.safetensors' does not "
-         "exist\n  expected: a .safetensors file, such as RUN/best.safetensors"),
+         "exist\n  expected: a run folder, or a file such as RUN/best.safetensors"),
         (["--exits", "5000"], "test_resnet cannot be cut into 5000 stages\n  expected: between 1 and 5\n  fix:      --exits 5"),
         (["--exits", "layer1,layer2,layer1"], "exits: 'layer1' is named 2 times\n"
          "  expected: each module once"),

@@ -635,7 +635,7 @@ def test_the_confusion_matrix_is_drawn_in_every_format(ending, sdcli, tmp_path):
         (
             ("--against", "nowhere.safetensors"),
             "checkpoint 'nowhere.safetensors' does not exist\n"
-            "  expected: a .safetensors file, such as RUN/best.safetensors",
+            "  expected: a run folder, or a file such as RUN/best.safetensors",
         ),
     ],
 )

@@ -43,7 +43,7 @@ from sdcli.network.blueprint import Blueprint
 from sdcli.network.calibration import Calibration, OperatingPoint, Promise
 from sdcli.network.checkpoint import Description, TrainedOn, load_checkpoint, save_checkpoint
 from sdcli.network.multi_exit import MultiExit, build
-from sdcli.network.policies import POLICIES, Policy
+from sdcli.network.policies import POLICIES, Policy, decide
 from sdcli.network.weights import rebuild
 from sdcli.recipe.schema import Network
 
@@ -214,9 +214,27 @@ def test_the_runner_was_compared_with_the_checkpoints_policy_and_one_that_uses_a
     assert len(staged.routed) == 4
     for row in staged.routed:
         assert row.same + row.near >= row.num_images and sum(row.shares.values()) == pytest.approx(1)
-    assert set(staged.routed[0].shares) == {"exit1", "exit2", "exit3", "final"}
+    for row in staged.routed[::2]:
+        assert row.policy == "a third of the rest at each exit"
+        assert list(row.shares) == ["exit1", "exit2", "exit3", "final"]
+        assert all(row.shares.values()), "every exit is used"
+        assert row.near <= row.num_images // 8
     assert set(staged.routed[1].shares) == {"exit1", "exit3", "final"}
-    assert all(len([share for share in row.shares.values() if share]) > 1 for row in staged.routed[::2])
+
+
+def test_a_third_of_those_that_reach_an_exit_leave_there():
+    generator = torch.Generator().manual_seed(0)
+    # The surest at one exit are the surest at all of them: a third of all images would leave no one to later exits.
+    sure = torch.linspace(0, 6, 48)[torch.randperm(48, generator=generator)].view(-1, 1)
+    exits = ("exit1", "exit2", "exit3")
+    logits = {point: sure * torch.eye(5)[0] + 0.01 * place for place, point in enumerate((*exits, "final"))}
+    policy = routed._spread(Policy({}), exits, logits)
+    decided = decide(policy, logits)
+    counts, left = torch.bincount(decided.exits, minlength=4).tolist(), 48
+    for count in counts[:3]:
+        assert 1 / 4 <= count / left <= 5 / 12
+        left -= count
+    assert not routed._near(policy, logits, 1e-6)[decided.exits < 3].any()
 
 
 @pytest.mark.parametrize("agreement", [False, True])
@@ -237,6 +255,8 @@ def test_the_runner_routes_every_policy_as_the_network(staged, resnet, kind, agr
         section["asked"] = exit == "final" or exit in policy.exits
     found = routed._compare(job, runner, kind, policy, "noise", images, logits, 2e-6)
     assert found.same == 40 and found.near < 4
+    # Nothing comes before the first exit with which it could agree, and untrained exits agree on little.
+    assert agreement or all(found.shares.values())
     answers, _ = runner.route(images.numpy())
     np.testing.assert_allclose(answers, network.route(images, policy).answers, rtol=1e-4, atol=1e-4)
 
@@ -321,6 +341,28 @@ def test_malformed_manifests_and_images_give_one_message(staged, tmp_path, capsy
         assert (code, out) == (2, "") and err.startswith("error: ")
     (folder / "section2.onnx").write_bytes(b"changed")
     assert started(folder, capsys, monkeypatch, image)[0] == 2
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(staged, tmp_path, capsys, monkeypatch):
+    names = ["first.png", "cut.png", "photos", "none.png", "last.png"]
+    first, cut, folder, none, last = files = [tmp_path / name for name in names]
+    noise(0).save(first)
+    noise(1).save(last)
+    cut.write_bytes(first.read_bytes()[:60])
+    folder.mkdir()
+    code, out, err = started(staged.output, capsys, monkeypatch, *files)
+    assert code == 2
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(first), str(last)]
+    lines = err.splitlines()
+    assert [line.split("'")[1] for line in lines] == [str(cut), str(folder), str(none)]
+    assert lines[1] == f"error: '{folder}': it is a folder; name the images in it"
+    assert "No such file" in lines[2]
+
+
+@pytest.mark.parametrize("words", [(), ("--threshold",), ("--threshold", "0.5"), ("--help",)])
+def test_the_runner_without_images_says_how_it_is_used(staged, capsys, monkeypatch, words):
+    found = started(staged.output, capsys, monkeypatch, *words)
+    assert found == (2, "", "usage: python run.py [--threshold SHARE] IMAGE...\n")
 
 
 def test_a_threshold_is_for_all_exits(staged, tmp_path, capsys, monkeypatch):

@@ -147,7 +147,8 @@ def test_a_calibrated_checkpoint_lets_images_leave_and_says_what_is_promised(sdc
     assert {row["exit"] for row in cheapest} == {"exit1"}
     refused(
         sdcli("predict", tmp_path / "run", tmp_path / "photos", "--json", "--budget", 0.2),
-        "a budget of 0.2 cannot be met\n  expected: 0.9 or more",
+        "a budget of 0.2 cannot be met\n  expected: 0.9 or more"
+        "\n  fix:      a larger budget, one exit alone (sdcli predict --exit), or exits with a cheaper head (--head linear)",
     )
 
 
@@ -180,13 +181,20 @@ def test_a_threshold_needs_no_calibration(sdcli: Command, run: Path):
             ["--budget", 0.5],
             "a budget of 0.5: the checkpoint is not calibrated\n"
             "  expected: thresholds that sdcli calibrate has found for this network\n"
-            "  fix:      sdcli calibrate CHECKPOINT, or a threshold instead",
+            "  fix:      sdcli calibrate RUN, or a threshold instead",
         ),
         (["--threshold", 2], "invalid value: --threshold 2\n  expected: a number from 0 to 1"),
     ],
 )
 def test_options_that_cannot_be_met_are_one_message(sdcli: Command, run: Path, options: list, message: str):
     refused(sdcli("predict", run, run / "photos", *options), message)
+
+
+def test_a_single_image_that_cannot_be_read_leaves_no_others(sdcli: Command, run: Path, tmp_path: Path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    result = sdcli("predict", run, tmp_path / "bad.png")
+    assert result.code == 2
+    assert "error: 1 of 1 path could not be read\n  expected: images that can be read, as named above" in result.err
 
 
 # Which files ------------------------------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ def test_starting_weights_that_do_not_exist_are_missed_by_the_check(
     refused(
         sdcli("recipes", "check", "./mine.toml"),
         f"{tmp_path / 'mine.toml'}: networks.student.weights: checkpoint '{Path(file)}' does not exist\n"
-        "  expected: a .safetensors file, such as RUN/best.safetensors",
+        "  expected: a run folder, or a file such as RUN/best.safetensors",
     )
 
 

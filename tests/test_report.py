@@ -292,7 +292,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_scored(run: Path, 
 def test_a_run_that_does_not_exist_is_refused(sdcli: Command, tmp_path: Path):
     refused(
         sdcli("report", tmp_path / "none"),
-        f"checkpoint '{tmp_path}/none' does not exist\n  expected: a .safetensors file, such as RUN/best.safetensors",
+        f"checkpoint '{tmp_path}/none' does not exist\n  expected: a run folder, or a file such as RUN/best.safetensors",
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -85,25 +85,26 @@ def full_pass(network: MultiExit, images: Tensor) -> dict[str, Tensor]:
 
 
 def spread(logits: dict[str, Tensor], exits: list[str], **options: object) -> Policy:
-    """A policy by which about a third of the images that reach an exit leave there."""
-    policy = Policy(dict.fromkeys(exits), **options)
+    """A policy by which about a third of the images that reach an exit leave there, if so many may."""
+    policy = Policy(dict.fromkeys(exits, -math.inf), **options)
+    scores, guesses = reference_scores(policy, logits), reference_guesses(policy, logits)
+    left, before, limits = torch.ones(len(logits["final"]), dtype=torch.bool), None, {}
     for point in exits:
-        tried = policy.at(policy.thresholds | {point: -math.inf})
-        scores = reference_scores(tried, logits)[point]
+        agrees = torch.zeros_like(left) if before is None else guesses[point] == before
+        may = left & agrees if policy.agreement and (left & agrees).any() else left
+        ordered = scores[point][may].sort(descending=True).values
         # Halfway between two images: neither's score depends on which others are in the batch to the last bit.
-        low, high = scores.sort(descending=True).values[len(scores) // 3 - 1 : len(scores) // 3 + 1]
-        policy = policy.at(policy.thresholds | {point: float((low + high) / 2)})
-    return policy
+        place = min(max(1, int(left.sum()) // 3), len(ordered) - 1)
+        limits[point] = float(ordered[place - 1 : place + 1].mean()) if place else 0.0
+        left &= ~((scores[point] >= limits[point]) & (agrees | (not policy.agreement)))
+        before = guesses[point]
+    return policy.at(limits)
 
 
 def reference_scores(policy: Policy, logits: dict[str, Tensor]) -> dict[str, Tensor]:
     """The policies' scores, written out once more."""
-    scores, so_far = {}, []
-    for point in policy.thresholds:
-        own = torch.softmax(logits[point] / policy.temperatures.get(point, 1.0), dim=1)
-        so_far.append(own)
-        product = torch.stack(so_far).prod(dim=0) ** (1 / len(so_far))
-        mean = product / product.sum(dim=1, keepdim=True)
+    scores = {}
+    for point, (own, mean) in reference_probabilities(policy, logits).items():
         ordered = own.sort(dim=1, descending=True).values
         scores[point] = {
             "ensemble": mean.max(dim=1).values,
@@ -114,6 +115,23 @@ def reference_scores(policy: Policy, logits: dict[str, Tensor]) -> dict[str, Ten
     return scores
 
 
+def reference_guesses(policy: Policy, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The class that each exit would answer."""
+    both = reference_probabilities(policy, logits)
+    return {point: (mean if policy.kind == "ensemble" else own).argmax(dim=1) for point, (own, mean) in both.items()}
+
+
+def reference_probabilities(policy: Policy, logits: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each exit alone, and of the geometric mean of the exits so far."""
+    found, so_far = {}, []
+    for point in policy.thresholds:
+        own = torch.softmax(logits[point] / policy.temperatures.get(point, 1.0), dim=1)
+        so_far.append(own)
+        product = torch.stack(so_far).prod(dim=0) ** (1 / len(so_far))
+        found[point] = own, product / product.sum(dim=1, keepdim=True)
+    return found
+
+
 def compare(network: MultiExit, count: int, **options: object) -> None:
     images = images_for(network, count)
     logits = full_pass(network, images)
@@ -122,7 +140,9 @@ def compare(network: MultiExit, count: int, **options: object) -> None:
     expected, routed = decide(policy, logits), network.route(images, policy)
     assert torch.equal(routed.exits, expected.exits)
     torch.testing.assert_close(routed.answers, expected.answers, rtol=1e-4, atol=1e-4)
-    assert len(exits) == 0 or len(set(routed.exits.tolist())) > 1, "some leave and some go on"
+    used = [routed.points[place] for place in sorted(set(routed.exits.tolist()))]
+    # Nothing comes before the first exit with which it could agree.
+    assert used == [*exits[1 if policy.agreement else 0 :], "final"], "some leave at every exit, and some go on"
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -474,3 +474,17 @@ def test_model_is_left_as_it_was() -> None:
 
 def test_plan_is_the_same_with_and_without_weights() -> None:
     assert find_stages(timm.create_model("test_vit"), (3, 160, 160)) == find_stages(on_meta("test_vit"), (3, 160, 160))
+
+
+def test_the_size_of_the_images_is_the_one_that_timm_states():
+    assert find_stages(on_meta("test_resnet")) == find_stages(on_meta("test_resnet"), (3, 160, 160))
+    # What a model was built for counts, where it differs from what its weights were trained for.
+    with torch.device("meta"):
+        model = timm.create_model("test_vit", img_size=64)
+    assert find_stages(model).input_size == (3, 64, 64)
+
+
+def test_a_model_that_states_no_size_is_refused():
+    with pytest.raises(UserError, match="Sequential does not state the size of its images") as error:
+        find_stages(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    assert error.value.fix == "find_stages(model, (3, 224, 224))"

@@ -91,6 +91,8 @@ def bench(
         strategy = None
         if network.calibration is not None or budget is not None or threshold is not None:
             strategy = network.strategy(budget=budget, threshold=threshold)
+        elif about is not None and len(network.exits) == 1:
+            notes.append("early exit is left out: the network has no exits; a recipe such as default trains them")
         elif about is not None:
             notes.append(f"early exit is left out: not calibrated (sdcli calibrate {model}); --threshold T measures it")
         images, name = measuring.random_images(network, max(sizes)), "random"

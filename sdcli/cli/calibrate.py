@@ -170,6 +170,7 @@ def calibrate(
         talk.output().print(tables.exits_table(found, found.calibration.num_images // 2))
         talk.output().print(tables.trade_off_table(found, goal.confidence, change=consistency))
         talk.output().print(_LEGEND.format(goal.confidence), soft_wrap=True)
+        talk.output().print(_tried(found), soft_wrap=True)
         talk.output().print(_summary(found), soft_wrap=True)
     if plot is not None:
         plots.save_trade_off(found, plot)
@@ -177,6 +178,16 @@ def calibrate(
     for text in found.notes:
         note(text)
     note(f"stored in {output or path}")
+
+
+def _tried(found: Calibrated) -> str:
+    """Which policies were tried, the best first: that one was taken."""
+    ordered = sorted(found.tried.items(), key=lambda pair: -pair[1])
+    (taken, score), *others = ((name, f"{area:.2f}") for name, area in ordered)
+    rest = "".join(f"; {name} {own}" for name, own in others)
+    return (
+        f"Policies tried, by mean accuracy over all budgets: {taken} {score} %, taken{rest} (on the half that chooses)."
+    )
 
 
 def _summary(found: Calibrated) -> str:

@@ -142,8 +142,12 @@ def predict(
     if exits and strategy.policy is not None and not strategy.alone:
         note(predictions.leaving(exits, strategy.policy, network.blueprint))
     if problems:
-        of = f"{problems:,} of {counted(len(files) + len(found.problems), 'path')}"
-        raise UserError(f"{of} could not be read; the others are done", "images that can be read, as named above")
+        total = len(files) + len(found.problems)
+        done_too = "; the others are done" if problems < total else ""
+        raise UserError(
+            f"{problems:,} of {counted(total, 'path')} could not be read{done_too}",
+            "images that can be read, as named above",
+        )
 
 
 def _listed(paths: list[str]) -> list[str]:

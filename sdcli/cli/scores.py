@@ -81,7 +81,14 @@ def leaving_time(leaving: Dynamic) -> str:
     """The work and the time of early exit, in a sentence."""
     own, plain = leaving.seconds, leaving.plain_seconds
     shares = f"{1 / leaving.result.speedup:.2f} of the plain model's MACs and {own / plain:.2f} of its time"
-    return f"{shares}: {own:.1f} s against {plain:.1f} s, loading not counted."
+    return f"{shares}: {_duration(own)} against {_duration(plain)}, loading not counted."
+
+
+def _duration(seconds: float) -> str:
+    """ "2.5 s", "83 ms", "0.4 ms"."""
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"
 
 
 def against_grid(against: Against) -> Grid:

@@ -17,6 +17,7 @@ from rich.text import Text
 from sdcli.errors import counted
 from sdcli.evaluation.columns import amount
 from sdcli.recipe.about import needs
+from sdcli.recipe.address import FINAL
 from sdcli.toml import write_value
 
 if TYPE_CHECKING:
@@ -336,7 +337,8 @@ def trade_off_table(found: Calibrated, confidence: float, *, change: bool) -> Ta
     points = list(found.trade_offs[-1].shares)
     for row in found.trade_offs:
         points += [point for point in row.shares if point not in points]
-    points = sorted(points, key=lambda point: (point == "final", point))
+    # exit10 comes after exit9, and final last.
+    points = sorted(points, key=lambda point: (point == FINAL, len(point), point))
     timed = any(row.latency_ms is not None for row in found.trade_offs)
     table.add_column("", no_wrap=True)
     lost = "changed" if change else "drop"
@@ -344,8 +346,9 @@ def trade_off_table(found: Calibrated, confidence: float, *, change: bool) -> Ta
         table.add_column(title, justify="right", no_wrap=True)
     for point in points:
         table.add_column(point, justify="right", no_wrap=True)
+    written: dict[tuple[str, ...], bool] = {}
     for row in found.trade_offs:
-        cells = [
+        cells = (
             f"{row.cost:.3f} ± {row.cost_error:.3f}",
             f"{row.p95_cost:.2f}",
             *([f"{row.latency_ms:.2f}" if row.latency_ms is not None else "-"] if timed else []),
@@ -353,8 +356,11 @@ def trade_off_table(found: Calibrated, confidence: float, *, change: bool) -> Ta
             f"{row.drop:.2f}",
             f"{row.certified:.2f}",
             *(f"{row.shares[point]:.0%}" if point in row.shares else "" for point in points),
-        ]
-        table.add_row("→" if row.chosen else "", *cells, style="bold" if row.chosen else "")
+        )
+        # Settings that were different on the other half may do the same here.
+        written[cells] = written.get(cells, False) or row.chosen
+    for cells, chosen in written.items():
+        table.add_row("→" if chosen else "", *cells, style="bold" if chosen else "")
     return table
 
 

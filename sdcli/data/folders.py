@@ -108,27 +108,16 @@ def open_class_folders(name: str, path: Path) -> ImageData | None:
     return ImageData(name, str(path), tuple(map(printable, classes)), splits, notes=(*notes, *more_notes))
 
 
-def unlabelled_images(path: Path) -> ImageData | None:
-    """The images of a folder whose images lie in no class folders, as a validation split; their labels are all 0.
+def unlabelled_images(path: Path) -> list[str]:
+    """The image files of a folder whose images lie in no class folders.
 
-    None for a folder with class folders, tables or no images, and for what is no folder. Raises UserError for files
-    that cannot be images.
+    Empty for a folder with class folders or no images, and for what is no folder.
     """
-    if not path.expanduser().is_dir():
-        return None
-    folder = path.expanduser().resolve()
-    if _has_classes(folder):
-        return None
-    found = _Found()
-    for below, files in sorted(walk(folder)):
-        for name in sorted(filter(_is_image, files)):
-            _add(found, "", os.path.join(below, name), folder)
-    _refuse_unreadable(str(path), found.unreadable)
-    if not found.images:
-        return None
-    files_of = np.array([os.fsencode(file) for _, file in found.images])
-    split = whole_split("validation", _Files(files_of, str(folder)), np.zeros(len(files_of), dtype=np.int64))
-    return ImageData(str(path), str(folder), (), {"validation": split})
+    folder = path.expanduser()
+    if not folder.is_dir() or _has_classes(folder):
+        return []
+    files = sorted(walk(folder))
+    return [os.path.join(below, name) for below, names in files for name in sorted(filter(_is_image, names))]
 
 
 def _split_folders(path: Path) -> tuple[dict[str, Path], list[str]]:

@@ -9,7 +9,7 @@ E exits, N images, K classes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Literal
@@ -20,17 +20,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.evaluation.latency import Latency
 from sdcli.evaluation.metrics import auroc, confidence_and_correct, ece
 from sdcli.evaluation.outputs import Outputs
-from sdcli.evaluation.promise import (
-    betting,
-    bound_of,
-    fixed_sequence,
-    images_for,
-    least_images,
-)
+from sdcli.evaluation.promise import betting, bound_of, fixed_sequence, images_for
 from sdcli.evaluation.search import Costs, Found, best_policy, best_steps, passing_ms, safest_path
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.calibration import Calibration, OperatingPoint, Promise
@@ -129,12 +123,7 @@ def calibrate(
     `latencies` are needed for a goal in milliseconds. Raises UserError for a budget below the cheapest exit, and for
     fewer than 20 images.
     """
-    if len(outputs) < LEAST_IMAGES:
-        raise UserError(
-            f"only {len(outputs)} held-out images",
-            f"at least {LEAST_IMAGES}, and some thousands for a useful promise",
-            "hold out more images with --val-fraction when training",
-        )
+    check_enough(len(outputs), "hold out more images with --val-fraction when training")
     if goal.loss == "change":
         # The plain network's answers take the place of the labels.
         outputs = replace(outputs, labels=outputs.logits[FINAL].argmax(dim=1))
@@ -145,16 +134,7 @@ def calibrate(
     costs = Costs(blueprint, latencies if goal.latency_ms is not None else None)
     found, tried = best_policy(first, tuple(exits), temperatures, costs, kind, agreement)
     shown = best_steps(found)
-    notes: list[str] = []
-    promise = None
-    if goal.max_drop is None:
-        chosen = _within(goal, shown, costs)
-    elif goal.guarantee:
-        path = safest_path(found, len(first), 1 - goal.confidence)
-        chosen, promise, notes = _certify(goal, path, second)
-    else:
-        least = found[0].setting.top1 - goal.max_drop / 100
-        chosen = min((step for step in shown if step.setting.top1 >= least), key=lambda step: step.cost)
+    chosen, promise, notes = choose(goal, found, len(first), second, costs)
     shown += [chosen] if chosen not in shown else []
     rows = [_row(step.policy, second, blueprint, latencies, goal, chosen=step == chosen) for step in shown]
     rows.sort(key=lambda row: row.cost)
@@ -172,6 +152,16 @@ def calibrate(
         tried,
         tuple(notes),
     )
+
+
+def check_enough(num: int, fix: str) -> None:
+    """Raises UserError, with this fix, for too few images to calibrate on."""
+    if num < LEAST_IMAGES:
+        raise UserError(
+            f"only {counted(num, 'held-out image')}",
+            f"at least {LEAST_IMAGES}, and some thousands for a useful promise",
+            fix,
+        )
 
 
 def temperature_of(logits: Tensor, labels: Tensor) -> float:
@@ -223,43 +213,64 @@ def points(number: float) -> str:
     return f"{number:g} point{'s' * (number != 1)}"
 
 
+def choose(
+    goal: Goal, found: Sequence[Found], num: int, outputs: Outputs, costs: Costs
+) -> tuple[Found, Promise | None, list[str]]:
+    """The setting for a goal among those that `num` images have `found`, its promise, and notes.
+
+    `outputs` are those of other images, which certify. Raises UserError for a budget below the cheapest exit.
+    """
+    if goal.max_drop is not None and goal.guarantee:
+        return _certify(goal, safest_path(found, num, 1 - goal.confidence), outputs)
+    shown = best_steps(found)
+    if goal.max_drop is None:
+        return _within(goal, shown, costs), None, []
+    least = found[0].setting.top1 - goal.max_drop / 100
+    return min((step for step in shown if step.setting.top1 >= least), key=lambda step: step.cost), None, []
+
+
 def _certify(goal: Goal, path: Sequence[Found], outputs: Outputs) -> tuple[Found, Promise | None, list[str]]:
     """The cheapest setting on the path before the first whose loss may exceed the goal, and its promise."""
     assert goal.max_drop is not None
-    limit, delta = goal.max_drop / 100, 1 - goal.confidence
-    steps = [losses(step.policy, outputs) for step in path[1:]]
+    limit, delta, num = goal.max_drop / 100, 1 - goal.confidence, len(outputs)
+    steps: list[NDArray[np.int64]] = []
 
-    def kept(loss: NDArray[np.int64]) -> bool:
+    def tested() -> Iterator[NDArray[np.int64]]:
+        for step in path[1:]:
+            steps.append(losses(step.policy, outputs))
+            yield steps[-1]
+
+    def kept(loss: NDArray[np.int64], limit: float = limit) -> bool:
         if goal.test == "betting":
             return betting(loss, delta, limit)
         return bound_of(loss, delta) <= limit
 
-    passed = fixed_sequence(steps, kept)
-    num, notes = len(outputs), list[str]()
+    passed, notes = fixed_sequence(tested(), kept), list[str]()
     if passed == 0:
-        needed = images_for(steps[0], limit, delta) if steps else None
         notes.append(
             f"no saving can be certified at {points(goal.max_drop)} with {num:,} images: the plain network is kept"
         )
-        notes.append(
-            f"about {2 * needed:,} held-out images would certify a cost of {path[1].cost:.2f}"
-            if needed
-            else f"no number of images will do if the loss is as measured; at least {least_images(limit, delta):,} are "
-            "needed where no answer changes"
-        )
+    if passed < len(steps):
+        cost = f"a cost of {path[passed + 1].cost:.2f}"
+        notes += _wanted(f"the next setting, with {cost}," if passed else cost, steps[passed], goal.max_drop, delta)
+    if passed == 0:
         return path[0], None, notes
-    chosen = path[passed]
-    following = images_for(steps[passed], limit, delta) if passed < len(steps) else None
-    if following:
-        notes.append(
-            f"about {2 * following:,} held-out images would certify the next setting, with a cost of "
-            f"{path[passed + 1].cost:.2f}"
-        )
-    tighter = images_for(steps[passed - 1], limit / 2, delta)
-    if tighter and tighter > num:
-        notes.append(f"about {2 * tighter:,} held-out images would certify this setting at {points(goal.max_drop / 2)}")
-    measured = 100 * float(steps[passed - 1].mean())
-    return chosen, Promise(goal.loss, goal.max_drop, measured, goal.confidence, goal.test, num), notes
+    half, own = goal.max_drop / 2, steps[passed - 1]
+    if kept(own, half / 100):
+        notes.append(f"this setting by itself passes at {points(half)} too, with these images")
+    else:
+        notes += _wanted("this setting", own, half, delta)
+    promise = Promise(goal.loss, goal.max_drop, 100 * float(own.mean()), goal.confidence, goal.test, num)
+    return path[passed], promise, notes
+
+
+def _wanted(what: str, loss: NDArray[np.int64], limit: float, delta: float) -> list[str]:
+    """How many images would certify `what`, which these did not, at a limit in points."""
+    needed = images_for(loss, limit / 100, delta)
+    if needed is None:
+        return [f"no number of images will do at {points(limit)}: {what} lost {100 * float(loss.mean()):.2f} points"]
+    # Betting may fail where the bounds, by which images are counted, hold.
+    return [f"about {2 * needed:,} held-out images would certify {what} at {points(limit)}"] * (needed > len(loss))
 
 
 def _row(

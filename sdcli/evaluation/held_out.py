@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from sdcli.data.batch import Batch
+from sdcli.data.dataset import printable
 from sdcli.data.folders import unlabelled_images
+from sdcli.data.photos import PhotoBatch, read_photos
 from sdcli.devices import accelerator_for
-from sdcli.errors import UserError
-from sdcli.evaluation.calibrate import Calibrated, Goal, calibrate
+from sdcli.errors import UserError, counted
+from sdcli.evaluation.calibrate import Calibrated, Goal, calibrate, check_enough
 from sdcli.evaluation.latency import measure_latencies
-from sdcli.evaluation.opened import Opened, open_checkpoint
+from sdcli.evaluation.opened import open_checkpoint
 from sdcli.evaluation.outputs import collect
 from sdcli.files import check_writable
 from sdcli.network.checkpoint import describe_again
+from sdcli.network.predict import without_exits
 from sdcli.network.weights import rebuild
 from sdcli.recipe.address import FINAL
 
@@ -41,42 +47,84 @@ def calibrate_checkpoint(
     may be a folder of images without classes. Raises UserError where there are none, and as `calibrate` does.
     """
     _check_writable(output)
-    unlabelled = unlabelled_images(Path(dataset)) if dataset and goal.loss == "change" else None
-    if unlabelled is not None:
-        network, about = rebuild(path)
-        opened = Opened(path, network, about, unlabelled, dict(unlabelled.splits), own=False, notes=())
-        split = "validation"
-    else:
+    photos = unlabelled_images(Path(dataset)) if dataset else []
+    opened = None
+    if not photos:
         opened = open_checkpoint(path, dataset=dataset, image_key=image_key, label_key=label_key)
-        network, about, split = opened.network, opened.about, opened.held_out
+    elif goal.loss == "drop":
+        raise UserError(
+            f"'{dataset}' has no class folders, and right answers cannot be counted without labels",
+            "images sorted into val/CLASS/",
+            "--consistency, which limits the share of answers that change and needs no labels",
+        )
+    network, about = (opened.network, opened.about) if opened else rebuild(path)
+    split = opened.held_out if opened else "validation"
     exits = [point for point in network.classifiers[:-1] if not network.why_not[point]]
     if not exits:
         reasons = {reason for reason in network.why_not.values() if reason}
+        if not reasons:
+            raise without_exits(path)
         raise UserError(
-            f"images cannot leave {network.plan.model} early: " + ("; ".join(sorted(reasons)) or "it has no exits"),
+            f"images cannot leave {network.plan.model} early: " + "; ".join(sorted(reasons)),
             "an exit after which the rest of the network needs only the images that are left",
+            "another model, or other exits when training (--exits)",
         )
-    accelerator = accelerator_for(device)
-    chosen, loader, notes = opened.batches(split, limit, batch_size, workers, accelerator.device)
-    network.to(accelerator.device)
+    place = accelerator_for(device).device
+    errors: list[UserError] = []
+    batches: Iterable[Batch]
+    if opened:
+        chosen, batches, notes = opened.batches(split, limit, batch_size, workers, place)
+        num, name, notes = len(chosen), opened.name, [*opened.notes, *notes]
+    else:
+        photos = _spread(photos, limit)
+        num, name, notes = len(photos), printable(Path(str(dataset)).expanduser().resolve().name), []
+        batches = _unlabelled(
+            read_photos(photos, network.transform, batch_size=batch_size, workers=workers, pin=place.type == "cuda"),
+            errors,
+        )
+    network.to(place)
     points = [*exits, FINAL]
-    outputs = collect(network, loader, points, accelerator.device, lambda done: progress(done, len(chosen)))
-    latencies = measure_latencies(network, exits, accelerator.device) if goal.latency_ms is not None else None
+    outputs = collect(network, batches, points, place, lambda done: progress(done, num))
+    if errors:
+        notes += [f"left out {counted(len(errors), 'image')} that cannot be read", *(error.wrong for error in errors)]
+    if not (opened and opened.own):
+        check_enough(len(outputs), f"add images to '{dataset}'" if dataset else "more images")
+    latencies = measure_latencies(network, exits, place) if goal.latency_ms is not None else None
     found = calibrate(
         outputs,
         about.blueprint,
         exits,
         goal,
-        data=f"{opened.name} ({split})",
+        data=f"{name} ({split})",
         kind=kind,
         agreement=agreement,
         latencies=latencies,
     )
     describe_again(path, replace(about, early_exit=found.calibration), output)
     left_out = [f"{point} is not used: {reason}" for point, reason in network.why_not.items() if reason]
-    if opened.own and path.name == "best.safetensors":
+    if opened and opened.own and path.name == "best.safetensors":
         left_out.append("the epoch was chosen by its score on these images: the promise is slightly optimistic")
-    return replace(found, notes=(*opened.notes, *notes, *left_out, *found.notes))
+    return replace(found, notes=(*notes, *left_out, *found.notes))
+
+
+def _spread(files: list[str], limit: int | None) -> list[str]:
+    """At most `limit` of the files, from all over the list."""
+    if limit is None or limit >= len(files):
+        return files
+    return [files[place * len(files) // limit] for place in range(limit)]
+
+
+def _unlabelled(parts: Iterable[PhotoBatch], errors: list[UserError]) -> Iterator[Batch]:
+    """Photos as batches whose labels are all 0; what cannot be read is added to `errors`, and raised if nothing can."""
+    done = 0
+    for part in parts:
+        errors += part.errors
+        if part.images is not None:
+            index = torch.arange(done, done + len(part.images))
+            yield Batch(part.images, torch.zeros_like(index), index)
+            done += len(index)
+    if done == 0:
+        raise errors[0]
 
 
 def _check_writable(output: Path) -> None:

@@ -7,6 +7,7 @@ drop in accuracy. For images drawn like the N tested ones. N images
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -14,17 +15,21 @@ from numpy.typing import NDArray
 
 Losses = NDArray[np.int64]
 
+MOST_IMAGES = 10**9
+"""More are no number that anyone has."""
 
-def clopper_pearson(worse: int, better: int, num: int, delta: float) -> float:
+
+def clopper_pearson(worse: float, better: float, num: int, delta: float) -> float:
     """An upper bound on the mean loss that is too low with probability `delta` at most: exact, whatever the order.
 
     `worse` and `better` of `num` images lost and won. Two bounds of Clopper and Pearson (1934), each at delta / 2: an
     upper one on the share that lost, minus a lower one on the share that won.
     """
-    from scipy.stats import beta
+    # The quantiles of beta distributions, without what scipy.stats checks at every call.
+    from scipy.special import betaincinv
 
-    upper = 1.0 if worse == num else float(beta.ppf(1 - delta / 2, worse + 1, num - worse))
-    lower = 0.0 if better == 0 else float(beta.ppf(delta / 2, better, num - better + 1))
+    upper = 1.0 if worse == num else float(betaincinv(worse + 1, num - worse, 1 - delta / 2))
+    lower = 0.0 if better == 0 else float(betaincinv(better, num - better + 1, delta / 2))
     return upper - lower
 
 
@@ -64,18 +69,20 @@ def fixed_sequence(steps: Iterable[Losses], kept: Callable[[Losses], bool]) -> i
     return passed
 
 
-def least_images(limit: float, delta: float) -> int:
-    """How many images the exact bound needs for a `limit` if not one of them changes."""
-    return math.ceil(math.log(delta / 2) / math.log1p(-limit))
-
-
 def images_for(losses: Losses, limit: float, delta: float) -> int | None:
-    """About how many images would show that the loss is at most `limit`, if further ones are like these; None if the
-    measured loss is not below it. From the normal approximation."""
-    from scipy.stats import norm
-
-    spread, drop = float(np.mean(losses != 0)), float(np.mean(losses))
-    if drop >= limit:
+    """About how many images bring `bound_of` to at most `limit`, if further ones are like these: no more than there are
+    where it is there already, and None where the measured loss is not below the limit, so that no number will do."""
+    if float(np.mean(losses)) >= limit:
         return None
-    needed = float(norm.ppf(1 - delta)) ** 2 * spread / (limit - drop) ** 2
-    return max(math.ceil(needed), least_images(limit, delta))
+    worse, better = float(np.mean(losses > 0)), float(np.mean(losses < 0))
+
+    def holds(num: int) -> bool:
+        # The quantiles are defined between whole images too.
+        return clopper_pearson(worse * num, better * num, num, delta) <= limit
+
+    enough = 1
+    while not holds(enough):
+        enough *= 2
+        if enough > MOST_IMAGES:
+            return None
+    return bisect_left(range(enough + 1), True, lo=enough // 2, key=holds)

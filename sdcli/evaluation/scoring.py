@@ -30,6 +30,7 @@ from sdcli.network.blueprint import ENSEMBLE, Blueprint
 from sdcli.network.checkpoint import find_checkpoint
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.policies import Policy
+from sdcli.network.predict import without_exits
 from sdcli.network.weights import rebuild
 from sdcli.recipe.address import FINAL
 
@@ -260,6 +261,8 @@ def calibrated_policy(network: MultiExit, path: Path, budget: float | None) -> P
 
     Raises UserError for a checkpoint that was not calibrated, and for a budget that it cannot meet.
     """
+    if len(network.classifiers) == 1:
+        raise without_exits(path)
     if network.calibration is None:
         raise UserError(
             f"'{path}' is not calibrated: it does not say when an image may leave early",

@@ -46,7 +46,7 @@ class Routed:
 
 def compare_routes(job: Job, folder: Path, images: Mapping[str, Tensor], figures: Sequence[Figures]) -> list[Routed]:
     """The runner in `folder` against the network: with the checkpoint's policy, if it has one, and with thresholds at
-    which about a third of the images leave at each exit.
+    which about a third of the images that reach an exit leave there.
 
     Raises UserError where an image leaves at another exit or with another class.
     """
@@ -58,7 +58,7 @@ def compare_routes(job: Job, folder: Path, images: Mapping[str, Tensor], figures
     for what, batch in images.items():
         logits = logits_of(job.network, batch)
         rounding = max(row.difference for row in figures if row.images == what)
-        policies = {"a third leaves at each exit": _spread(policy_of(job), job.cuts, logits)}
+        policies = {"a third of the rest at each exit": _spread(policy_of(job), job.cuts, logits)}
         if job.network.calibration:
             policies["the checkpoint's"] = job.network.calibration.policy
         for name, policy in policies.items():
@@ -111,13 +111,30 @@ def _near(policy: Policy, logits: Mapping[str, Tensor], rounding: float) -> Tens
 
 
 def _spread(policy: Policy, exits: tuple[str, ...], logits: Mapping[str, Tensor]) -> Policy:
-    """The same policy at all `exits`, with thresholds halfway between two images."""
+    """The same policy at all `exits`, with thresholds by which about a third of the images that reach an exit leave.
+
+    Each lies in the middle of the widest gap between two scores near the third, so that rounding decides little. Where
+    agreement is asked for and no image agrees, the threshold is that of all: only the agreement keeps them.
+    """
     policy = policy.at(dict.fromkeys(exits))
-    judge = Judge(policy)
+    judge, here = Judge(policy), torch.arange(len(next(iter(logits.values()))))
     thresholds: dict[str, float | None] = {}
     for point in exits:
-        scores = judge.read(point, logits[point]).score.sort(descending=True).values
-        place = max(1, len(scores) // 3)
-        low, high = (float(score) for score in scores[place - 1 : place + 1])
-        thresholds[point] = (low + high) / 2
-    return policy.at(thresholds)
+        verdict = judge.read(point, logits[point][here])
+        may = verdict.agrees if policy.agreement and bool(verdict.agrees.any()) else torch.ones_like(verdict.agrees)
+        scores, most = verdict.score[may].sort(descending=True).values, len(here) - 1
+        if most < 1:
+            # One image is left, and somebody has to reach the end.
+            break
+        first, last = max(1, len(here) // 4), min(max(1, 5 * len(here) // 12), most)
+        # Beyond the last one that may leave, all scores are lower.
+        scores = torch.cat([scores, scores.new_zeros(1)])
+        first, last = min(first, len(scores) - 1), min(last, len(scores) - 1)
+        gaps = scores[first - 1 : last] - scores[first : last + 1]
+        place = first + int(gaps.argmax())
+        thresholds[point] = float(scores[place - 1 : place + 1].mean())
+        leaving = policy.at(thresholds).lets_go(point, verdict)
+        going = (~leaving).nonzero().flatten()
+        judge.keep(going)
+        here = here[going]
+    return policy.at(dict.fromkeys(exits) | thresholds)

@@ -3,20 +3,15 @@
 import hashlib, json, math, sys
 from pathlib import Path
 from typing import Any
-
 import numpy as np
 import onnxruntime as ort
 
-SCORES: dict[str, Any] = {  # log-probabilities of an exit, and of the mean so far, to the answer and how sure it is
-    "ensemble": lambda own, mean: (mean, np.exp(mean.max(1))),
+SCORES: dict[str, Any] = {  # log-probabilities of an exit, and their mean so far, to the answer and how sure it is
+    "ensemble": lambda own, mean: (both := mean - np.logaddexp.reduce(mean, 1, keepdims=True), np.exp(both.max(1))),
     "confidence": lambda own, mean: (own, np.exp(own.max(1))),
     "margin": lambda own, mean: (own, np.diff(np.sort(np.exp(own), 1)[:, -2:])[:, 0]),
     "entropy": lambda own, mean: (own, 1 + (np.exp(own) * np.maximum(own, -1e4)).sum(1) / math.log(own.shape[1])),
 }
-
-
-def log_softmax(logits: Any) -> Any:
-    return (shifted := logits - logits.max(1, keepdims=True)) - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 class Network:
@@ -34,20 +29,19 @@ class Network:
     def route(self, images: Any, threshold: float | None = None) -> tuple[Any, Any]:
         """Normalised images [B, 3, H, W] to log-probabilities [B, K] and the place of the section that answered [B]."""
         answers, places = np.zeros((len(images), len(self.classes)), np.float32), np.zeros(len(images), int)
-        rows, total, seen, before = np.arange(len(images)), np.float32(0), 0, np.full(len(images), -1)
-        options = ort.RunOptions()
-        options.only_execute_path_to_fetches = True  # a head that is not asked is not run
-        for place, (section, session) in enumerate(zip(self.sections, self.sessions, strict=True)):
-            last, asked = not section["passes"], section["asked"] or threshold is not None
-            limit, leaves = section["threshold"] if threshold is None else threshold, np.full(len(rows), last)
-            names = [section["passes"]] * (not last) + [section["logits"]] * asked
-            found = session.run(names, {section["input"]: images}, options)
+        rows, total, seen, before = np.arange(len(images)), np.zeros(1), 0, np.full(len(images), -1)
+        only = ort.RunOptions()
+        only.only_execute_path_to_fetches = True  # a head that is not asked is not run
+        for place, (part, session) in enumerate(zip(self.sections, self.sessions, strict=True)):
+            last, asked = not part["passes"], part["asked"] or threshold is not None
+            limit, leaves = part["threshold"] if threshold is None else threshold, np.full(len(rows), last)
+            found = session.run([part["passes"]] * (not last) + [part["logits"]] * asked, {part["input"]: images}, only)
             if asked:
-                own = log_softmax(found[-1] / section["temperature"])
+                own = (raw := found[-1].astype("d") / part["temperature"]) - np.logaddexp.reduce(raw, 1, keepdims=True)
                 total, seen = total + own, seen + 1
-                answer, score = (own, own[:, 0]) if last else self.score(own, log_softmax(total / seen))
-                if limit is not None and not last:
-                    leaves = (score >= limit) & ((answer.argmax(1) == before) | (not self.agreement))
+                answer, score = (own, own[:, 0]) if last else self.score(own, total / seen)
+                sure = score >= (math.inf if limit is None else limit)
+                leaves |= sure & ((answer.argmax(1) == before) | (not self.agreement))
                 answers[rows[leaves]], places[rows[leaves]] = answer[leaves], place
                 total, before = total[~leaves], answer.argmax(1)[~leaves]
             rows, images = rows[~leaves], found[0][~leaves]
@@ -58,23 +52,29 @@ class Network:
     def read(self, file: str) -> Any:
         from PIL import Image, ImageOps  # for reading files only
 
-        image, (height, width) = ImageOps.exif_transpose(Image.open(file)).convert("RGB"), self.look["input_size"][1:]
-        sides, first = [width, height], self.look["resize"][::-1]
-        if max(image.size) > self.look["small"]:  # the centre of a large image, a small one whole
-            sides = [max(own * s // o for s, o in zip(first, image.size, strict=True)) for own in image.size]
-        left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
-        image = image.resize(sides, self.look["resample"]).crop((left, top, left + width, top + height))
+        image, whole = ImageOps.exif_transpose(Image.open(file)).convert("RGB"), self.look["input_size"][:0:-1]
+        size, first, large = image.size, self.look["resize"][::-1], max(image.size) > self.look["small"]
+        sides = [max(own * s // o for s, o in zip(first, size, strict=True)) for own in size if large] or whole
+        left, top = [round((side - own) / 2) for side, own in zip(sides, whole, strict=True)]  # the centre is seen
+        image = image.resize(sides, self.look["resample"]).crop((left, top, left + whole[0], top + whole[1]))
         values = (np.asarray(image, np.float32) / 255 - np.float32(self.look["mean"])) / np.float32(self.look["std"])
         return values.transpose(2, 0, 1)
 
 
 if __name__ == "__main__":
+    given, files = (sys.argv[2:3], sys.argv[3:]) if sys.argv[1:2] == ["--threshold"] else ([], sys.argv[1:])
+    if not files or files[0].startswith("--"):
+        sys.exit(sys.stderr.write("usage: python run.py [--threshold SHARE] IMAGE...\n") and 2)
     try:
-        given = float(sys.argv[2]) if sys.argv[1:2] == ["--threshold"] else None
-        network = Network(Path(__file__).parent)
-        for file in sys.argv[1 if given is None else 3 :]:
-            (answer,), (place,) = network.route(network.read(file)[None], given)
-            label, exit, sure = network.classes[answer.argmax()], network.sections[place]["exit"], np.exp(answer.max())
-            print(json.dumps({"file": file, "label": label, "exit": exit, "confidence": round(float(sure), 4)}))
+        limit, network, failed = float(given[0]) if given else None, Network(Path(__file__).parent), 0
     except Exception as error:
         sys.exit(sys.stderr.write(f"error: {type(error).__name__}: {error}\n") and 2)
+    for file in files:
+        try:
+            (answer,), (place,) = network.route(network.read(file)[None], limit)
+            label, exit, sure = network.classes[answer.argmax()], network.sections[place]["exit"], np.exp(answer.max())
+            print(json.dumps({"file": file, "label": label, "exit": exit, "confidence": round(float(sure), 4)}))
+        except Exception as error:
+            why = "it is a folder; name the images in it" if Path(file).is_dir() else error
+            failed = sys.stderr.write(f"error: '{file}': {why}\n") and 2
+    sys.exit(failed)

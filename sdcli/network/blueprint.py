@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sdcli.data.transforms import Colour, Preprocess
@@ -109,6 +110,11 @@ class Blueprint:
 
     def head_costs(self) -> dict[str, Cost]:
         """The cost of each exit's own head; for `final`, of everything after the last stage."""
+        return dict(self._head_costs)
+
+    @cached_property
+    def _head_costs(self) -> dict[str, Cost]:
+        # Heads are built and traced for this: slow, and asked for with every setting of early exit.
         costs = {FINAL: Cost(0, 0)}
         for point, kind in self.heads.items():
             stage = self.stages[point]

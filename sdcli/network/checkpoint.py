@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdcli import __version__
+from sdcli.data.dataset import listed
 from sdcli.data.transforms import Preprocess
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.files import replacing
 from sdcli.network.backbones import SOURCES, Architecture
 from sdcli.network.blueprint import Blueprint
@@ -141,7 +142,7 @@ def _sort_metadata(path: Path) -> None:
 def open_tensors(path: Path) -> Iterator[Any]:
     """Any safetensors file, opened; raises UserError for one that is missing, truncated or another format."""
     if not path.exists():
-        raise UserError(f"checkpoint '{path}' does not exist", "a .safetensors file, such as RUN/best.safetensors")
+        raise UserError(f"checkpoint '{path}' does not exist", "a run folder, or a file such as RUN/best.safetensors")
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         fix = f"did you mean '{path / inside[0]}'?" if inside else ""
@@ -170,11 +171,22 @@ def find_checkpoint(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     run = (path / "run.json").is_file()
+    inside = [] if run else sorted(folder.name for folder in path.iterdir() if _is_run(folder))
+    if inside:
+        raise UserError(
+            f"'{path}' is no run folder: it holds {counted(len(inside), 'run')}",
+            f"one of them: {listed(inside)}",
+            f"name one, such as {path / inside[0]}",
+        )
     raise UserError(
         f"'{path}' has no checkpoint" + (" yet: no epoch has finished" if run else ""),
         "a run folder with best.safetensors or last.safetensors, or a checkpoint file",
         f"sdcli train --resume {path}" if run else "",
     )
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("best.safetensors", "last.safetensors"))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,21 +17,21 @@ from sdcli.network.work import NUM_STAGES, merged, split
 
 def find_stages(
     model: nn.Module,
-    input_size: tuple[int, int, int],
+    input_size: tuple[int, int, int] | None = None,
     *,
     exits: int | Sequence[str] | None = None,
     name: str = "",
 ) -> StagePlan:
     """Finds where to attach exits to a timm model, and what each stage costs.
 
-    `model` runs once, in eval mode, on one image of `input_size` (C, H, W), and is left unchanged. On the meta device
-    this needs neither weights nor memory:
+    `model` runs once, in eval mode, on one image of `input_size` (C, H, W), and is left unchanged. The default is the
+    size that timm states for the model. On the meta device this needs neither weights nor memory:
 
         >>> import timm, torch
         >>> from sdcli import find_stages
         >>> with torch.device("meta"):
         ...     model = timm.create_model("resnet18")
-        >>> plan = find_stages(model, (3, 224, 224))
+        >>> plan = find_stages(model)
         >>> for stage in plan.stages:
         ...     print(stage.module, stage.num_chs, stage.size, f"{stage.macs / plan.macs:.0%}")
         layer1 64 (56, 56) 32%
@@ -47,16 +47,33 @@ def find_stages(
     equal blocks is cut into equal shares of the work. Any other model is cut after the last outermost module of each
     resolution. If more stages are wanted, the heaviest stage is halved.
 
-    Raises UserError if the model refuses the input size, if a named module cannot be tapped, or if the model cannot be
-    cut into that many stages.
+    Raises UserError if the model refuses the input size or states none, if a named module cannot be tapped, or if the
+    model cannot be cut into that many stages.
     """
-    traced = trace_model(model, input_size, name or type(model).__name__)
+    name = name or type(model).__name__
+    traced = trace_model(model, input_size or _own_size(model, name), name)
     if exits is None or isinstance(exits, int):
         points, found_by = _numbered(traced, exits)
     else:
         names = [exits] if isinstance(exits, str) else exits
         points, found_by = named_boundaries(traced, names), "named"
     return describe(traced, points, found_by)
+
+
+def _own_size(model: nn.Module, name: str) -> tuple[int, int, int]:
+    """The input size that timm states for the model: a patch embedding knows the one that it was built for."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size")
+    if size is None:
+        raise UserError(
+            f"{name} does not state the size of its images",
+            "a timm model, or a size",
+            "find_stages(model, (3, 224, 224))",
+        )
+    channels, height, width = size
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = built_for or (height, width)
+    return channels, height, width
 
 
 def _numbered(traced: TracedModel, exits: int | None) -> tuple[list[TapPoint], str]:

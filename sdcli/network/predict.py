@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -82,6 +83,10 @@ def choose(
             raise unknown("exit", point, exits)
         thresholds: dict[str, float | None] = {} if point == FINAL else {point: -math.inf}
         return Strategy(Policy(thresholds, "confidence", temperatures), alone=True)
+    if ensemble and len(exits) < 2:
+        raise UserError(
+            "an ensemble without effect: the network has no exit but final", "a network with exits", "leave it out"
+        )
     if ensemble:
         return Strategy(None)
     if threshold is not None:
@@ -126,7 +131,7 @@ def _within(calibration: Calibration | None, budget: float) -> Policy:
         raise UserError(
             f"a budget of {budget:g}: the checkpoint is not calibrated",
             "thresholds that sdcli calibrate has found for this network",
-            "sdcli calibrate CHECKPOINT, or a threshold instead",
+            "sdcli calibrate RUN, or a threshold instead",
         )
     policy = calibration.at_budget(budget)
     if policy is None:
@@ -134,6 +139,7 @@ def _within(calibration: Calibration | None, budget: float) -> Policy:
         raise UserError(
             f"a budget of {budget:g} cannot be met",
             "a checkpoint with calibrated settings" if least is None else f"{math.ceil(least * 1000) / 1000:g} or more",
+            "a larger budget, one exit alone (sdcli predict --exit), or exits with a cheaper head (--head linear)",
         )
     return policy
 
@@ -145,6 +151,15 @@ def promised(promise: Promise) -> str:
     if promise.loss == "change":
         what = f"at most {promise.limit:g} % of the answers changed"
     return f"{what} against the plain network, with {promise.confidence:.0%} confidence"
+
+
+def without_exits(path: Path) -> UserError:
+    """What is wrong with a checkpoint whose images can leave nowhere."""
+    return UserError(
+        f"'{path}' has no exits: images cannot leave it early",
+        "a network that was trained with exits",
+        "train one with a recipe that has exits, such as --recipe default",
+    )
 
 
 def ensemble_of(logits: Iterable[Tensor]) -> Decided:
