@@ -129,7 +129,13 @@ def _section(network: str, about: Any, regime: str, data: Any, found: list[Recor
                 controlled = compare(exits, CONTROL)
                 yield "\n\n".join([markdown(grid) for grid in list(grids(controlled, point))[1:2]]) + "\n"
             yield _remarks(controlled)
-    yield f"![Accuracy against MACs, {regime}](study-{network}-{regime}.png)\n"
+    if _has_exits(own):
+        yield f"![Accuracy against MACs, {regime}](study-{network}-{regime}.png)\n"
+
+
+def _has_exits(records: list[Record]) -> bool:
+    """Whether there is a curve to draw; all others have one cost at use."""
+    return any(len(record.test.exits) > 1 for record in records)
 
 
 def _teachers(network: str, teachers: list[Record], found: list[Record]) -> str:
@@ -169,7 +175,7 @@ def main() -> None:
     (FOLDER / "study.md").write_text(study(results), encoding="utf-8")
     for folder in sorted(path for path in results.glob("*/*/*") if path.is_dir()):
         records = [record for record in records_of(folder) if not record.label.startswith("baseline-lr")]
-        if records:
+        if _has_exits(records):
             save_comparison(compare(records), FOLDER / f"study-{folder.parent.name}-{folder.name}.png")
     README.write_text(with_table(README.read_text(encoding="utf-8"), readme_table(results)), encoding="utf-8")
 
