@@ -38,7 +38,8 @@ Rules, fixed before the first test image was scored:
 
 - Within a regime all runs have the same training images, schedule, batch size and augmentation, and the seeds are
   paired: the same seed draws the same order and augmentation of the images.
-- The learning rate was chosen for the baseline, on validation images, from the rows `baseline-lr-…`; all rows have it.
+- Where there are rows `baseline-lr-…`, the learning rate was chosen from them for the baseline, on validation images,
+  and all rows have it. Elsewhere it is that of `schedules/cosine`, 0.1.
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
