@@ -400,8 +400,15 @@ def test_early_exit_is_scored_beside_the_exits_as_calibrated(sdcli, run):
     plain = sum(row["share"] * (row["plain_top1"] or 0) for row in early["exits"])
     assert scored["exits"][-1]["top1"] == pytest.approx(plain)
     assert early["result"]["macs"] < scored["exits"][-1]["macs"]
-    table = sdcli("eval", run, "--dynamic").out
-    assert "early exit" in table and "of the plain model's MACs and" in table
+    assert list(early["times"]) == ["exit1", "exit2", "exit3"] and min(early["times"].values()) > 0
+    shown = sdcli("eval", run, "--dynamic")
+    assert "early exit" in shown.out and "of the plain model's MACs and" in shown.out
+    assert "early exit beside each exit alone" in shown.out
+    # All images leave at exit1: that exit could be shipped alone.
+    assert [row["share"] for row in early["exits"]] == [1, 0]
+    assert "note: exit1 alone is as good" in shown.err and "sdcli export --exit exit1 ships it" in " ".join(
+        shown.err.split()
+    )
     assert sdcli("eval", run, "--dynamic", "--csv").out.splitlines()[-1].split(",")[4] == "early exit"
     assert "\n| early exit | " in sdcli("eval", run, "--dynamic", "--markdown").out
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sdcli.errors import UserError
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.multi_exit import MultiExit, build
-from sdcli.network.policies import POLICIES, Policy, decide
+from sdcli.network.policies import POLICIES, Judge, Policy, decide
+from sdcli.network.routing import PATIENCE
 from sdcli.recipe.schema import Network
 
 SMALL = ["test_resnet", "test_vit", "test_vit4", "test_convnext", "test_efficientnet", "test_mambaout", "test_maxvit"]
@@ -132,7 +133,7 @@ def reference_probabilities(policy: Policy, logits: dict[str, Tensor]) -> dict[s
     return found
 
 
-def compare(network: MultiExit, count: int, **options: object) -> None:
+def compare(network: MultiExit, count: int, **options: object) -> Policy:
     images = images_for(network, count)
     logits = full_pass(network, images)
     exits = [point for point, reason in network.why_not.items() if not reason]
@@ -143,6 +144,7 @@ def compare(network: MultiExit, count: int, **options: object) -> None:
     used = [routed.points[place] for place in sorted(set(routed.exits.tolist()))]
     # Nothing comes before the first exit with which it could agree.
     assert used == [*exits[1 if policy.agreement else 0 :], "final"], "some leave at every exit, and some go on"
+    return policy
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -152,13 +154,81 @@ def test_routed_answers_equal_those_of_a_full_pass(name):
     compare(network, 12)
 
 
+def sizes_at(network: MultiExit, module: str) -> list[int]:
+    """From now on, the sizes of the batches that go into a module."""
+    sizes = []
+    network.backbone.get_submodule(module).register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    return sizes
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "margin"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit4", "test_convnext"])
+def test_a_stream_answers_as_batches_one_by_one_and_in_their_order(name, kind):
+    network = made(name)
+    images = images_for(network, 29)
+    policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"], kind=kind, agreement=kind == "margin")
+    batches = images.split([4, 4, 3, 4, 1, 4, 4, 4, 1])
+    streamed = list(network.stream(batches, policy))
+    assert [len(decided.answers) for decided in streamed] == [len(batch) for batch in batches]
+    for batch, decided in zip(batches, streamed, strict=True):
+        alone = network.route(batch, policy)
+        assert torch.equal(decided.exits, alone.exits) and decided.points == alone.points
+        torch.testing.assert_close(decided.answers, alone.answers, rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_a_stream_wait_until_a_batch_of_them_goes_on():
+    network = made("test_resnet")
+    images = images_for(network, 24)
+    policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
+    network.check(policy)
+    deep = sizes_at(network, "layer3")
+    left = network.route(images, policy).exits
+    deep.clear()
+    list(network.stream(images.split(4), policy))
+    going = int((left >= 2).sum())
+    # At the end one image may lead those that wait further down.
+    assert deep[: going // 4] == [4] * (going // 4) and going <= sum(deep) <= going + 1
+    deep.clear()
+    for batch in images.split(4):
+        network.route(batch, policy)
+    assert sum(deep) == going and len(deep) > going // 4 + 2
+
+
+def test_an_answer_of_a_stream_is_held_back_for_a_few_batches_at_most():
+    network = made("test_resnet")
+    images = images_for(network, 4)
+    # Of the first batch one image goes to the end, and all that follow leave at exit1.
+    logits = full_pass(network, images)
+    scores = Judge(Policy({"exit1": 0.0})).read("exit1", logits["exit1"]).score.sort(descending=True)
+    first, easy = images, images[scores.indices[:1]].expand(4, -1, -1, -1)
+    policy = Policy({"exit1": float(scores.values[-2:].mean()), "exit2": 2.0})
+    router = network.router(policy)
+    answered = [len(router.take(batch)) for batch in (first, *[easy] * 20)]
+    # It waits at exit1, and then at exit2.
+    assert answered == [0] * (2 * PATIENCE) + [2 * PATIENCE + 1] + [1] * (20 - 2 * PATIENCE)
+    assert router.rest() == []
+    assert network.route(first, policy).exits.tolist().count(2) == 1
+
+
+def test_a_stream_without_images_and_a_batch_without_images_have_no_answers():
+    network = made("test_resnet")
+    policy = Policy({"exit1": 0.5})
+    assert list(network.stream([], policy)) == []
+    empty = images_for(network, 0)
+    assert network.route(empty, policy).answers.shape == (0, 10)
+    assert [len(decided.exits) for decided in network.stream([empty, images_for(network, 2)], policy)] == [0, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_routed_answers_equal_those_of_a_full_pass_in_every_family(name):
     network = made(name)
     # The logits of deep random networks are huge: all scores would be 1.
     spread_of = {point: float(own.std()) for point, own in full_pass(network, images_for(network, 9)).items()}
-    compare(network, 9, temperatures=spread_of)
+    policy = compare(network, 9, temperatures=spread_of)
+    images = images_for(network, 9)
+    streamed = torch.cat([decided.exits for decided in network.stream(images.split(3), policy)])
+    assert torch.equal(streamed, network.route(images, policy).exits)
     refused = {point for point, reason in network.why_not.items() if reason}
     assert refused == {point for point, stage in network.stages.items() if not stage.clean and point != "final"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,10 @@ from sdcli.errors import UserError, counted
 from sdcli.extensions import load_imports
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
+
+    from torch import Tensor
 
     from sdcli.cli.predictions import Write
 
@@ -115,6 +118,22 @@ def predict(
     at_once = min(batch_size, len(files))
     batches = read_photos(files, network.transform, batch_size=batch_size, workers=workers, pin=place.type == "cuda")
     done = 0
+    read: deque[list[str]] = deque()
+
+    def images() -> Iterator[Tensor]:
+        """The batches that could be read; their files go to `read`."""
+        nonlocal problems, done
+        for batch in batches:
+            for error in batch.errors:
+                if strict:
+                    raise error
+                message(error.wrong)
+            problems += len(batch.errors)
+            done += len(batch.errors)
+            if batch.images is not None:
+                read.append(batch.files)
+                yield batch.images.to(place, non_blocking=True)
+
     with (
         short_of_memory(
             f"on {place} with {at_once} images at a time",
@@ -124,18 +143,11 @@ def predict(
         scoring("predicting", quiet=len(files) <= batch_size or _prints_along(as_json, as_csv)) as progress,
         _output(as_json, as_csv, parquet, min(top, len(network.classes))) as write,
     ):
-        for batch in batches:
-            for error in batch.errors:
-                if strict:
-                    raise error
-                message(error.wrong)
-            problems += len(batch.errors)
-            if batch.images is not None:
-                decided = network.answer(batch.images.to(place, non_blocking=True), strategy)
-                answers = read_answers(decided, network.classes, top)
-                exits.update(answer.exit for answer in answers)
-                write(list(zip(batch.files, answers, strict=True)))
-            done += len(batch.files) + len(batch.errors)
+        for decided in network.answers(images(), strategy):
+            answers = read_answers(decided, network.classes, top)
+            exits.update(answer.exit for answer in answers)
+            write(list(zip(read.popleft(), answers, strict=True)))
+            done += len(answers)
             progress(done, len(files))
     if parquet is not None:
         message(f"{parquet}: {counted(exits.total(), 'image')}")

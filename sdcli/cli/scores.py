@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdcli.evaluation.dynamic import Dynamic
-    from sdcli.evaluation.evaluate import ExitResult
+    from sdcli.evaluation.evaluate import ExitResult, Report
     from sdcli.evaluation.fidelity import Against
     from sdcli.evaluation.scoring import Scored
 
@@ -37,6 +37,7 @@ def grids(scored: Scored, *, per_class: bool) -> Iterator[Grid]:
     yield scores_grid(scored)
     if scored.dynamic:
         yield leaving_grid(scored.dynamic)
+        yield ways_grid(scored.report, scored.dynamic)
     if scored.against:
         yield against_grid(scored.against)
     if per_class:
@@ -75,6 +76,34 @@ def leaving_grid(leaving: Dynamic) -> Grid:
         (Cell(row.point), Cell(f"{row.share:.1%}"), score(row.top1), score(row.plain_top1)) for row in leaving.exits
     )
     return Grid("early exit", ("leave at", "images", "top-1 %", "top-1 % of\nthe plain model"), tuple(rows))
+
+
+def ways_grid(report: Report, leaving: Dynamic) -> Grid:
+    """What `--dynamic` adds: early exit beside each exit alone, which may be as good."""
+    rows, plain = [], leaving.result.macs * leaving.result.speedup
+    for result in (*report.exits, leaving.result):
+        if result is leaving.result:
+            time = leaving.seconds / leaving.plain_seconds
+        else:
+            time = leaving.times.get(result.point, 1.0)
+        rows.append(
+            (Cell(result.point), Cell(f"{result.top1:.2f}"), Cell(f"{result.macs / plain:.2f}"), Cell(f"{time:.2f}"))
+        )
+    header = ("answers", "top-1 %", "share of the\nplain MACs", "share of\nits time")
+    return Grid("early exit beside each exit alone", header, tuple(rows), line_after=len(report.exits) - 1)
+
+
+def better_alone(report: Report, leaving: Dynamic) -> str:
+    """The exit that is at least as accurate as early exit for no more MACs, in a sentence; "" if there is none."""
+    own = leaving.result
+    as_good = [row for row in report.exits if row.macs <= own.macs and row.top1 >= own.top1]
+    if not as_good:
+        return ""
+    best = max(as_good, key=lambda row: row.top1)
+    return (
+        f"{best.point} alone is as good, {best.top1:.2f} % for {1 / best.speedup:.2f} of the plain model's MACs: on "
+        f"these images early exit gains nothing over it (sdcli export --exit {best.point} ships it)"
+    )
 
 
 def leaving_time(leaving: Dynamic) -> str:
@@ -210,6 +239,8 @@ def notes_of(scored: Scored) -> Iterator[str]:
     """What a reader should know about the scores."""
     if scored.latency_on:
         yield f"ms: the median time of one image on {scored.latency_on}, each exit alone"
+    if scored.dynamic and (better := better_alone(scored.report, scored.dynamic)):
+        yield better
     yield from scored.notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ from sdcli.evaluation.evaluate import ExitResult
 from sdcli.evaluation.latency import now
 from sdcli.evaluation.metrics import auroc, confidence_and_correct, ece, nll, topk_correct
 from sdcli.network.multi_exit import MultiExit
-from sdcli.network.policies import Policy
+from sdcli.network.policies import Decided, Policy
+from sdcli.recipe.address import FINAL
 
 EARLY_EXIT = "early exit"
+TIMED = 8
+"""Batches on which each exit alone is timed."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Dynamic:
     """Of all forward passes, without loading images."""
     plain_seconds: float
     """The plain network's, on the same batches, taken in turn."""
+    times: dict[str, float]
+    """The time of every exit alone, as a share of the plain network's on the first batches."""
 
 
 @torch.inference_mode()
@@ -54,9 +60,10 @@ def evaluate_dynamic(
     """Scores early exit, and times it against the plain network. Leaves the network in eval mode."""
     network.check(policy)
     network.eval()
-    answers, exits, plain, labels = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-    points: tuple[str, ...] = ()
-    seconds = plain_seconds = 0.0
+    decided, plain, labels = list[Decided](), list[Tensor](), list[Tensor]()
+    router, seconds, plain_seconds = network.router(policy), 0.0, 0.0
+    alone = {point: network.strategy(exit=point) for point in network.exits if point != FINAL}
+    spent: dict[str, list[float]] = {point: [] for point in alone}
     done = 0
     for number, batch in enumerate(batches):
         batch = batch.to(device)
@@ -64,25 +71,36 @@ def evaluate_dynamic(
             # The first passes of a process are slower.
             network.route(batch.images, policy)
             network.plain(batch.images)
+            for strategy in alone.values():
+                network.answer(batch.images, strategy)
         start = now(device)
-        routed = network.route(batch.images, policy)
+        found = router.take(batch.images)
         between = now(device)
         own = network.plain(batch.images)
-        seconds += between - start
-        plain_seconds += now(device) - between
-        points = routed.points
-        answers.append(routed.answers.cpu())
-        exits.append(routed.exits.cpu())
+        end = now(device)
+        seconds, plain_seconds = seconds + between - start, plain_seconds + end - between
+        if number < TIMED:
+            for point, strategy in alone.items():
+                start = now(device)
+                network.answer(batch.images, strategy)
+                spent[point].append((now(device) - start) / (end - between))
+        decided += [own.cpu() for own in found]
         plain.append(own.argmax(dim=1).cpu())
         labels.append(batch.labels.cpu())
         done += len(batch.labels)
         progress(done)
-    where, truth = torch.cat(exits), torch.cat(labels)
+    start = now(device)
+    found = router.rest()
+    seconds += now(device) - start
+    decided += [own.cpu() for own in found]
+    answers, where = torch.cat([own.answers for own in decided]), torch.cat([own.exits for own in decided])
+    truth = torch.cat(labels)
     return Dynamic(
-        _scores(network, torch.cat(answers), where, truth, points, torch.cat(plain)),
-        tuple(_leaving(points, torch.cat(answers), where, torch.cat(plain), truth)),
+        _scores(network, answers, where, truth, router.points, torch.cat(plain)),
+        tuple(_leaving(router.points, answers, where, torch.cat(plain), truth)),
         seconds,
         plain_seconds,
+        {point: statistics.median(shares) for point, shares in spent.items()},
     )
 
 

@@ -135,6 +135,6 @@ def _spread(policy: Policy, exits: tuple[str, ...], logits: Mapping[str, Tensor]
         thresholds[point] = float(scores[place - 1 : place + 1].mean())
         leaving = policy.at(thresholds).lets_go(point, verdict)
         going = (~leaving).nonzero().flatten()
-        judge.keep(going)
+        judge = judge.part(going)
         here = here[going]
     return policy.at(dict.fromkeys(exits) | thresholds)

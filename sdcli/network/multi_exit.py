@@ -6,8 +6,8 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from sdcli.network.routing import Router, averaged, reasons, visiting
 from sdcli.network.signals import Signal, signal_at
 from sdcli.network.stages import Stage, tap_modules, to_map
 from sdcli.network.tail import Branch, DenseClassifier
-from sdcli.network.taps import InputTap, Reached, Store, Tap
+from sdcli.network.taps import InputTap, Store, Tap
 from sdcli.network.truncated import Truncated
 from sdcli.recipe.address import FINAL
 from sdcli.recipe.schema import Gradients, Trains
@@ -222,11 +222,31 @@ class MultiExit(nn.Module):
         self.check(policy)
         return self._routed(images, policy)
 
+    @torch.no_grad()
+    def stream(self, batches: Iterable[Tensor], policy: Policy) -> Iterator[Decided]:
+        """Early exit over many batches [B, 3, H, W]: the answers of each, in order, as `route` gives them.
+
+        Faster than `route` one by one: after each exit images wait until a whole batch of them goes on, so that the
+        deeper stages never run for a few. An answer may come some batches after its images were read.
+        """
+        self.check(policy)
+        router = self.router(policy)
+        for images in batches:
+            yield from router.take(images)
+        yield from router.rest()
+
+    def router(self, policy: Policy, together: bool = True) -> Router:
+        """What `stream` uses; the policy has to be checked. Images of later batches go on with those that wait if
+        `together`."""
+        return Router(policy, self._visited, self._logits_at, len(self.classes), together)
+
+    def _visited(self, images: Tensor, visit: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """The final logits [B, K] of a pass whose taps are visited."""
+        with self._evaluating(), visiting(self._store, visit):
+            return self.plain(images)
+
     def _routed(self, images: Tensor, policy: Policy) -> Decided:
-        router = Router(policy, self._logits_at, len(images))
-        with self._evaluating(), suppress(Reached), visiting(self._store, router.visit):
-            router.finish(self.plain(images))
-        return router.decided()
+        return self.router(policy, together=False).take(images)[0]
 
     def check(self, policy: Policy) -> None:
         """Raises UserError for a policy that names other exits, or one that images cannot leave at."""
@@ -286,8 +306,9 @@ class MultiExit(nn.Module):
         )
         like = next(self.parameters())
         found: list[Prediction] = []
-        for batch in batches(images, self.transform, self.blueprint.preprocess.input_size, batch_size):
-            found += predictions(self.answer(batch.to(like), strategy), self.classes, top)
+        read = batches(images, self.transform, self.blueprint.preprocess.input_size, batch_size)
+        for decided in self.answers((batch.to(like) for batch in read), strategy):
+            found += predictions(decided, self.classes, top)
         return found
 
     def strategy(
@@ -314,6 +335,14 @@ class MultiExit(nn.Module):
             self.check(chosen.policy)
         return chosen
 
+    def answers(self, batches: Iterable[Tensor], strategy: Strategy) -> Iterator[Decided]:
+        """`answer` for each of many batches, in order; with early exit as `stream` does it."""
+        if strategy.policy is not None and not strategy.alone:
+            yield from self.stream(batches, strategy.policy)
+        else:
+            for images in batches:
+                yield self.answer(images, strategy)
+
     @torch.no_grad()
     def answer(self, images: Tensor, strategy: Strategy) -> Decided:
         """What the exits that `strategy` names make of images [B, 3, H, W]; what is deeper is not run.
@@ -336,7 +365,9 @@ class MultiExit(nn.Module):
     def _evaluating(self) -> Iterator[None]:
         """In eval mode, and afterwards each module as it was."""
         training = [module for module in self.modules() if module.training]
-        self.eval()
+        if training:
+            # It takes longer than some networks do.
+            self.eval()
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ B images, K classes, E exits
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -128,7 +129,7 @@ def check_policy(policy: Policy, classifiers: Sequence[str]) -> None:
 
 
 class Judge:
-    """A policy applied to the images of one batch, exit after exit."""
+    """A policy applied to the images of a batch, exit after exit."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -152,12 +153,24 @@ class Judge:
         self._before = guess
         return Verdict(answer, score, agrees)
 
-    def keep(self, rows: Tensor) -> None:
-        """Forgets all images but those at `rows`, indices into the images that are left."""
-        if self._sum is not None:
-            self._sum = self._sum[rows]
-        if self._before is not None:
-            self._before = self._before[rows]
+    def part(self, rows: Tensor | slice) -> Judge:
+        """What it knows of the images at `rows`, indices into those that are left."""
+        own = copy.copy(self)
+        own._sum = None if self._sum is None else self._sum[rows]
+        own._before = None if self._before is None else self._before[rows]
+        return own
+
+    @staticmethod
+    def joined(judges: Sequence[Judge]) -> Judge:
+        """One for the images of all of them, which have read the same points."""
+        own = copy.copy(judges[0])
+        own._sum = _joined([judge._sum for judge in judges])
+        own._before = _joined([judge._before for judge in judges])
+        return own
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    return None if tensors[0] is None else torch.cat([tensor for tensor in tensors if tensor is not None])
 
 
 class Decided(NamedTuple):
@@ -169,6 +182,10 @@ class Decided(NamedTuple):
     """For each image the position of the point that answered among `points` [B]."""
     points: tuple[str, ...]
     """The exits in use, and `final`."""
+
+    def cpu(self) -> Decided:
+        """The same on the CPU."""
+        return Decided(self.answers.cpu(), self.exits.cpu(), self.points)
 
 
 def decide(policy: Policy, logits: Mapping[str, Tensor]) -> Decided:

@@ -1,6 +1,6 @@
 """Early exit inside a batch: every image leaves at the first exit that is sure, and only the others go on.
 
-B images of the batch, R images that are left, K classes
+B images of a batch, R images that are left, K classes
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,62 +18,187 @@ from sdcli.network.stages import Stage
 from sdcli.network.taps import Reached, Store
 from sdcli.recipe.address import FINAL
 
+PATIENCE = 8
+"""Batches after which an image that waits for company goes on without it: later answers are held back until then."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Images that have passed the same exits."""
+
+    tensor: Tensor
+    """[R, ...], what the last stage has made of them."""
+    home: Tensor
+    """Where each of them belongs, on the CPU: its batch and its row there [R, 2]."""
+    judge: Judge
+    since: int
+    """The pass that has brought them here."""
+
+    def __len__(self) -> int:
+        return len(self.home)
+
+    def part(self, rows: Tensor | slice) -> _Group:
+        """Those at `rows`."""
+        there = rows.to(self.tensor.device, non_blocking=True) if isinstance(rows, Tensor) else rows
+        return replace(self, tensor=self.tensor[there], home=self.home[rows], judge=self.judge.part(there))
+
+    @staticmethod
+    def joined(groups: Sequence[_Group]) -> _Group:
+        """All of them, the first group first."""
+        if len(groups) == 1:
+            return groups[0]
+        return _Group(
+            torch.cat([group.tensor for group in groups]),
+            torch.cat([group.home for group in groups]),
+            Judge.joined([group.judge for group in groups]),
+            groups[-1].since,
+        )
+
+
+class _Batch:
+    """The answers to one batch, as far as they are known."""
+
+    def __init__(self, images: Tensor, num_classes: int) -> None:
+        self.missing = len(images)
+        self.exits = torch.empty(len(images), dtype=torch.long)
+        self.answers = images.new_empty(len(images), num_classes, dtype=torch.float32)
+
+    def add(self, rows: Tensor, answers: Tensor, place: int) -> None:
+        """The answers [R, K] to the images at `rows` [R], which have left at one exit."""
+        self.answers[rows.to(answers.device, non_blocking=True)] = answers
+        self.exits[rows] = place
+        self.missing -= len(rows)
+
 
 class Router:
-    """Visits the taps of one forward pass, takes the images out that leave, and keeps their answers."""
+    """Leads batches of images through a network: each image leaves at the first exit that is sure.
 
-    def __init__(self, policy: Policy, logits_at: Callable[[str, Tensor], Tensor], num_images: int) -> None:
-        """`logits_at` turns a point and its tensor into the logits of its head."""
-        self.policy, self.logits_at = policy, logits_at
+    Those that go on wait after the exit until `together` of them are there, from this batch and later ones, and then go
+    on as one batch: a few images take nearly as long as many. An image waits for at most `patience` more batches.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        run: Callable[[Tensor, Callable[[str, Tensor], Tensor]], Tensor],
+        logits_at: Callable[[str, Tensor], Tensor],
+        num_classes: int,
+        together: bool = False,
+        patience: int = PATIENCE,
+    ) -> None:
+        """`run(images, visit)` is a forward pass to the final logits whose taps are visited, and `logits_at` turns a
+        point and its tensor into the logits of its head. Unless `together`, nobody waits."""
+        self.policy, self.run, self.logits_at, self.num_classes = policy, run, logits_at, num_classes
         self.points = (*policy.exits, FINAL)
-        self.judge = Judge(policy)
-        self.num_images = num_images
-        self.rows: Tensor | None = None
-        """The images that are left [R], as indices into the batch; None: all of them."""
-        self.left: list[tuple[Tensor | None, Tensor, int]] = []
-        """(images, their answers, place of the exit) of those that have left, in order."""
+        self.together, self.patience = together, patience
+        self._full = 0
+        self._taken = self._passes = 0
+        self._batches: dict[int, _Batch] = {}
+        """Those that are not answered yet, in order."""
+        self._waiting: dict[str, list[_Group]] = {}
+        self._passenger: Tensor | None = None
+        """An image [1, 3, H, W] that leads those that wait on when there are no more images."""
+        # Of the pass that runs.
+        self._home = torch.empty(0, 2, dtype=torch.long)
+        self._judge = Judge(policy)
         self._visited: set[str] = set()
 
-    def visit(self, point: str, tensor: Tensor) -> Tensor:
+    def take(self, images: Tensor) -> list[Decided]:
+        """Reads a batch [B, 3, H, W]; returns the batches, in order, all of whose images are answered by now."""
+        number, self._taken = self._taken, self._taken + 1
+        self._batches[number] = _Batch(images, self.num_classes)
+        if not len(images):
+            return self._answered()
+        if self.together:
+            # Never more at once than what the caller's batches are.
+            self._full = max(self._full, len(images))
+            self._passenger = images[:1]
+        rows = torch.arange(len(images))
+        self._pass(images, torch.stack([torch.full_like(rows, number), rows], dim=1))
+        return self._answered()
+
+    def rest(self) -> list[Decided]:
+        """The batches that are left, after the last image has been read."""
+        patience, self.patience = self.patience, 0
+        while self._waiting:
+            assert self._passenger is not None
+            self._pass(self._passenger, _NOBODY)
+        self.patience = patience
+        return self._answered()
+
+    def _answered(self) -> list[Decided]:
+        found = []
+        for number, batch in list(self._batches.items()):
+            if batch.missing:
+                break
+            found.append(Decided(batch.answers, batch.exits.to(batch.answers.device), self.points))
+            del self._batches[number]
+        return found
+
+    def _pass(self, images: Tensor, home: Tensor) -> None:
+        self._home, self._judge, self._visited = home, Judge(self.policy), set()
+        with suppress(Reached):
+            logits = self.run(images, self._visit)
+            self._leave(self._judge.read(FINAL, logits).answer, self._home, len(self.points) - 1)
+        self._passes += 1
+
+    def _visit(self, point: str, tensor: Tensor) -> Tensor:
         """The images that go on; raises `Reached` where there are none."""
         # A stage's module and those inside it return the same tensor: the first one to return it is visited.
         if point not in self.points[:-1] or point in self._visited:
             return tensor
         self._visited.add(point)
-        verdict = self.judge.read(point, self.logits_at(point, tensor))
-        leaving = self.policy.lets_go(point, verdict)
-        # Those that stay first, in order, so that the device is asked only for their number.
-        order = leaving.to(torch.uint8).argsort(stable=True)
-        staying = len(tensor) - int(leaving.sum())
-        if staying == len(tensor):
-            return tensor
         place = self.points.index(point)
-        if staying == 0:
-            self.left.append((self.rows, verdict.answer, place))
-            raise Reached
-        going, gone = order[:staying], order[staying:]
-        self.left.append((gone if self.rows is None else self.rows[gone], verdict.answer[gone], place))
-        self.rows = going if self.rows is None else self.rows[going]
-        self.judge.keep(going)
-        return tensor[going]
+        verdict = self._judge.read(point, self.logits_at(point, tensor))
+        # The one question to the device.
+        leaving = self.policy.lets_go(point, verdict).cpu()
+        here = _Group(tensor, self._home, self._judge, self._passes)
+        if bool(leaving.any()) or self._home is _NOBODY:
+            gone, staying = (which.nonzero().squeeze(1) for which in (leaving, ~leaving))
+            answers = verdict.answer if len(gone) == len(leaving) else verdict.answer[gone.to(tensor.device)]
+            self._leave(answers, self._home[gone], place)
+            company = here.part(staying[self._home[staying, 0] >= 0])
+        else:
+            company = here
+        going = self._next(point, place, company)
+        if going is None:
+            going = replace(here.part(slice(0, 1)), home=_NOBODY)
+        self._home, self._judge = going.home, going.judge
+        return going.tensor
 
-    def finish(self, logits: Tensor) -> None:
-        """The images that have reached the end are answered with the final logits [R, K]."""
-        self.left.append((self.rows, self.judge.read(FINAL, logits).answer, len(self.points) - 1))
+    def _next(self, point: str, place: int, company: _Group) -> _Group | None:
+        """Those who go on from an exit that `company` has come to; None if only deeper ones do, whom a passenger leads.
 
-    def decided(self) -> Decided:
-        """The answers of all images, in the order of the batch."""
-        rows, first, place = self.left[0]
-        if rows is None:
-            exits = torch.full((self.num_images,), place, device=first.device)
-            return Decided(first, exits, self.points)
-        answers = first.new_empty(self.num_images, first.shape[1])
-        exits = torch.empty(self.num_images, dtype=torch.long, device=first.device)
-        for rows, answer, place in self.left:
-            assert rows is not None
-            answers[rows] = answer
-            exits[rows] = place
-        return Decided(answers, exits, self.points)
+        Raises `Reached` if nobody goes on.
+        """
+        waiting = [*self._waiting.pop(point, []), *([company] if len(company) else [])]
+        count = sum(map(len, waiting))
+        if waiting:
+            self._waiting[point] = waiting
+        if count < self._full or not count:
+            deeper = [groups for other, groups in self._waiting.items() if self.points.index(other) >= place]
+            if not any(self._passes - groups[0].since >= self.patience for groups in deeper):
+                raise Reached
+        if not count:
+            return None
+        del self._waiting[point]
+        going = _Group.joined(waiting)
+        if self._full and count > self._full:
+            self._waiting[point] = [going.part(slice(self._full, None))]
+            going = going.part(slice(0, self._full))
+        return going
+
+    def _leave(self, answers: Tensor, home: Tensor, place: int) -> None:
+        """Keeps the answers [R, K] to images that leave."""
+        for number in sorted(set(home[:, 0].tolist())):
+            mine = (home[:, 0] == number).nonzero().squeeze(1)
+            if number in self._batches:
+                own = answers if len(mine) == len(answers) else answers[mine.to(answers.device)]
+                self._batches[number].add(home[mine, 1], own, place)
+
+
+_NOBODY = torch.tensor([[-1, -1]])
+"""The home of a passenger."""
 
 
 @contextmanager
@@ -121,15 +247,22 @@ def reasons(
 def _differs(
     backbone: nn.Module, store: Store, images: Tensor, whole: Mapping[str, Tensor], exits: Sequence[str]
 ) -> str:
-    """What is wrong when one image leaves at each of `exits`, in words; "" if nothing is."""
-    keeps, left = {}, len(images)
+    """What is wrong when images leave at each of `exits`, or others join there, in words; "" if nothing is."""
+    fewer, more = {}, {}
     for number, point in enumerate(exits):
+        left = len(images) - number
         # Now the first of those that are left, now the last but one.
         gone = 0 if number % 2 else left - 2
-        keeps[point] = torch.tensor([row for row in range(left) if row != gone], device=images.device)
-        left -= 1
+        fewer[point] = torch.tensor([row for row in range(left) if row != gone], device=images.device)
+        more[point] = torch.arange(len(images) + number + 1, device=images.device).flip(0) % (len(images) + number)
+    return _differs_with(backbone, store, images, whole, fewer) or _differs_with(backbone, store, images, whole, more)
+
+
+def _differs_with(
+    backbone: nn.Module, store: Store, images: Tensor, whole: Mapping[str, Tensor], keeps: Mapping[str, Tensor]
+) -> str:
     try:
-        fewer = _pass(backbone, store, images, keeps)
+        other = _pass(backbone, store, images, keeps)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         return f"what follows relies on the number of images before it ({reason})"
@@ -137,9 +270,9 @@ def _differs(
     for name, tensor in whole.items():
         if name in keeps:
             now = now[keeps[name]]
-        wanted, found = tensor[now], fewer[name]
+        wanted, found = tensor[now], other[name]
         if found.shape != wanted.shape or not _close(found, wanted):
-            return "what follows gives other results when some of the images have left"
+            return "what follows gives other results with fewer or more images"
     return ""
 
 
