@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -15,8 +16,9 @@ from conftest import Command, refused
 from PIL import Image
 from scipy import stats
 
+from sdcli.cli.comparisons import grids
 from sdcli.compare.compare import Comparison, compare
-from sdcli.compare.record import Costs, Record, find_runs, read_record, save_record
+from sdcli.compare.record import BUDGETS, Costs, EarlyExit, Record, find_runs, read_record, record_of, save_record
 from sdcli.compare.statistics import (
     detectable,
     holm,
@@ -137,6 +139,28 @@ def record(label: str, seed: int, final: float, exit1: float | None = None, **ch
 
 def three(label: str, finals: list[float], exit1: float | None = None, **changes: object) -> list[Record]:
     return [record(label, seed, final, exit1, **changes) for seed, final in enumerate(finals)]
+
+
+def test_early_exit_of_calibrated_runs_has_a_table_of_its_own():
+    at = [
+        (EarlyExit(None, 0.48, 40.0 + seed, 0.5), EarlyExit(0.5, 0.48, 40.0 + seed), EarlyExit(0.8, 0.79, 50.0))
+        for seed in range(2)
+    ]
+    runs = [record("byot", seed, 52.0, 45.0, early=at[seed]) for seed in range(2)]
+    runs += [record("default", seed, 52.0, 45.0, early=at[seed][:2] if seed else at[seed]) for seed in range(2)]
+    runs += three("baseline", [50.0, 51.0])
+    (task,) = compare(runs).tasks
+    _, byot, default = task.groups
+    assert byot.early["0.5"].top1.values == (40.0, 41.0) and byot.early["0.5"].macs == 0.48
+    assert (byot.early["calibrated"].time, byot.early["0.5"].time) == (0.5, None)
+    assert list(default.early) == ["calibrated", "0.5"], "what all of its runs have"
+    early = list(grids(compare(runs), "final"))[2]
+    assert early.title.endswith("top-1 % of early exit, by its share of the plain network's MACs")
+    assert [[cell.text for cell in line] for line in early.rows] == [
+        ["byot", "40.50 ± 0.71", "50.00 ± 0.00", "40.50 ± 0.71", "0.48", "0.50"],
+        ["default", "40.50 ± 0.71", "-", "40.50 ± 0.71", "0.48", "0.50"],
+    ]
+    assert len(list(grids(compare(three("baseline", [50.0])), "final"))) == 1
 
 
 def test_recipes_are_compared_seed_by_seed_with_the_baseline():
@@ -297,6 +321,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with suppress(SystemExit):
                 main()
     return folder / "runs"
+
+
+def test_a_calibrated_checkpoint_is_scored_with_early_exit(sdcli, runs, tmp_path):
+    run = tmp_path / "exits"
+    shutil.copytree(runs / "exits" / "seed42", run)
+    assert record_of(run / "last.safetensors").early == ()
+    assert sdcli("calibrate", run / "last.safetensors", "--budget", "0.9", "--policy", "confidence").code == 0
+    found = record_of(run / "last.safetensors")
+    calibrated, *budgets = found.early
+    assert calibrated.budget is None and calibrated.time is not None and calibrated.time > 0
+    assert [one.budget for one in budgets] == [b for b in BUDGETS if b >= budgets[0].budget]
+    assert budgets[-1].macs == pytest.approx(calibrated.macs) and budgets[-1].top1 == pytest.approx(calibrated.top1)
+    assert [one.macs for one in budgets] == sorted(one.macs for one in budgets)
+    assert read_record(save_record(found, tmp_path / "kept")) == found
 
 
 def test_seeds_are_trained_in_turn_on_the_same_split(runs):

@@ -27,6 +27,7 @@ TINY = """
 dataset = "digits"
 checkpoint = "last"
 results = "results"
+calibrate = ["--budget", "0.9"]
 
 [networks.tiny]
 model = "test_resnet"
@@ -126,6 +127,8 @@ def test_a_study_runs_what_is_missing_in_the_order_of_what_starts_from_what(tmp_
     finals = [record["test"]["exits"][-1]["top1"] for record in (plain, exits)]
     assert finals[0] == finals[1], "the backbone was frozen"
     assert exits["training"]["macs"] < plain["training"]["macs"]
+    assert plain["early"] == []
+    assert exits["early"][0]["budget"] is None and exits["early"][0]["time"] > 0 and exits["early"][0]["macs"] < 1
     again = run_study(tmp_path)
     assert "2 of 2 cells are done, 0 are missing:" in again.stdout
 

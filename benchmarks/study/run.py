@@ -140,13 +140,20 @@ class Lanes:
         return None
 
     def work(self, cell: Cell) -> int:
-        """Trains a cell unless it is trained, scores it, and keeps its record."""
+        """Trains a cell unless it is trained, calibrates its exits if the study says how, scores it, and keeps its
+        record."""
         run = self.options.runs / cell.name
         if not (run / "report.json").exists():
             code = self.call(cell, self.options.command(cell), "train.log")
             if code:
                 return code
         checkpoint = run / f"{self.study['checkpoint']}.safetensors"
+        exits = json.loads((run / "report.json").read_text(encoding="utf-8"))["exits"]
+        if "calibrate" in self.study and len(exits) > 1:
+            how = [*self.study["calibrate"], "--device", device_of(self.study)]
+            code = self.call(cell, ["calibrate", str(checkpoint), *how], "calibrate.log")
+            if code:
+                return code
         save = ["compare", str(checkpoint), "--save", str(record_of(self.study, cell).parent)]
         save += ["--device", device_of(self.study)]
         return self.call(cell, save, "score.log")

@@ -27,6 +27,8 @@ def grids(comparison: Comparison, point: str) -> Iterator[Grid]:
         yield _scores(task)
         if task.baseline is not None and len(task.groups) > 1:
             yield _differences(task, point)
+        if any(group.early for group in task.groups):
+            yield _early(task)
     if comparison.overall:
         yield _overall(comparison)
 
@@ -72,6 +74,27 @@ def _differences(task: Task, point: str) -> Grid:
         "params", "MACs",
     )  # fmt: skip
     return Grid(f"{task.name}  ·  {point} against {task.baseline}, in points", header, tuple(rows))
+
+
+def _early(task: Task) -> Grid:
+    """What images that leave early are worth, where checkpoints are calibrated."""
+    groups = [group for group in task.groups if group.early]
+    budgets = sorted({name for group in groups for name in group.early if name != "calibrated"})
+    best = {name: max(group.early[name].top1.mean for group in groups if name in group.early) for name in budgets}
+    rows = []
+    for group in groups:
+        cells = [
+            Cell(score(own.top1), len(groups) > 1 and own.top1.mean == best[name])
+            if (own := group.early.get(name))
+            else Cell("-")
+            for name in budgets
+        ]
+        own = group.early.get("calibrated")
+        as_found = (score(own.top1), f"{own.macs:.2f}", f"{own.time:.2f}" if own.time else "-") if own else ("-",) * 3
+        rows.append((Cell(_name(group)), *cells, *map(Cell, as_found)))
+    header = ("recipe", *(f"MACs\n≤ {name}" for name in budgets), "as\ncalibrated", "its\nMACs", "its\ntime")
+    title = f"{task.name}  ·  top-1 % of early exit, by its share of the plain network's MACs"
+    return Grid(title, header, tuple(rows))
 
 
 def difference_cells(found: Difference, p_holm: float | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdcli.compare.record import Record
+from sdcli.compare.record import EarlyExit, Record
 from sdcli.compare.statistics import (
     Difference,
     McNemar,
@@ -47,6 +47,17 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Early:
+    """Early exit in one setting, over the seeds of a group."""
+
+    top1: Score
+    macs: float
+    """Mean share of the plain network's."""
+    time: float | None
+    """Mean share of the plain network's; None if it was not measured."""
+
+
+@dataclass(frozen=True)
 class Group:
     """The runs of one recipe on one task."""
 
@@ -76,6 +87,8 @@ class Group:
     """In what the protocol differs from the baseline's."""
     mcnemar: McNemar | None = None
     """Of `final`, where both groups are one run."""
+    early: dict[str, Early] = field(default_factory=dict)
+    """By the budget, as text, and `calibrated`: what all runs of the group have."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +258,24 @@ def _group(label: str, runs: list[Record], base: list[Record] | None) -> Group:
         relative_seconds=_ratio(runs, base, "cpu_seconds") or _ratio(runs, base, "seconds"),
         differs=tuple(_differences(runs[0], base[0])) if base else (),
         mcnemar=_mcnemar(runs, base),
+        early=_early(runs),
     )
+
+
+def _early(runs: Sequence[Record]) -> dict[str, Early]:
+    found: dict[str, list[EarlyExit]] = {}
+    for run in runs:
+        for own in run.early:
+            found.setdefault("calibrated" if own.budget is None else f"{own.budget:g}", []).append(own)
+    return {
+        name: Early(
+            Score.of([one.top1 for one in own]),
+            float(np.mean([one.macs for one in own])),
+            None if any(one.time is None for one in own) else float(np.mean([one.time for one in own if one.time])),
+        )
+        for name, own in found.items()
+        if len(own) == len(runs)
+    }
 
 
 def _versus(runs: Sequence[Record], base: Sequence[Record], point: str) -> Difference | None:

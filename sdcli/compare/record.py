@@ -20,7 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 from sdcli import __version__
 from sdcli.devices import accelerator_for
 from sdcli.errors import UserError
-from sdcli.evaluation.answers import answer
+from sdcli.evaluation.answers import answer, nothing
+from sdcli.evaluation.dynamic import Dynamic, evaluate_dynamic
+from sdcli.evaluation.early import Early, Watch
 from sdcli.evaluation.evaluate import Report, report_of
 from sdcli.evaluation.opened import Opened, open_checkpoint
 from sdcli.files import replacing
@@ -31,6 +33,8 @@ from sdcli.recipe.check import check_recipe
 from sdcli.run.folder import read_log
 
 FORMAT = 1
+BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Shares of the plain network's MACs at which early exit is scored."""
 Which: TypeAlias = Literal["best", "last"]
 
 
@@ -67,6 +71,20 @@ def _timed_images(line: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True)
+class EarlyExit:
+    """Early exit on the test split, in one setting of a calibrated checkpoint."""
+
+    budget: float | None
+    """At most this share of the plain network's MACs, on the validation images; None: as it was calibrated."""
+    macs: float
+    """Mean on these images, with the heads that an image passes, as a share of the plain network's."""
+    top1: float
+    """In percent."""
+    time: float | None = None
+    """As a share of the plain network's on the same batches, if it was measured."""
+
+
+@dataclass(frozen=True)
 class Record:
     """A finished run."""
 
@@ -93,6 +111,8 @@ class Record:
     training: Costs | None = None
     correct: dict[str, str] = field(default_factory=dict)
     """Which images of the test split `final` and the ensemble classify right: bits in base64."""
+    early: tuple[EarlyExit, ...] = ()
+    """Of a calibrated checkpoint."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -230,13 +250,23 @@ def _scored(
     split, _ = opened.choose(None)
     accelerator = accelerator_for(device)
     chosen, loader, _ = opened.batches(split, None, batch_size, workers, accelerator.device)
+    calibration = network.calibration if network.calibration and network.calibration.policy.exits else None
+    watch = Watch(calibration, about.blueprint) if calibration else None
+    total = len(chosen) * (2 if watch else 1)
     answers = answer(
         network.to(accelerator.device),
         loader,
         points=network.classifiers,
         device=accelerator.device,
-        progress=lambda done: progress(done, len(chosen)),
+        progress=lambda done: progress(done, total),
+        beside=watch or nothing,
     )
+    early: tuple[EarlyExit, ...] = ()
+    if watch and calibration:
+        timed = evaluate_dynamic(
+            network, loader, calibration.policy, accelerator.device, lambda done: progress(len(chosen) + done, total)
+        )
+        early = tuple(_early(watch.early(answers), timed))
     blueprint = about.blueprint
     report = report_of(answers, blueprint.costs(), model=blueprint.architecture.model, dataset=opened.name, split=split)
     order = np.argsort(answers.index.numpy(), kind="stable")
@@ -255,8 +285,20 @@ def _scored(
         test=report,
         validation=Report.from_dict(about.scores) if about.scores else None,
         correct={point: _bits(answers.correct(point).numpy()[order]) for point in points},
+        early=early,
         versions={"sdcli": __version__, "torch": version("torch"), "timm": version("timm")},
     )
+
+
+def _early(found: Early, timed: Dynamic) -> Iterator[EarlyExit]:
+    """As it was calibrated, and within each budget that can be met."""
+    yield EarlyExit(None, 1 / timed.result.speedup, timed.result.top1, timed.seconds / timed.plain_seconds)
+    plain = timed.result.macs * timed.result.speedup
+    for budget in BUDGETS:
+        within = [spot for spot in found.curve if spot.expected <= budget]
+        if within:
+            best = max(within, key=lambda spot: spot.expected)
+            yield EarlyExit(budget, best.macs / plain, best.top1)
 
 
 def _bits(right: NDArray[np.bool_]) -> str:

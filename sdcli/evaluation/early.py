@@ -29,6 +29,8 @@ class Spot:
     """Mean per image, heads included."""
     top1: float
     """In percent."""
+    expected: float
+    """What it cost when it was calibrated, as a share of the plain network's MACs: what budgets are compared with."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ class Watch:
             Spot(
                 self._macs(setting, torch.stack(counts).sum(dim=0).cpu()),
                 100 * int(torch.stack(right).sum()) / len(answers),
+                point.cost,
             )
-            for setting, counts, right in zip(self.settings, self.counts, self.right, strict=True)
+            for point, setting, counts, right in zip(
+                self.calibration.curve, self.settings, self.counts, self.right, strict=True
+            )
         )
         return Early(self.calibration, result, points, exits, tuple(sorted(settings, key=lambda s: s.macs)))
 
