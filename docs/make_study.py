@@ -59,6 +59,7 @@ CONTROL = "deep-supervision"
 SHOWN = {
     "baseline": "the plain network",
     "deep-supervision": "exits, taught by labels",
+    "deep-supervision-equilibrium": "the same, their gradients balanced (arXiv:1908.06294)",
     "default": "exits, taught by labels and by the final exit",
 }
 """The rows of README's table."""
