@@ -208,8 +208,15 @@ def killed_at_random(folder: Path, start: list[object], kills: int, seed: int) -
     return hits
 
 
-@pytest.mark.parametrize("name", ["averaged", "two networks"])
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kills", "name"),
+    [
+        (3, "averaged"),
+        pytest.param(3, "two networks", marks=pytest.mark.slow),
+        pytest.param(20, "averaged", marks=pytest.mark.slow),
+        pytest.param(20, "two networks", marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_is_killed_at_random_and_resumed_ends_with_the_same_bits(
     recipes: dict[str, Path], tmp_path: Path, kills: int, name: str
 ) -> None:
@@ -760,7 +767,7 @@ def test_a_convolutional_run_that_is_stopped_and_resumed_ends_with_the_same_bits
     ("model", "backend"),
     [
         ("test_resnet", "aot_eager"),
-        ("test_vit", "aot_eager"),
+        pytest.param("test_vit", "aot_eager", marks=pytest.mark.slow),
         pytest.param("resnet18", "inductor", marks=pytest.mark.slow),
         pytest.param("vit_tiny_patch16_224", "inductor", marks=pytest.mark.slow),
     ],
