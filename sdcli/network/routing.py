@@ -73,8 +73,8 @@ class _Batch:
 class Router:
     """Leads batches of images through a network: each image leaves at the first exit that is sure.
 
-    Those that go on wait after the exit until `together` of them are there, from this batch and later ones, and then go
-    on as one batch: a few images take nearly as long as many. An image waits for at most `patience` more batches.
+    If `together`, those that go on wait after the exit until there are as many as a batch has, from this one and later
+    ones, and go on as one batch. An image waits for at most `patience` more batches at each exit.
     """
 
     def __init__(
