@@ -187,6 +187,8 @@ def test_the_manifest_has_the_policy_the_promise_and_the_costs(staged, resnet):
     assert own["exit1"]["temperature"] == 1.5
     assert manifest["macs"] == blueprint.passing(["exit1", "exit3"])
     assert sum(entry["macs"] for entry in own.values()) + own["final"]["head_macs"] == blueprint.plan.macs
+    files = [onnx.load(staged.output / entry["file"]) for entry in manifest["sections"]]
+    assert [file.opset_import[0].version for file in files] == [manifest["opset"]] * len(own)
     assert manifest["packages"].keys() == {"torch", "timm", "onnx", "onnxscript", "onnxruntime"}
 
 
@@ -796,6 +798,20 @@ FAMILIES = [
     "coatnet_pico_rw_224",
     "hrnet_w18_small",
     "hiera_tiny_224",
+    "seresnet18",
+    "vgg11_bn",
+    "mobilenetv2_050",
+    "regnety_002",
+    "convnextv2_atto",
+    "cait_xxs24_224",
+    "poolformer_s12",
+    "mixer_s32_224",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "ghostnet_050",
+    "lcnet_050",
+    "rexnet_100",
+    "dla34",
 ]
 
 

@@ -194,6 +194,22 @@ def test_images_of_a_stream_wait_until_a_batch_of_them_goes_on():
     assert sum(deep) == going and len(deep) > going // 4 + 2
 
 
+def test_only_few_images_of_a_stream_wait_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("sdcli.network.routing.ENOUGH", 3)
+    network = made("test_resnet")
+    images = images_for(network, 24)
+    scores = Judge(Policy({"exit1": 0.0})).read("exit1", full_pass(network, images)["exit1"]).score.sort()
+    sure, unsure = images[scores.indices[12:]], images[scores.indices[:12]]
+    policy = Policy({"exit1": float(scores.values[11:13].mean())})
+    network.check(policy)
+    deep = sizes_at(network, "layer2")
+    # Of eight images five, two, three and two are unsure: where fewer than three are, they wait for the next batch's.
+    batches = [torch.cat([unsure[a:b], sure[: 8 - (b - a)]]) for a, b in ((0, 5), (5, 7), (7, 10), (10, 12))]
+    streamed = list(network.stream(batches, policy))
+    assert deep == [5, 5, 2]
+    assert [int((decided.exits == 1).sum()) for decided in streamed] == [5, 2, 3, 2]
+
+
 def test_an_answer_of_a_stream_is_held_back_for_a_few_batches_at_most():
     network = made("test_resnet")
     images = images_for(network, 4)

@@ -20,6 +20,8 @@ from sdcli.export.graphs import Part, Section, chain
 from sdcli.export.job import Job
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 18
+"""ONNX's version of the operations, the one that torch's converters write: another would be converted once more."""
 LARGEST = 1.8e9
 """Bytes: one ONNX file holds 2 GiB."""
 RUNNER = "run.py"
@@ -32,7 +34,7 @@ def write(job: Job, path: Path) -> None:
     parts, files_ = convert(job, path)
     if job.kind == "staged":
         sections = [part for part in parts if isinstance(part, Section)]
-        manifest.write(manifest.of_sections(job, sections, files_, PACKAGES), path)
+        manifest.write(manifest.of_sections(job, sections, files_, PACKAGES) | {"opset": OPSET}, path)
         (path / RUNNER).write_bytes(files("sdcli.export").joinpath("runner.py").read_bytes())
 
 
@@ -102,6 +104,7 @@ def to_onnx(part: Part, file: Path, about: dict[str, Any]) -> None:
                 part.program,
                 (),
                 dynamo=True,
+                opset_version=OPSET,
                 input_names=[part.input],
                 output_names=list(part.outputs),
                 external_data=False,

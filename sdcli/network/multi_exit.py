@@ -226,8 +226,8 @@ class MultiExit(nn.Module):
     def stream(self, batches: Iterable[Tensor], policy: Policy) -> Iterator[Decided]:
         """Early exit over many batches [B, 3, H, W]: the answers of each, in order, as `route` gives them.
 
-        After each exit images wait until a whole batch of them goes on, so that deeper stages seldom run for a few;
-        docs/early-exit.md has what that gains. An answer may come some batches after its images were read.
+        After each exit few images wait for others (on a CPU, fewer than 32), so that deeper stages seldom run for a
+        handful; docs/early-exit.md has what that gains. An answer may come some batches after its images were read.
         """
         self.check(policy)
         router = self.router(policy)

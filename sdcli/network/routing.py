@@ -18,6 +18,8 @@ from sdcli.network.stages import Stage
 from sdcli.network.taps import Reached, Store
 from sdcli.recipe.address import FINAL
 
+ENOUGH = 32
+"""Images that go on together on a CPU without waiting for more: only smaller batches are slow there."""
 PATIENCE = 8
 """Batches after which an image that waits for company goes on without it: later answers are held back until then."""
 
@@ -73,8 +75,9 @@ class _Batch:
 class Router:
     """Leads batches of images through a network: each image leaves at the first exit that is sure.
 
-    If `together`, those that go on wait after the exit until there are as many as a batch has, from this one and later
-    ones, and go on as one batch. An image waits for at most `patience` more batches at each exit.
+    If `together`, those that go on wait after the exit until there are enough of them, from this batch and later ones:
+    `ENOUGH` on a CPU, elsewhere as many as a batch has, and never more than that. An image waits for at most `patience`
+    more batches at each exit.
     """
 
     def __init__(
@@ -91,7 +94,8 @@ class Router:
         self.policy, self.run, self.logits_at, self.num_classes = policy, run, logits_at, num_classes
         self.points = (*policy.exits, FINAL)
         self.together, self.patience = together, patience
-        self._full = 0
+        self._enough = self._full = 0
+        """How many go on without waiting, and how many at most."""
         self._taken = self._passes = 0
         self._batches: dict[int, _Batch] = {}
         """Those that are not answered yet, in order."""
@@ -110,8 +114,8 @@ class Router:
         if not len(images):
             return self._answered()
         if self.together:
-            # Never more at once than what the caller's batches are.
             self._full = max(self._full, len(images))
+            self._enough = min(self._full, ENOUGH) if images.device.type == "cpu" else self._full
             self._passenger = images[:1]
         rows = torch.arange(len(images))
         self._pass(images, torch.stack([torch.full_like(rows, number), rows], dim=1))
@@ -175,7 +179,7 @@ class Router:
         count = sum(map(len, waiting))
         if waiting:
             self._waiting[point] = waiting
-        if count < self._full or not count:
+        if count < self._enough or not count:
             deeper = [groups for other, groups in self._waiting.items() if self.points.index(other) >= place]
             if not any(self._passes - groups[0].since >= self.patience for groups in deeper):
                 raise Reached
