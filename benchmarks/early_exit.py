@@ -5,7 +5,7 @@
     python benchmarks/early_exit.py --quick                             whether it runs
 
 Per batch size and number of threads five ways through one network take turns on the same images: plain (the timm model
-without taps and heads), a stream (`MultiExit.stream`: the images that go on wait until a batch of them is there, as in
+without taps and heads), a stream (`MultiExit.stream`: where few images would go on they wait for more, as in
 sdcli predict and eval), each batch by itself (`MultiExit.route`), a stream with thresholds that nobody reaches, and
 each batch leaving only once all of its images are sure (as earlyon does it). A turn is `--in-a-row` batches, the last
 of which takes along all who wait: the more there are, the less that counts. Thresholds of random weights are chosen so

@@ -22,10 +22,11 @@ from sdcli.cli.scores import _duration
 from sdcli.cli.tables import trade_off_table
 from sdcli.errors import UserError
 from sdcli.evaluation.calibrate import Goal, calibrate, choose, losses, temperature_of
+from sdcli.evaluation.latency import Latency
 from sdcli.evaluation.metrics import auroc
 from sdcli.evaluation.outputs import Outputs
 from sdcli.evaluation.promise import betting, bound_of, clopper_pearson, fixed_sequence, images_for
-from sdcli.evaluation.search import Costs, best_policy
+from sdcli.evaluation.search import Costs, best_policy, passing_ms
 from sdcli.evaluation.thresholds import Exits, Setting, area, frontier, geometric, lagrangian, measure
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import Description, TrainedOn, load_checkpoint, save_checkpoint
@@ -280,6 +281,31 @@ def test_a_budget_is_kept_and_chosen_on_one_half_alone(blueprint):
     assert calibrate(other, blueprint, EXITS, Goal(budget=0.8), data="").calibration.policy == policy
 
 
+@pytest.mark.parametrize("budget", [0.62, 0.655, 0.69, 0.74, 0.83])
+def test_no_setting_within_the_budget_is_better_than_the_one_that_is_taken(blueprint, budget):
+    first, second = population(1000).halves()
+    temperatures = dict.fromkeys((*EXITS, "final"), 1.0)
+    costs = Costs(blueprint, None)
+    found, _ = best_policy(first, tuple(EXITS), temperatures, costs, None, None)
+    chosen, _, _ = choose(Goal(budget=budget), found, len(first), second, costs)
+    within = [step.setting.top1 for step in found if step.cost <= budget]
+    assert len(within) > 5 and chosen.setting.top1 == max(within)
+    limit = found[0].setting.top1 - 0.01
+    chosen, _, _ = choose(Goal(max_drop=1, guarantee=False), found, len(first), second, costs)
+    assert chosen.cost == min(step.cost for step in found if step.setting.top1 >= limit)
+
+
+def test_what_early_exit_takes_by_itself_counts_once_for_an_image():
+    latencies = {"exit1": Latency(1.0, 0.2), "exit2": Latency(2.0, 0.4), "final": Latency(4.0, 0.5)}
+    assert passing_ms(latencies, ["exit1", "exit2"]).tolist() == pytest.approx([1.7, 3.1, 5.1])
+    assert passing_ms(latencies, []).tolist() == [4.0]
+
+
+def test_one_exit_has_nothing_to_agree_with(blueprint):
+    with pytest.raises(UserError, match="--agreement with one exit, exit1"):
+        calibrate(population(200), blueprint, ["exit1"], Goal(budget=0.9), data="", agreement=True)
+
+
 def test_a_budget_below_the_cheapest_exit_names_it(blueprint):
     with pytest.raises(UserError, match=r"a budget of 0\.01 cannot be met: the cheapest exit costs 0\.\d+") as error:
         calibrate(population(200), blueprint, EXITS, Goal(budget=0.01), data="")
@@ -379,6 +405,29 @@ def test_another_file_is_written_and_the_first_one_stays(sdcli, run, tmp_path):
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > 500
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "half.safetensors", "run"]
+
+
+def test_another_file_is_not_written_over_something_else(sdcli, run, tmp_path):
+    own = (run / "best.safetensors").read_bytes()
+    other = tmp_path / "taken.safetensors"
+    # Something else, and the same network with another weight.
+    for content in (b"mine", own[:-1] + bytes([own[-1] ^ 1])):
+        other.write_bytes(content)
+        refused(
+            sdcli("calibrate", run / "best.safetensors", "--budget", "0.9", "--output", other),
+            f"'{other}' exists and is not an earlier result for '{run}/best.safetensors'\n"
+            "  expected: a new file, or one with the same weights\n"
+            "  fix:      choose another --output",
+        )
+        assert other.read_bytes() == content
+    refused(
+        sdcli("calibrate", run, "--budget", "0.9", "--output", tmp_path / "report.json"),
+        f"'{tmp_path}/report.json' does not end in .safetensors\n"
+        "  expected: a checkpoint's name\n"
+        f"  fix:      --output {tmp_path}/report.json.safetensors",
+    )
+    for budget in ("0.9", "0.95"):
+        assert sdcli("calibrate", run, "--budget", budget, "--output", tmp_path / "other.safetensors").code == 0
 
 
 def test_a_latency_is_measured_on_this_device(sdcli, run):
@@ -526,6 +575,7 @@ def test_a_run_that_trained_on_everything_cannot_be_calibrated(sdcli, tmp_path):
     [
         (("--max-drop", "1", "--budget", "0.5"), "--max-drop and --budget exclude each other"),
         (("--budget", "0.5", "--no-guarantee"), "--no-guarantee has no effect with --budget"),
+        (("--budget", "0.5", "--test", "betting"), "--test has no effect with --budget, which promises nothing"),
         (("--policy", "sureness"), "unknown policy 'sureness'"),
         (("--output", "nowhere/x.safetensors"), "'nowhere/x.safetensors' cannot be written: No such file or directory"),
         (("--plot", "a.txt"), "'a.txt' is not the name of a picture"),

@@ -361,6 +361,12 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(staged, t
     assert "No such file" in lines[2]
 
 
+def test_the_runner_refuses_what_pillow_would_cut_to_eight_bits(staged, tmp_path, capsys, monkeypatch):
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(tmp_path / "deep.png")
+    code, out, err = started(staged.output, capsys, monkeypatch, tmp_path / "deep.png")
+    assert (code, out) == (2, "") and "more than 8 bits per channel" in err
+
+
 @pytest.mark.parametrize("words", [(), ("--threshold",), ("--threshold", "0.5"), ("--help",)])
 def test_the_runner_without_images_says_how_it_is_used(staged, capsys, monkeypatch, words):
     found = started(staged.output, capsys, monkeypatch, *words)
@@ -693,8 +699,10 @@ def test_the_table_has_a_row_per_exit(resnet, tmp_path, sdcli):
     assert result.out.count("exit1") == 2 and "32/32" in result.out and "mean KL" in result.out
 
 
-def test_what_cannot_be_exported_is_said_before_anything_is_loaded(resnet, tmp_path, sdcli, monkeypatch):
+def test_what_cannot_be_exported_is_said_before_anything_is_loaded(resnet, first, tmp_path, sdcli, monkeypatch):
     (tmp_path / "taken.onnx").write_text("mine")
+    shutil.copy(first.output, tmp_path / "ours.onnx")
+    shutil.copy(resnet, tmp_path / "last.safetensors")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_text("mine")
     monkeypatch.setattr(exporting, "rebuild", None)
@@ -712,10 +720,22 @@ def test_what_cannot_be_exported_is_said_before_anything_is_loaded(resnet, tmp_p
             f"  fix:      --output {tmp_path}/a.onnx",
         ),
         (
-            ["--to", "onnx", "-o", tmp_path / "taken.onnx"],
-            f"--output {tmp_path}/taken.onnx exists\n"
+            ["--to", "onnx", "-o", tmp_path / "ours.onnx"],
+            f"--output {tmp_path}/ours.onnx exists\n"
             "  expected: a new name\n"
             "  fix:      another --output, or --force to replace it",
+        ),
+        (
+            ["--to", "onnx", "-o", tmp_path / "taken.onnx", "--force"],
+            f"--output {tmp_path}/taken.onnx exists and is not an exported file\n"
+            "  expected: a new file\n"
+            "  fix:      choose another --output",
+        ),
+        (
+            ["--to", "safetensors", "--exit", "exit1", "-o", tmp_path / "last.safetensors", "--force"],
+            f"--output {tmp_path}/last.safetensors exists and is not an exported file\n"
+            "  expected: a new file\n"
+            "  fix:      choose another --output",
         ),
         (
             ["--to", "timm", "-o", tmp_path / "mine", "--force"],

@@ -306,6 +306,30 @@ def test_an_image_is_turned_upright_by_its_exif_orientation():
     assert np.abs(jpeg.astype(int) - np.asarray(upright)).mean() < 8
 
 
+def test_an_orientation_counts_wherever_a_file_states_it():
+    upright = photo(1)
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6
+    chunks, rest = {}, encoded(turned, "PNG", exif=exif)[8:]
+    while rest:
+        length = 12 + int.from_bytes(rest[:4], "big")
+        chunks[rest[4:8]], rest = rest[:length], rest[length:]
+    assert list(chunks) == [b"IHDR", b"eXIf", b"IDAT", b"IEND"]
+    late = b"\x89PNG\r\n\x1a\n" + b"".join(chunks[name] for name in (b"IHDR", b"IDAT", b"eXIf", b"IEND"))
+    assert np.array_equal(as_array(late), np.asarray(upright))
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    assert np.array_equal(as_array(encoded(turned, "WEBP", lossless=True, xmp=xmp.encode())), np.asarray(upright))
+
+
+def test_a_list_whose_names_end_with_nul_is_one_message(sdcli: Command, run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\0b[1].png\0"))
+    result = sdcli("predict", run, "-")
+    assert result.code == 2 and "Traceback" not in result.err and "matches no file" in result.err
+
+
 def test_transparency_is_dropped_as_timm_drops_it():
     image = photo(1).convert("RGBA")
     image.putalpha(Image.new("L", image.size, 0))

@@ -7,7 +7,9 @@ import doctest
 import inspect
 import pickle
 import re
+import shutil
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from PIL import Image
 import sdcli
 from sdcli.errors import UserError
 from sdcli.network.blueprint import Blueprint
+from sdcli.network.checkpoint import describe_again
 from sdcli.network.multi_exit import MultiExit, build
+from sdcli.network.weights import rebuild
 from sdcli.recipe.schema import Network
 
 ROOT = Path(__file__).parents[1]
@@ -130,11 +134,33 @@ def test_an_exit_after_which_nothing_can_leave_can_still_answer_alone():
         ({"budget": -1.0}, "a budget of -1"),
         ({"threshold": 1.5}, "a threshold of 1.5"),
         ({"top": 0}, "top = 0"),
+        ({"batch_size": 0}, "batch_size = 0"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(net: MultiExit, options: dict, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
         net.predict(photo(1), **options)
+
+
+def test_a_threshold_holds_at_exits_that_the_calibration_does_not_use_too(run: Path, tmp_path: Path):
+    path = Path(shutil.copy(run / "best.safetensors", tmp_path))
+    calibration = calibrated(path)
+    table = calibration.policy.at({"exit2": 0.9})
+    about = rebuild(path)[1]
+    describe_again(path, replace(about, early_exit=replace(calibration, policy=table)), path)
+    net = sdcli.load(path)
+    assert net.strategy(threshold=0.3).policy == table.at(dict.fromkeys(["exit1", "exit2", "exit3"], 0.3))
+    assert net.predict(photo(1), threshold=0.0)[0].exit == "exit1"
+
+
+def test_a_photo_that_breaks_off_is_refused_as_its_file_is(net: MultiExit, tmp_path: Path):
+    file = tmp_path / "cut.jpg"
+    photo(1, 640, 480).save(file)
+    file.write_bytes(file.read_bytes()[:3000])
+    with Image.open(file) as opened:
+        for image in (file, opened):
+            with pytest.raises(UserError, match="cannot be read"):
+                net.predict(image)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,11 @@ def bench(
     notes += [f"{subject} cannot be compiled: {reason}" for subject, reason in measured.left_out.items()]
     if load is not None and load > measuring.BUSY:
         notes.append(f"the machine was busy before: load {load:.1f}; the ratios are more reliable than the times")
+    elif measured.load is not None and measured.load[1] > measuring.BUSY + measured.threads:
+        notes.append(
+            f"something else ran meanwhile: load {measured.load[1]:.1f}, with {counted(measured.threads, 'thread')} "
+            "here; the ratios are more reliable than the times"
+        )
     for text in notes:
         note(text)
 

@@ -119,6 +119,11 @@ def calibrate(
         raise UserError(f"{' and '.join(goals)} exclude each other", "one goal", f"leave out {goals[-1]}")
     if no_guarantee and max_drop is None and goals:
         raise UserError(f"--no-guarantee has no effect with {goals[0]}", "it goes with --max-drop", "leave it out")
+    if test == "betting" and (no_guarantee or (max_drop is None and goals)):
+        beside = "--no-guarantee" if no_guarantee else goals[0]
+        raise UserError(
+            f"--test has no effect with {beside}, which promises nothing", "--max-drop alone", "leave it out"
+        )
 
     from sdcli.cli import plots, talk
     from sdcli.cli.talk import note, only_results, print_json, stages

@@ -73,13 +73,19 @@ def reason_of(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Where an image may say how it is turned."""
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB and upright; of an animation the frame that it shows: the first, where nothing has moved on.
 
     Raises ValueError for 32-bit values without a known range.
     """
-    # exif_transpose alone would read the metadata of every image, with or without EXIF.
-    return _to_rgb(ImageOps.exif_transpose(image) if "exif" in image.info else image)
+    # Of a PNG, metadata may follow the pixels.
+    image.load()
+    # exif_transpose alone would look for an orientation in every image.
+    return _to_rgb(ImageOps.exif_transpose(image) if any(key in image.info for key in ORIENTED) else image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

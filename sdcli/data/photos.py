@@ -36,7 +36,7 @@ FEW = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint's own preprocessing: any PIL image, upright and in RGB, to the normalised tensor [C, H, W]."""
+    """A checkpoint's own preprocessing: a PIL image, upright and in RGB, to the normalised tensor [C, H, W]."""
 
     transform: Transform
 
@@ -72,7 +72,8 @@ def find_photos(paths: Iterable[str]) -> Found:
     for path in paths:
         own = os.path.expanduser(path)
         if glob.has_magic(own) and not os.path.lexists(own):
-            matches = sorted(glob.glob(own, recursive=True))
+            # No path has a NUL: a list of find -print0, say.
+            matches = sorted(glob.glob(own, recursive=True)) if "\0" not in own else []
             if not matches:
                 found.problems.append(
                     UserError(f"'{path}' matches no file", "a pattern such as 'photos/*.jpg'", "check the pattern")

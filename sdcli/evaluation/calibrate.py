@@ -25,7 +25,7 @@ from sdcli.evaluation.latency import Latency
 from sdcli.evaluation.metrics import auroc, confidence_and_correct, ece
 from sdcli.evaluation.outputs import Outputs
 from sdcli.evaluation.promise import betting, bound_of, fixed_sequence, images_for
-from sdcli.evaluation.search import Costs, Found, best_policy, best_steps, passing_ms, safest_path
+from sdcli.evaluation.search import Costs, Found, best_policy, best_steps, passing_ms, safest_path, spaced
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.calibration import Calibration, OperatingPoint, Promise
 from sdcli.network.policies import Policy, decide
@@ -133,7 +133,7 @@ def calibrate(
     temperatures[FINAL] = 1.0 if goal.loss == "change" else temperature_of(first.logits[FINAL], first.labels)
     costs = Costs(blueprint, latencies if goal.latency_ms is not None else None)
     found, tried = best_policy(first, tuple(exits), temperatures, costs, kind, agreement)
-    shown = best_steps(found)
+    shown = spaced(best_steps(found))
     chosen, promise, notes = choose(goal, found, len(first), second, costs)
     shown += [chosen] if chosen not in shown else []
     rows = [_row(step.policy, second, blueprint, latencies, goal, chosen=step == chosen) for step in shown]
@@ -222,11 +222,11 @@ def choose(
     """
     if goal.max_drop is not None and goal.guarantee:
         return _certify(goal, safest_path(found, num, 1 - goal.confidence), outputs)
-    shown = best_steps(found)
+    steps = best_steps(found)
     if goal.max_drop is None:
-        return _within(goal, shown, costs), None, []
+        return _within(goal, steps, costs), None, []
     least = found[0].setting.top1 - goal.max_drop / 100
-    return min((step for step in shown if step.setting.top1 >= least), key=lambda step: step.cost), None, []
+    return min((step for step in steps if step.setting.top1 >= least), key=lambda step: step.cost), None, []
 
 
 def _certify(goal: Goal, path: Sequence[Found], outputs: Outputs) -> tuple[Found, Promise | None, list[str]]:

@@ -19,7 +19,7 @@ from sdcli.evaluation.latency import measure_latencies
 from sdcli.evaluation.opened import open_checkpoint
 from sdcli.evaluation.outputs import collect
 from sdcli.files import check_writable
-from sdcli.network.checkpoint import describe_again
+from sdcli.network.checkpoint import describe_again, same_tensors
 from sdcli.network.predict import without_exits
 from sdcli.network.weights import rebuild
 from sdcli.recipe.address import FINAL
@@ -46,7 +46,7 @@ def calibrate_checkpoint(
     The validation images are the data set's own, or those that were held out of training. For a `change` loss `dataset`
     may be a folder of images without classes. Raises UserError where there are none, and as `calibrate` does.
     """
-    _check_writable(output)
+    _check_output(path, output)
     photos = unlabelled_images(Path(dataset)) if dataset else []
     opened = None
     if not photos:
@@ -103,7 +103,8 @@ def calibrate_checkpoint(
     describe_again(path, replace(about, early_exit=found.calibration), output)
     left_out = [f"{point} is not used: {reason}" for point, reason in network.why_not.items() if reason]
     if opened and opened.own and path.name == "best.safetensors":
-        left_out.append("the epoch was chosen by its score on these images: the promise is slightly optimistic")
+        what = "the promise is" if found.calibration.promise else "scores on them are"
+        left_out.append(f"the epoch was chosen by its score on these images: {what} slightly optimistic")
     return replace(found, notes=(*notes, *left_out, *found.notes))
 
 
@@ -127,8 +128,18 @@ def _unlabelled(parts: Iterable[PhotoBatch], errors: list[UserError]) -> Iterato
         raise errors[0]
 
 
-def _check_writable(output: Path) -> None:
-    """Raises UserError for a file that cannot be written, before anything is computed."""
+def _check_output(path: Path, output: Path) -> None:
+    """Raises UserError for a file that cannot be written or has another network, before anything is computed."""
+    if output.suffix != ".safetensors":
+        raise UserError(
+            f"'{output}' does not end in .safetensors", "a checkpoint's name", f"--output {output}.safetensors"
+        )
+    if output.exists() and not same_tensors(path, output):
+        raise UserError(
+            f"'{output}' exists and is not an earlier result for '{path}'",
+            "a new file, or one with the same weights",
+            "choose another --output",
+        )
     try:
         check_writable(output)
     except OSError as error:

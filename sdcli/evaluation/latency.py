@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from statistics import median
 import torch
 
 from sdcli.network.multi_exit import MultiExit
+from sdcli.network.policies import Policy
 from sdcli.network.signals import signal_at
 from sdcli.recipe.address import FINAL
 
@@ -23,7 +25,7 @@ class Latency:
     reach: float
     """From the image to the stage's tensor; for `final`, to the logits."""
     head: float
-    """Of the exit's head; 0 for `final`."""
+    """Of the exit's head; for `final`, what early exit takes beside stages and heads, once for an image."""
 
 
 def now(device: torch.device) -> float:
@@ -43,6 +45,9 @@ def measure_latencies(network: MultiExit, exits: Sequence[str], device: torch.de
     image = torch.randn(1, *network.plan.input_size, device=device)
     parts: dict[str, Callable[[], object]] = {FINAL: lambda: network.plain(image)}
     kept = network.tensors(image)
+    if exits:
+        everyone = Policy({exits[0]: -math.inf}, "confidence")
+        parts["routed"] = lambda: network.route(image, everyone)
     for point in exits:
         alone = network.upto(point)
         parts[point] = lambda alone=alone: alone(image)  # type: ignore[misc]
@@ -56,5 +61,9 @@ def measure_latencies(network: MultiExit, exits: Sequence[str], device: torch.de
             if number >= WARM_UP:
                 taken[name].append(1000 * (now(device) - start))
     middle = {name: median(times) for name, times in taken.items()}
-    heads = {point: middle[f"{point} head"] for point in exits} | {FINAL: 0.0}
-    return {point: Latency(max(middle[point] - heads[point], 0.0), heads[point]) for point in (*exits, FINAL)}
+    found = {}
+    for point in exits:
+        own = middle[f"{point} head"]
+        found[point] = Latency(max(middle[point] - own, 0.0), own)
+    routing = max(middle["routed"] - middle[exits[0]], 0.0) if exits else 0.0
+    return {**found, FINAL: Latency(middle[FINAL], routing)}

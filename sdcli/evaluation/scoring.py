@@ -126,6 +126,8 @@ def score(
     points = _points(network, points)
     policy = calibrated_policy(network, opened.path, wanted.budget) if wanted.dynamic else None
     split, notes = opened.choose(split)
+    if policy and network.calibration and network.calibration.data == f"{opened.name} ({split})":
+        notes.append("early exit was calibrated on these images: its scores are optimistic, and do not test a promise")
     if wanted.ensembles:
         _check_ensembles(opened, points, split)
     other = _other(wanted.against, opened) if wanted.against is not None else None

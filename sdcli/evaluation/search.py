@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sdcli.errors import UserError
 from sdcli.evaluation.latency import Latency
 from sdcli.evaluation.outputs import Outputs
 from sdcli.evaluation.promise import clopper_pearson
@@ -43,8 +44,13 @@ class Costs:
 
 
 def passing_ms(latencies: Mapping[str, Latency], exits: Sequence[str]) -> NDArray[np.float64]:
-    """Milliseconds of an image that leaves at each of `exits` or at `final` [E + 1]: every head on the way counts."""
+    """Milliseconds of an image that leaves at each of `exits` or at `final` [E + 1].
+
+    Every head on the way counts, and what early exit itself takes.
+    """
     heads = np.cumsum([*(latencies[point].head for point in exits), 0.0])
+    if len(exits):
+        heads += latencies[FINAL].head
     total: NDArray[np.float64] = np.array([latencies[point].reach for point in (*exits, FINAL)]) + heads
     return total
 
@@ -75,6 +81,12 @@ def best_policy(
 ) -> tuple[list[Found], dict[str, float]]:
     """The settings of the policy with the largest area under its frontier, the plain network first, and the areas of
     all policies tried, in percent."""
+    if agreement and len(exits) < 2:
+        raise UserError(
+            f"--agreement with one exit, {exits[0]}: nothing comes before it with which it could agree",
+            "two or more exits at which images can leave",
+            "leave it out",
+        )
     tried: dict[str, list[Found]] = {}
     for name in [kind] if kind is not None else POLICIES.entries:
         if agreement is not True:
@@ -140,9 +152,14 @@ def best_steps(found: Sequence[Found]) -> list[Found]:
     kept = sorted(
         (step for step in found[1:] if id(step.setting) in best and step.cost < 1), key=lambda step: step.cost
     )
-    last = {math.ceil(step.cost / STEP): step for step in kept}
-    first = [] if not kept or kept[0] in last.values() else [kept[0]]
-    return [*first, *last.values(), found[0]]
+    return [*kept, found[0]]
+
+
+def spaced(steps: Sequence[Found]) -> list[Found]:
+    """The last of `best_steps` in every stretch of the cost, and the first of all."""
+    last = {math.ceil(step.cost / STEP): step for step in steps[:-1]}
+    first = [] if len(steps) == 1 or steps[0] in last.values() else [steps[0]]
+    return [*first, *last.values(), steps[-1]]
 
 
 def safest_path(found: Sequence[Found], num: int, delta: float) -> list[Found]:

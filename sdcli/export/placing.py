@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from sdcli.errors import UserError
@@ -45,6 +46,10 @@ def _check_replaced(output: Path, folder: bool, force: bool) -> None:
         )
     if not folder and (not output.is_file() or output.is_symlink()):
         raise UserError(f"--output {output} exists and is not a regular file", "a new file", "choose another --output")
+    if not folder and not _is_exported_file(output):
+        raise UserError(
+            f"--output {output} exists and is not an exported file", "a new file", "choose another --output"
+        )
     if not force:
         raise UserError(f"--output {output} exists", "a new name", "another --output, or --force to replace it")
 
@@ -56,6 +61,15 @@ def _is_export(folder: Path) -> bool:
     inside = list(folder.iterdir())
     known = all(path.is_file() and path.suffix in PARTS for path in inside)
     return known and any(_is_ours(folder / mark) for mark in MARKS)
+
+
+def _is_exported_file(file: Path) -> bool:
+    """Whether a file has the description that an export has; a checkpoint's tensors are those of a whole network."""
+    mark = b"sdcli_exit" if file.suffix == ".safetensors" else b"sdcli"
+    if not file.stat().st_size:
+        return False
+    with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
+        return content.find(mark) >= 0
 
 
 def _is_ours(mark: Path) -> bool:

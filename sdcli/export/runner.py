@@ -1,7 +1,6 @@
 """Early exit with this folder's sections: python run.py [--threshold SHARE] IMAGE... prints a JSON line per image."""
 
-import hashlib, json, math, sys
-from pathlib import Path
+import hashlib, json, math, pathlib, sys
 from typing import Any
 import numpy as np
 import onnxruntime as ort
@@ -15,11 +14,11 @@ SCORES: dict[str, Any] = {  # log-probabilities of an exit, and their mean so fa
 
 
 class Network:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: pathlib.Path) -> None:
         about = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.sections, self.classes, self.look = about["sections"], about["classes"], about["preprocess"]
         self.agreement, self.score = about["policy"]["agreement"], SCORES[about["policy"]["kind"]]
-        files = [(folder / Path(section["file"]).name).read_bytes() for section in self.sections]
+        files = [(folder / pathlib.Path(section["file"]).name).read_bytes() for section in self.sections]
         self.sessions = [ort.InferenceSession(file, providers=["CPUExecutionProvider"]) for file in files]
         whole = [hashlib.sha256(file).hexdigest() for file in files] == [section["sha256"] for section in self.sections]
         fits = self.sessions[0].get_inputs()[0].shape[1:] == self.look["input_size"] and max(self.look["resize"]) < 9999
@@ -52,13 +51,14 @@ class Network:
     def read(self, file: str) -> Any:
         from PIL import Image, ImageOps  # for reading files only
 
-        image, whole = ImageOps.exif_transpose(Image.open(file)).convert("RGB"), self.look["input_size"][:0:-1]
-        size, first, large = image.size, self.look["resize"][::-1], max(image.size) > self.look["small"]
+        image, whole, look = ImageOps.exif_transpose(Image.open(file)), self.look["input_size"][:0:-1], self.look
+        if image.mode[0] in "IF":
+            raise ValueError("more than 8 bits per channel: convert it to 8")
+        size, first, large = image.size, look["resize"][::-1], max(image.size) > look["small"]
         sides = [max(own * s // o for s, o in zip(first, size, strict=True)) for own in size if large] or whole
         left, top = [round((side - own) / 2) for side, own in zip(sides, whole, strict=True)]  # the centre is seen
-        image = image.resize(sides, self.look["resample"]).crop((left, top, left + whole[0], top + whole[1]))
-        values = (np.asarray(image, np.float32) / 255 - np.float32(self.look["mean"])) / np.float32(self.look["std"])
-        return values.transpose(2, 0, 1)
+        image = image.convert("RGB").resize(sides, look["resample"]).crop((left, top, left + whole[0], top + whole[1]))
+        return ((np.asarray(image, "f") / 255 - np.float32(look["mean"])) / np.float32(look["std"])).transpose(2, 0, 1)
 
 
 if __name__ == "__main__":
@@ -66,7 +66,7 @@ if __name__ == "__main__":
     if not files or files[0].startswith("--"):
         sys.exit(sys.stderr.write("usage: python run.py [--threshold SHARE] IMAGE...\n") and 2)
     try:
-        limit, network, failed = float(given[0]) if given else None, Network(Path(__file__).parent), 0
+        limit, network, failed = float(given[0]) if given else None, Network(pathlib.Path(__file__).parent), 0
     except Exception as error:
         sys.exit(sys.stderr.write(f"error: {type(error).__name__}: {error}\n") and 2)
     for file in files:
@@ -75,6 +75,6 @@ if __name__ == "__main__":
             label, exit, sure = network.classes[answer.argmax()], network.sections[place]["exit"], np.exp(answer.max())
             print(json.dumps({"file": file, "label": label, "exit": exit, "confidence": round(float(sure), 4)}))
         except Exception as error:
-            why = "it is a folder; name the images in it" if Path(file).is_dir() else error
+            why = "it is a folder; name the images in it" if pathlib.Path(file).is_dir() else error
             failed = sys.stderr.write(f"error: '{file}': {why}\n") and 2
     sys.exit(failed)

@@ -30,7 +30,7 @@ def samples(checkpoint: Path, about: Description, dataset: str | None) -> tuple[
     generator = torch.Generator().manual_seed(0)
     noise = {"noise": torch.randn(NOISE, *preprocess.input_size, generator=generator)}
     try:
-        split = _unseen(dataset or about.dataset.source or _recorded(checkpoint), about, own=dataset is None)
+        name, split = _unseen(dataset or about.dataset.source or _recorded(checkpoint), about, own=dataset is None)
         transform = eval_transform(preprocess)
         images = torch.stack([transform(split.image(i)) for i in range(len(split))])
     except UserError as error:
@@ -39,19 +39,19 @@ def samples(checkpoint: Path, about: Description, dataset: str | None) -> tuple[
         return {"noise in range": _in_range(preprocess, generator)} | noise, [
             f"compared on noise in the range of images, not on images: {error.wrong} (--dataset names another data set)"
         ]
-    return {f"{split.name} images": images} | noise, []
+    return {f"{name} images": images} | noise, []
 
 
-def _unseen(source: str, about: Description, *, own: bool) -> Split:
-    """Images of a split that training has not seen, where there is one."""
+def _unseen(source: str, about: Description, *, own: bool) -> tuple[str, Split]:
+    """Images of a split that training has not seen, where there is one, and what they are."""
     trained_on = about.dataset
     image_key, label_key = (trained_on.image_key, trained_on.label_key) if own else (None, None)
     data = open_dataset(source, image_key=image_key, label_key=label_key)
     for name in ("test", "validation"):
         if name in data.splits:
-            return limited(data.splits[name], IMAGES, trained_on.seed)
+            return data.splits[name].name, limited(data.splits[name], IMAGES, trained_on.seed)
     train, held_out = training_splits(data, trained_on.val_fraction, trained_on.seed)
-    return limited(held_out or train, IMAGES, trained_on.seed)
+    return "held-out" if held_out else train.name, limited(held_out or train, IMAGES, trained_on.seed)
 
 
 def _recorded(checkpoint: Path) -> str:

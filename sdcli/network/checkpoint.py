@@ -126,6 +126,22 @@ def describe_again(path: Path, description: Description, output: Path) -> None:
             shutil.copyfileobj(old, new)
 
 
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two files hold the same tensors, byte for byte, whatever they say about them."""
+    if other.is_file() and one.samefile(other):
+        return True
+    try:
+        with one.open("rb") as first, other.open("rb") as second:
+            headers = [json.loads(file.read(struct.unpack("<Q", file.read(8))[0])) for file in (first, second)]
+            for header in headers:
+                header.pop("__metadata__", None)
+            return headers[0] == headers[1] and all(
+                part == second.read(len(part)) for part in iter(lambda: first.read(1 << 20), b"")
+            )
+    except (OSError, ValueError, MemoryError, OverflowError, AttributeError, struct.error):
+        return False
+
+
 def _sort_metadata(path: Path) -> None:
     """Puts the metadata of a safetensors file in alphabetical order: the library writes them in a random one."""
     with path.open("r+b") as file:

@@ -161,7 +161,7 @@ class MultiExit(nn.Module):
 
     @property
     def transform(self) -> Prepared:
-        """Its own preprocessing: any PIL image to a normalised tensor [3, H, W]."""
+        """Its own preprocessing: a PIL image to a normalised tensor [3, H, W]."""
         return Prepared.of(self.blueprint.preprocess)
 
     def forward(self, images: Tensor, points: Mapping[str, bool] | None = None) -> dict[str, Signal]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdcli.data.images import reason_of
 from sdcli.data.photos import Prepared, read_photo
 from sdcli.errors import UserError, unknown
 from sdcli.network.blueprint import ENSEMBLE
@@ -108,12 +109,12 @@ def _shared_threshold(
     why_not: Callable[[], Mapping[str, str]],
     threshold: float,
 ) -> Policy:
-    """One threshold at all exits of the calibrated policy, or else wherever images can leave."""
+    """One threshold wherever images can leave, with the calibrated policy's temperatures and score."""
     if not 0 <= threshold <= 1:
         raise UserError(f"a threshold of {threshold:g}", "a number from 0 to 1")
     policy = calibration.policy if calibration else Policy({})
     reasons = why_not()
-    exits = [point for point in policy.thresholds or exits if point != FINAL]
+    exits = [point for point in exits if point != FINAL]
     possible = [point for point in exits if not reasons[point]]
     if not possible:
         why = next((f": {reasons[point]}" for point in exits), "")
@@ -195,8 +196,10 @@ def batches(
 ) -> Iterator[Tensor]:
     """What `MultiExit.predict` is given, as batches [B, C, H, W]; each image is read when its batch is due.
 
-    Raises UserError for a file that cannot be read, and a tensor of another shape or type.
+    Raises UserError for a file that cannot be read, a tensor of another shape or type, and a batch size below 1.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}", "1 or more")
     if isinstance(images, Tensor):
         if images.shape[-3:] != input_size or images.ndim not in (3, 4) or not images.is_floating_point():
             raise UserError(
@@ -216,6 +219,8 @@ def _read(photo: Photo, prepare: Prepared) -> Tensor:
             return prepare(photo)
         except ValueError as error:
             raise UserError(f"an image cannot be used: {error}", "an image with 8 or 16 bits per channel") from None
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"an image cannot be read: {reason_of(error)}", "an image that Pillow can read") from None
     if isinstance(photo, (str, os.PathLike)):
         return read_photo(photo, prepare)
     raise UserError(
