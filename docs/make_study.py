@@ -39,7 +39,8 @@ Rules, fixed before the first test image was scored:
 - Within a regime all runs have the same training images, schedule, batch size and augmentation, and the seeds are
   paired: the same seed draws the same order and augmentation of the images.
 - Where there are rows `baseline-lr-…`, the learning rate was chosen from them for the baseline, on validation images,
-  and all rows have it. Elsewhere it is that of `schedules/cosine`, 0.1.
+  and all rows have it; rows `default-lr-…` show whether `default` wants another one. Elsewhere it is that of
+  `schedules/cosine`, 0.1.
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
@@ -48,12 +49,15 @@ Rules, fixed before the first test image was scored:
 
 `default` is the row with the highest validation top-1, averaged over the final classifier and all exits, the seeds and
 both regimes, among those that have its heads, epochs and MACs: the table "How `default` is chosen" below. This rule was
-written down after test scores of most rows of the first regime, and of one seed of the second, had been seen.
+written down after test scores of most rows of the first regime, and of one seed of the second, had been seen. What was
+called `default` before is `byot-modern` here.
 
 A network of 11 M MACs, half of the resolution and a few epochs show signs and sizes for such networks, and rank nothing
 for others: see [teaching.md](teaching.md) for what is known besides.
 """
 
+RATE = re.compile(r"-lr-[0-9.]+$")
+"""Of rows that differ in their learning rate alone."""
 REGIMES = {
     "many": "All images, few epochs",
     "few": "Few images, many epochs",
@@ -63,8 +67,8 @@ CONTROL = "deep-supervision"
 SHOWN = {
     "baseline": "the plain network",
     "deep-supervision": "exits, taught by labels",
-    "deep-supervision-equilibrium": "the same, their gradients balanced (arXiv:1908.06294)",
-    "default": "exits, taught by labels and by the final exit",
+    "deep-supervision-equilibrium": "the same, gradients balanced (arXiv:1908.06294)",
+    "default": "exits, taught by labels and by the final exit, gradients balanced",
 }
 """The rows of README's table."""
 SEEDS = 3
@@ -95,7 +99,7 @@ def _choice(folder: Path) -> str:
     regimes = {name: [r for r in records_of(folder / name) if len(r.test.exits) > 1] for name in ("many", "few")}
     rows: dict[str, list[tuple[int, float]]] = {}
     for found in regimes.values():
-        alike = [record for record in found if record.label == "default"]
+        alike = [record for record in found if record.label == CONTROL]
         for label in sorted({record.label for record in found} if alike else ()):
             own = [record for record in found if record.label == label]
             if _cost(own[0]) == _cost(alike[0]):
@@ -160,11 +164,11 @@ def _section(network: str, about: Any, regime: str, data: Any, found: list[Recor
     options = " ".join(about["options"] + data["options"])
     yield f"## {REGIMES[regime]}: {network}"
     yield f"\n{data['images']:,} training images, {data['epochs']} epochs: `sdcli train {about['model']} {options}`\n"
-    rates = [record for record in found if record.label.startswith("baseline-lr")]
-    rates += [record for record in found if record.label == "baseline" and record.seed == 1] if rates else []
-    if rates:
-        yield _rates(rates)
-    own = [record for record in found if not record.label.startswith("baseline-lr")]
+    for label in ("baseline", "default"):
+        rates = [record for record in found if record.label.startswith(f"{label}-lr-")]
+        if rates:
+            yield _rates(label, [*rates, *(r for r in found if r.label == label and r.seed == 1)])
+    own = [record for record in found if not RATE.search(record.label)]
     against = compare(own)
     yield _tables(against)
     if any(record.label == CONTROL for record in own) and any(record.label == "baseline" for record in own):
@@ -199,8 +203,8 @@ def _teachers(network: str, teachers: list[Record], found: list[Record]) -> str:
     )
 
 
-def _rates(records: list[Record]) -> str:
-    lines = ["| learning rate of the baseline, seed 1 | validation top-1 % |", "| --- | ---: |"]
+def _rates(label: str, records: list[Record]) -> str:
+    lines = [f"| learning rate of {label}, seed 1 | validation top-1 % |", "| --- | ---: |"]
     for record in sorted(records, key=lambda record: record.recipe["optimizer"].get("lr", 0.1)):
         assert record.validation is not None
         rate = record.recipe["optimizer"].get("lr", 0.1)
@@ -220,7 +224,7 @@ def main() -> None:
     results = FOLDER / "results"
     (FOLDER / "study.md").write_text(study(results), encoding="utf-8")
     for folder in sorted(path for path in results.glob("*/*/*") if path.is_dir()):
-        records = [record for record in records_of(folder) if not record.label.startswith("baseline-lr")]
+        records = [record for record in records_of(folder) if not RATE.search(record.label)]
         if _has_exits(records):
             save_comparison(compare(records), FOLDER / f"study-{folder.parent.name}-{folder.name}.png")
     README.write_text(with_table(README.read_text(encoding="utf-8"), readme_table(results)), encoding="utf-8")

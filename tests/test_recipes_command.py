@@ -224,7 +224,7 @@ MISTAKES = {
     "a parent that there is not": (
         'extends = "byot-jurnal"\n',
         "FILE: extends = 'byot-jurnal': unknown recipe 'byot-jurnal'\n"
-        "  expected: one of byot-journal, byot-auto, byot-scan, byot-nohint, byot, byot-dkd, …; "
+        "  expected: one of byot-journal, byot-modern, byot-auto, byot-scan, byot-nohint, byot, …; "
         f"{len(recipe_names())} in all: sdcli recipes list\n"
         "  fix:      did you mean 'byot-journal'?",
     ),
@@ -371,12 +371,12 @@ def test_what_has_no_effect_is_noted(sdcli: Command, tmp_path: Path) -> None:
 
 
 def test_a_difference_is_a_table_options_or_json(sdcli: Command) -> None:
-    table = sdcli("recipes", "diff", "byot", "default").out
-    assert "byot → default" in table and re.search(r'optimizer.opt +"momentum" +"sgd"', table)
+    table = sdcli("recipes", "diff", "byot", "byot-modern").out
+    assert "byot → byot-modern" in table and re.search(r'optimizer.opt +"momentum" +"sgd"', table)
     assert re.search(r"optimizer.clip_grad +- +5.0", table)
-    options = sdcli("recipes", "diff", "byot", "default", "--as-set").out
+    options = sdcli("recipes", "diff", "byot", "byot-modern", "--as-set").out
     assert "--set optimizer.opt=sgd\n" in options and "--set 'schedule.decay_milestones=[]'\n" in options
-    found = json.loads(sdcli("recipes", "diff", "byot", "default", "--json").out)
+    found = json.loads(sdcli("recipes", "diff", "byot", "byot-modern", "--json").out)
     assert found["changed"]["optimizer.opt"] == {"from": "momentum", "to": "sgd"}
     assert found["added"] == {"optimizer.clip_grad": 5.0} and found["removed"] == {}
     same = sdcli("recipes", "diff", "byot", "byot")

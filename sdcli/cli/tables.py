@@ -111,7 +111,10 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         "quick, then default; finetune for your photos",
         ("quick", "default", "finetune"),
     ),
-    "BYOT": ("the final exit teaches the others", ("byot", "byot-auto", "byot-journal", "byot-nohint", "byot-scan")),
+    "BYOT": (
+        "the final exit teaches the others",
+        ("byot", "byot-auto", "byot-journal", "byot-modern", "byot-nohint", "byot-scan"),
+    ),
     "Step by step": ("exits on a network that is finished first", ("exits-only", "exits-then-all")),
     "Controls": ("to compare with", ("baseline", "deep-supervision", "random-weights")),
     "Between exits": (
