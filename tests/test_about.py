@@ -27,10 +27,15 @@ def test_a_plain_recipe_needs_nothing():
 
 def test_other_networks_averages_and_mixed_images_are_needs():
     recipe = load_recipe(
-        ["byot", "quick"],
+        ["byot", "byot-modern"],
         ["networks.teacher.model=resnet50", "networks.teacher.learns=false", "batch.mixup=0.2", "ema.decay=0.999"],
     )
     assert needs(recipe) == ["network teacher (resnet50, frozen)", "mixup (alpha 0.2)", "EMA of the weights"]
+
+
+def test_gradients_that_are_not_summed_are_needs():
+    assert needs(load_recipe(["default"])) == ["balanced gradients"]
+    assert needs(load_recipe(["byot"], ["networks.student.gradients=detached"])) == ["gradients that stay in the heads"]
 
 
 def test_views_and_images_of_the_class_are_needs():

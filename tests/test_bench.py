@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,11 +102,25 @@ def command_fails() -> None:
 
 def test_a_busy_machine_is_mentioned(sdcli: Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measuring, "current_load", lambda: 2.5)
+    monkeypatch.setattr(measuring, "busiest", lambda: ["ffmpeg 98% of a core"])
     result = sdcli("bench", "test_resnet", *QUICK, "--json")
     assert json.loads(result.out)["load"] == [2.5, 2.5]
     assert said(result.err) == [
-        "note: the machine was busy before: load 2.5; the ratios are more reliable than the times"
+        "note: the machine was busy before: load 2.5 (ffmpeg 98% of a core); the ratios are more reliable "
+        "than the times"
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="other systems do not say")
+def test_other_programs_that_compute_are_named():
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as busy:
+        try:
+            busy.stdout.readline()
+            assert any(name.startswith("python") for name in measuring.busiest(count=10))
+        finally:
+            busy.kill()
 
 
 def test_compiled_networks_stand_beside_eager_ones(sdcli: Command, monkeypatch: pytest.MonkeyPatch):

@@ -414,7 +414,7 @@ def test_an_output_folder_that_holds_a_run_is_never_touched(trained, sdcli):
     ("options", "message"),
     [
         (["--recipe", "byott"], "unknown recipe 'byott'\n  expected: one of byot, byot-auto, byot-nohint, byot-dkd, "
-          f"byot-scan, byot-journal, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
+          f"byot-scan, byot-modern, …; {len(recipe_names())} in all: sdcli recipes list\n  fix:      did you mean 'byot'?"),
         (["--set", "losses.soft.temprature=3"], "--set losses.soft.temprature=3: losses.soft: unknown key 'temprature'\n  expected: one of direction, rescale, standardize, temperature\n"
          "  fix:      did you mean 'temperature'?"),
         (["--set", "losses.soft.kind=kll"], "--set losses.soft.kind=kll: losses.soft.kind: unknown loss 'kll'\n  expected: one of kl, dkd, nkd, balanced_kl, "

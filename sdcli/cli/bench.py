@@ -80,6 +80,7 @@ def bench(
 
         log = logging.getLogger("sdcli.cli.bench")
         load = measuring.current_load()
+        others = measuring.busiest() if load is not None and load > measuring.BUSY else []
         place = accelerator_for(device).device
         keep_freed_memory(place)
         if threads is not None:
@@ -129,7 +130,10 @@ def bench(
         notes.append(f"early exit on {measured.images}: answered {shares}")
     notes += [f"{subject} cannot be compiled: {reason}" for subject, reason in measured.left_out.items()]
     if load is not None and load > measuring.BUSY:
-        notes.append(f"the machine was busy before: load {load:.1f}; the ratios are more reliable than the times")
+        with_what = f" ({', '.join(others)})" if others else ""
+        notes.append(
+            f"the machine was busy before: load {load:.1f}{with_what}; the ratios are more reliable than the times"
+        )
     elif measured.load is not None and measured.load[1] > measuring.BUSY + measured.threads:
         notes.append(
             f"something else ran meanwhile: load {measured.load[1]:.1f}, with {counted(measured.threads, 'thread')} "

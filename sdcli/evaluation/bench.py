@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -277,6 +278,32 @@ def timed(call: Callable[[Tensor], Any], images: Tensor, device: torch.device) -
 def current_load() -> float | None:
     """How many processes wanted to run, on average over the last minute; None where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def busiest(count: int = 3, seconds: float = 0.3) -> list[str]:
+    """The other programs that take most of the processor's time, and how much; none where the system does not say."""
+    before, start = _spent(), time.perf_counter()
+    time.sleep(seconds)
+    after, passed = _spent(), time.perf_counter() - start
+    per_second = os.sysconf("SC_CLK_TCK") * passed if after else 1.0
+    shares = [
+        ((ticks - before[number][1]) / per_second, name)
+        for number, (name, ticks) in after.items()
+        if number in before and number != os.getpid()
+    ]
+    return [f"{name} {share:.0%} of a core" for share, name in sorted(shares, reverse=True)[:count] if share > 0.1]
+
+
+def _spent() -> dict[int, tuple[str, int]]:
+    """By process its name and its processor time in ticks; empty on systems without /proc."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        # A process may end meanwhile.
+        with suppress(OSError, ValueError, IndexError):
+            name, _, rest = file.read_text(encoding="utf-8", errors="replace").partition("(")[2].rpartition(")")
+            fields = rest.split()
+            found[int(file.parent.name)] = name, int(fields[11]) + int(fields[12])
+    return found
 
 
 def device_name(device: torch.device) -> str:

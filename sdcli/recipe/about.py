@@ -66,7 +66,7 @@ def needs(recipe: Recipe) -> list[str]:
     if "heads" in (recipe.student.trains, *(phase.get("trains") for phase in tables.get("phases", []))):
         found.append("frozen backbone")
     if recipe.student.gradients != "sum":
-        found.append(f"gradients {recipe.student.gradients}")
+        found.append(GRADIENTS[recipe.student.gradients])
     if recipe.student.weights == "pretrained":
         found.append("pretrained weights")
     if any(loss.share is not None for loss in recipe.losses.values()):
@@ -86,6 +86,8 @@ def needs(recipe: Recipe) -> list[str]:
     return found
 
 
+GRADIENTS = {"equilibrium": "balanced gradients", "detached": "gradients that stay in the heads"}
+"""What `gradients` of the student stands for."""
 VIEWS = {"itself": "second view of each image", "class": "second image of the same class"}
 """What `of` of a further view stands for."""
 
