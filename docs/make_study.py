@@ -32,6 +32,7 @@ side with one thread each, and can be stopped and started at any time:
 
     python benchmarks/study/run.py benchmarks/study/cifar100.toml --data FOLDER
     python benchmarks/study/run.py benchmarks/study/teachers.toml --data FOLDER
+    python benchmarks/study/run.py benchmarks/study/flowers12.toml --data FOLDER
     python docs/make_study.py
 
 Rules, fixed before the first test image was scored:
@@ -63,6 +64,7 @@ REGIMES = {
     "few": "Few images, many epochs",
     "all": "Fine-tuning",
 }
+PLAIN = "plain"
 CONTROL = "deep-supervision"
 SHOWN = {
     "baseline": "the plain network",
@@ -169,7 +171,8 @@ def _section(network: str, about: Any, regime: str, data: Any, found: list[Recor
         if rates:
             yield _rates(label, [*rates, *(r for r in found if r.label == label and r.seed == 1)])
     own = [record for record in found if not RATE.search(record.label)]
-    against = compare(own)
+    # In fine-tuning the plain network is called so.
+    against = compare(own, PLAIN if any(record.label == PLAIN for record in own) else None)
     yield _tables(against)
     if any(record.label == CONTROL for record in own) and any(record.label == "baseline" for record in own):
         exits = [record for record in own if len(record.test.exits) > 1]
