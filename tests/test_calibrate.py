@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ from sdcli.cli.scores import _duration
 from sdcli.cli.tables import trade_off_table
 from sdcli.errors import UserError
 from sdcli.evaluation.calibrate import Goal, calibrate, choose, losses, temperature_of
-from sdcli.evaluation.latency import Latency
+from sdcli.evaluation.latency import Latency, measure_latencies
 from sdcli.evaluation.metrics import auroc
 from sdcli.evaluation.outputs import Outputs
 from sdcli.evaluation.promise import betting, bound_of, clopper_pearson, fixed_sequence, images_for
@@ -296,9 +297,19 @@ def test_no_setting_within_the_budget_is_better_than_the_one_that_is_taken(bluep
 
 
 def test_what_early_exit_takes_by_itself_counts_once_for_an_image():
-    latencies = {"exit1": Latency(1.0, 0.2), "exit2": Latency(2.0, 0.4), "final": Latency(4.0, 0.5)}
+    latencies = {"exit1": Latency(1.0, 0.2), "exit2": Latency(2.0, 0.4), "final": Latency(4.0, 0.0, 0.5)}
     assert passing_ms(latencies, ["exit1", "exit2"]).tolist() == pytest.approx([1.7, 3.1, 5.1])
     assert passing_ms(latencies, []).tolist() == [4.0]
+
+
+def test_what_early_exit_takes_is_measured_only_where_it_is_used(blueprint, monkeypatch):
+    network = build(blueprint)
+    routed = measure_latencies(network, EXITS, torch.device("cpu"), routed=True)
+    # At some exits of some networks no image can leave, and the latency of each alone is asked for all the same.
+    monkeypatch.setattr(network, "route", None)
+    alone = measure_latencies(network, EXITS, torch.device("cpu"))
+    assert alone.keys() == routed.keys() == {*EXITS, "final"}
+    assert alone["final"].routing == alone["final"].head == routed["final"].head == 0
 
 
 def test_one_exit_has_nothing_to_agree_with(blueprint):
@@ -408,6 +419,9 @@ def test_another_file_is_written_and_the_first_one_stays(sdcli, run, tmp_path):
 
 
 def test_another_file_is_not_written_over_something_else(sdcli, run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    piped = sdcli("calibrate", run, "--budget", "0.9", "--output", tmp_path / "pipe.safetensors")
+    assert piped.code == 2 and "is not an earlier result" in piped.err
     own = (run / "best.safetensors").read_bytes()
     other = tmp_path / "taken.safetensors"
     # Something else, and the same network with another weight.

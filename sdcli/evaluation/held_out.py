@@ -89,7 +89,7 @@ def calibrate_checkpoint(
         notes += [f"left out {counted(len(errors), 'image')} that cannot be read", *(error.wrong for error in errors)]
     if not (opened and opened.own):
         check_enough(len(outputs), f"add images to '{dataset}'" if dataset else "more images")
-    latencies = measure_latencies(network, exits, place) if goal.latency_ms is not None else None
+    latencies = measure_latencies(network, exits, place, routed=True) if goal.latency_ms is not None else None
     found = calibrate(
         outputs,
         about.blueprint,
@@ -130,7 +130,7 @@ def _unlabelled(parts: Iterable[PhotoBatch], errors: list[UserError]) -> Iterato
 
 def _check_output(path: Path, output: Path) -> None:
     """Raises UserError for a file that cannot be written or has another network, before anything is computed."""
-    if output.suffix != ".safetensors":
+    if output != path and output.suffix != ".safetensors":
         raise UserError(
             f"'{output}' does not end in .safetensors", "a checkpoint's name", f"--output {output}.safetensors"
         )

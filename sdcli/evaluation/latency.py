@@ -25,7 +25,9 @@ class Latency:
     reach: float
     """From the image to the stage's tensor; for `final`, to the logits."""
     head: float
-    """Of the exit's head; for `final`, what early exit takes beside stages and heads, once for an image."""
+    """Of the exit's head; 0 for `final`."""
+    routing: float = 0.0
+    """Of `final`: what early exit takes beside stages and heads, once for an image; 0 where it was not measured."""
 
 
 def now(device: torch.device) -> float:
@@ -38,14 +40,19 @@ def now(device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def measure_latencies(network: MultiExit, exits: Sequence[str], device: torch.device) -> dict[str, Latency]:
-    """The medians of `exits` and `final`, at batch size 1, in rounds that take all of them in turn. Leaves the network
-    in eval mode."""
+def measure_latencies(
+    network: MultiExit, exits: Sequence[str], device: torch.device, *, routed: bool = False
+) -> dict[str, Latency]:
+    """The medians of `exits` and `final`, at batch size 1, in rounds that take all of them in turn.
+
+    With `routed` also what early exit itself takes; images have to be able to leave at the first of `exits`. Leaves the
+    network in eval mode.
+    """
     network.eval()
     image = torch.randn(1, *network.plan.input_size, device=device)
     parts: dict[str, Callable[[], object]] = {FINAL: lambda: network.plain(image)}
     kept = network.tensors(image)
-    if exits:
+    if routed:
         everyone = Policy({exits[0]: -math.inf}, "confidence")
         parts["routed"] = lambda: network.route(image, everyone)
     for point in exits:
@@ -65,5 +72,5 @@ def measure_latencies(network: MultiExit, exits: Sequence[str], device: torch.de
     for point in exits:
         own = middle[f"{point} head"]
         found[point] = Latency(max(middle[point] - own, 0.0), own)
-    routing = max(middle["routed"] - middle[exits[0]], 0.0) if exits else 0.0
-    return {**found, FINAL: Latency(middle[FINAL], routing)}
+    routing = max(middle["routed"] - middle[exits[0]], 0.0) if routed else 0.0
+    return {**found, FINAL: Latency(middle[FINAL], 0.0, routing)}

@@ -50,7 +50,7 @@ def passing_ms(latencies: Mapping[str, Latency], exits: Sequence[str]) -> NDArra
     """
     heads = np.cumsum([*(latencies[point].head for point in exits), 0.0])
     if len(exits):
-        heads += latencies[FINAL].head
+        heads += latencies[FINAL].routing
     total: NDArray[np.float64] = np.array([latencies[point].reach for point in (*exits, FINAL)]) + heads
     return total
 
