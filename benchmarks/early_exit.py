@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -133,7 +134,7 @@ def measure(
         "whole": each(lambda batch: route_whole_batch(network, batch, policy)),
     }
     points = (*policy.exits, FINAL)
-    ways |= {point: each(network.upto(point)) for point in policy.exits}
+    ways |= {point: each(tied(network, point)) for point in policy.exits}
     batches = [part for part in images.split(batch_size) if len(part) == batch_size]
     turns = [batches[start : start + in_a_row] for start in range(0, len(batches), in_a_row)]
     passing, full = network.blueprint.passing(policy.exits), network.plan.macs
@@ -182,6 +183,16 @@ def measure(
     }
 
 
+def tied(network: MultiExit, point: str) -> nn.Module:
+    """The network up to `point`, with the very same weights: where in memory a copy lies is worth some percent."""
+    own = network.upto(point)
+    shared = dict(network.named_parameters()) | dict(network.named_buffers())
+    for name, tensor in [*own.named_parameters(), *own.named_buffers()]:
+        # A truncated network has one head, without a name.
+        tensor.data = shared[re.sub(r"^head\.", f"heads.{point}.", name)].data
+    return own
+
+
 def each(way: Callable[[Tensor], Any]) -> Callable[[list[Tensor]], Any]:
     """A way that takes batches one by one."""
     return lambda turn: [way(batch) for batch in turn]
@@ -206,6 +217,8 @@ def main() -> None:
     if options.quick:
         options.batch_size, options.threads, options.images, options.seconds = [4], options.threads[:1], 8, 0.0
     load, device = current_load(), torch.device(options.device)
+    # First, so that the weights of all ways lie in the same kind of memory.
+    keep_freed_memory(device)
     if options.checkpoint:
         path = find_checkpoint(options.checkpoint)
         network, about = rebuild(path)
@@ -215,7 +228,6 @@ def main() -> None:
         network = random_network(options.model, options.head, options.image_size)
         images, name = varied_images(network, options.images), "noise"
     network, images = network.to(device), images.to(device)
-    keep_freed_memory(device)
     if options.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.to(memory_format=torch.channels_last)
@@ -225,7 +237,7 @@ def main() -> None:
         policy = forced(network, images, options.shares[: len(network.exits) - 1])
     if not policy.exits:
         raise SystemExit("no image may leave early: there is no time to save")
-    plain = network.upto(FINAL)
+    plain = tied(network, FINAL)
     model = network.blueprint.architecture.model
     print(f"{model}, {'x'.join(map(str, network.plan.input_size))}, {name}, on {device_name(device)}; load {load}")
     titles = ("batch", "threads", "plain ms", "spread", "early: time", "MACs", "saved", "alone", "possible",

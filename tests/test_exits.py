@@ -15,6 +15,7 @@ from sdcli.data.batch import Batch
 from sdcli.errors import UserError
 from sdcli.method.learner import Learner, build_objectives, what_trains
 from sdcli.method.objective import Objective
+from sdcli.network import heads
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.heads import HEADS, PatchConv, find_head, head_cost
 from sdcli.network.multi_exit import MultiExit
@@ -295,7 +296,7 @@ def test_ddp_finds_no_parameter_unused(name, one_process):
 
 
 @pytest.mark.parametrize("size", [8, 9, 11])
-def test_patches_mixed_as_matrices_are_the_convolution(size):
+def test_patches_mixed_as_matrices_are_the_convolution(size, monkeypatch):
     torch.manual_seed(0)
     ours = PatchConv(3, 5, 4, 4, bias=False).double()
     images = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
@@ -304,6 +305,11 @@ def test_patches_mixed_as_matrices_are_the_convolution(size):
     both = [torch.autograd.grad(out.square().sum(), (images, ours.weight)) for out in (ours(images), reference)]
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one, other)
+    # Without gradients short patches are convolved, and long ones mixed.
+    for longest in (0, heads.LONG_PATCH):
+        monkeypatch.setattr(heads, "LONG_PATCH", longest)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), reference)
 
 
 # Wide and deep, small, tokens, maps in NHWC, and two whose classifier alone is too dear for a head.

@@ -568,6 +568,38 @@ def test_freed_memory_is_kept_for_the_next_step(device: str, environment: dict[s
     assert given_back < 10 if kept else given_back > 200
 
 
+HUGE = """
+import re, sys
+from pathlib import Path
+import torch
+from sdcli.devices import keep_freed_memory
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+small, before = torch.ones(2**18), resident()
+keep_freed_memory(torch.device("cpu"))
+print(resident() - before)
+block = torch.ones(2**26)
+parts = re.split(r"^(?=\\w+-\\w+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+for tensor in (small, block):
+    for part in parts:
+        found = re.match(r"(\\w+)-(\\w+) .*\\[heap\\]", part)
+        if found and int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16):
+            print("hg" in re.search("VmFlags:(.*)", part)[1].split())
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="only Linux has huge pages, and only glibc can be told to keep memory",
+)
+def test_what_is_kept_lies_in_huge_pages_where_linux_has_them() -> None:
+    """Also what the heap held before. What is reserved is not used."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    lines = subprocess.check_output([sys.executable, "-c", HUGE], env=clean, text=True).split()
+    assert int(lines[0]) < 100
+    assert lines[1:] == ["True", "True"]
+
+
 # Shared out
 
 

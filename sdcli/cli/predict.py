@@ -102,12 +102,12 @@ def predict(
         files, problems = found.files, len(found.problems)
         if found.problems and (strict or not files):
             raise found.problems[0]
+        place = accelerator_for(device).device
+        keep_freed_memory(place)
         network = load(path)
         strategy = network.strategy(
             exit=exit_, ensemble=ensemble, budget=budget, threshold=threshold, early_exit=not no_early_exit
         )
-        place = accelerator_for(device).device
-        keep_freed_memory(place)
         network = network.to(place)
         end_stage()
     for text in [*found.notes, *filter(None, [strategy.note])]:

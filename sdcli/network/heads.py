@@ -31,6 +31,9 @@ POOLED = "pooled"
 WIDTH = 128
 """Channels inside a bottleneck or patch head, if nothing else is said; as in the BYOT authors' SCAN code."""
 
+LONG_PATCH = 8192
+"""Numbers of a patch, above which torch's convolution on a CPU is slow (`PatchConv`)."""
+
 _KIND = re.compile(r"([^/]+)(?:/([1-9][0-9]{0,4}))?")
 
 
@@ -121,13 +124,17 @@ def head_cost(kind: str, plan: StagePlan, stage: Stage, num_classes: int) -> tup
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose stride equals its kernel size, computed on a CPU as one matrix product over all patches.
+    """A convolution whose stride equals its kernel size, on a CPU computed as one matrix product over all patches where
+    that is faster: in training, and for patches of more than `LONG_PATCH` numbers.
 
-    With torch's own convolution, a head on a wide map takes 1.3 times as long on a CPU (benchmarks/heads.py).
+    With torch's own convolution, a training step of a head on a wide map takes 1.3 times as long there, and the first
+    exit of a ResNet-50 1.5 to 1.8 times as long without gradients; shorter patches take 0.8 to 1.0 of the time, since
+    they are not copied (benchmarks/heads.py).
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.device.type != "cpu":
+        long = self.weight[0].numel() > LONG_PATCH
+        if features.device.type != "cpu" or not (long or torch.is_grad_enabled()):
             return super().forward(features)
         side = self.stride[0]
         batch, num_chs, height, width = features.shape

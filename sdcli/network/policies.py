@@ -24,6 +24,8 @@ geometric mean of all exits so far, normalised. `answer` [B, K] is what an image
 `score` [B] is larger the surer it is."""
 
 DEFAULT = "ensemble"
+ALONE = ("confidence", "margin", "entropy")
+"""Policies that read the exit itself only, and not the mean: their earlier exits need not be remembered."""
 
 
 @POLICIES.register("ensemble")
@@ -44,7 +46,7 @@ def confidence(own: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 @POLICIES.register("margin")
 def margin(own: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Largest minus second largest probability of the exit alone."""
-    first, second = own.exp().topk(2, dim=1).values.unbind(dim=1)
+    first, second = own.topk(2, dim=1).values.exp().unbind(dim=1)
     return own, first - second
 
 
@@ -65,7 +67,8 @@ class Verdict(NamedTuple):
     score: Tensor
     """[B]"""
     agrees: Tensor
-    """Whether the answer's class is that of the exit before [B]; false at the first exit."""
+    """Whether the answer's class is that of the exit before [B]; false at the first exit, and if nobody asks for
+    agreement."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Policy:
         """The exits whose heads have to be run, shallowest first: none after the last at which an image can leave."""
         last = max((i for i, limit in enumerate(self.thresholds.values()) if limit is not None), default=-1)
         own = tuple(self.thresholds)[: last + 1]
-        if self.kind == "ensemble" or self.agreement:
+        if self.kind not in ALONE or self.agreement:
             return own
         return tuple(point for point in own if self.thresholds[point] is not None)
 
@@ -140,17 +143,23 @@ class Judge:
 
     def read(self, point: str, logits: Tensor) -> Verdict:
         """What the policy makes of the logits [B, K] of the next point, for the images that are left."""
-        own = torch.log_softmax(logits.float() / self.policy.temperatures.get(point, 1.0), dim=1)
+        # On small networks every operation counts: none is done for something that the policy does not read.
+        temperature = self.policy.temperatures.get(point, 1.0)
+        own = torch.log_softmax(logits.float() if temperature == 1 else logits.float() / temperature, dim=1)
         if point == FINAL:
             answer, score = own, own.amax(dim=1).exp()
+        elif self.policy.kind in ALONE:
+            answer, score = self._read(own, own)
         else:
             self._sum = own if self._sum is None else self._sum + own
             self._seen += 1
             mean = own if self._seen == 1 else torch.log_softmax(self._sum / self._seen, dim=1)
             answer, score = self._read(own, mean)
-        guess = answer.argmax(dim=1)
-        agrees = torch.zeros_like(guess, dtype=torch.bool) if self._before is None else guess == self._before
-        self._before = guess
+        agrees = own.new_zeros(len(own), dtype=torch.bool)
+        if self.policy.agreement:
+            guess = answer.argmax(dim=1)
+            agrees = agrees if self._before is None else guess == self._before
+            self._before = guess
         return Verdict(answer, score, agrees)
 
     def part(self, rows: Tensor | slice) -> Judge:

@@ -67,7 +67,7 @@ class _Batch:
 
     def add(self, rows: Tensor, answers: Tensor, place: int) -> None:
         """The answers [R, K] to the images at `rows` [R], which have left at one exit."""
-        self.answers[rows.to(answers.device, non_blocking=True)] = answers
+        self.answers.index_copy_(0, rows.to(answers.device, non_blocking=True), answers)
         self.exits[rows] = place
         self.missing -= len(rows)
 
@@ -194,11 +194,15 @@ class Router:
 
     def _leave(self, answers: Tensor, home: Tensor, place: int) -> None:
         """Keeps the answers [R, K] to images that leave."""
-        for number in sorted(set(home[:, 0].tolist())):
-            mine = (home[:, 0] == number).nonzero().squeeze(1)
-            if number in self._batches:
-                own = answers if len(mine) == len(answers) else answers[mine.to(answers.device)]
-                self._batches[number].add(home[mine, 1], own, place)
+        numbers = sorted(set(home[:, 0].tolist()))
+        for number in numbers:
+            if number not in self._batches:
+                continue
+            if len(numbers) == 1:
+                self._batches[number].add(home[:, 1], answers, place)
+            else:
+                mine = (home[:, 0] == number).nonzero().squeeze(1)
+                self._batches[number].add(home[mine, 1], answers[mine.to(answers.device)], place)
 
 
 _NOBODY = torch.tensor([[-1, -1]])
