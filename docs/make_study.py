@@ -45,7 +45,8 @@ Rules, fixed before the first test image was scored:
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
-  backward passes; training time is CPU time on a busy machine of two cores, so it is rough.
+  backward passes; training time is CPU time on a busy machine of two cores, so it is rough,
+  and later rows were trained with faster versions.
 - Intervals are t intervals over seeds; p-values come from flipping signs, corrected after Holm within a table.
 
 `default` is the row with the highest validation top-1, averaged over the final classifier and all exits, the seeds and

@@ -76,6 +76,17 @@ def made(name: str, lean: float = 0.0, **table: object) -> MultiExit:
     return network
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Images of a stream wait for a whole batch, also large ones on a CPU."""
+    monkeypatch.setattr("sdcli.network.routing.ENOUGH", 2**30)
+
+
+def pixels(network: MultiExit) -> int:
+    _, height, width = network.plan.input_size
+    return height * width
+
+
 def images_for(network: MultiExit, count: int) -> Tensor:
     return torch.randn(count, *network.plan.input_size, generator=torch.Generator().manual_seed(1))
 
@@ -163,7 +174,7 @@ def sizes_at(network: MultiExit, module: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["ensemble", "margin"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit4", "test_convnext"])
-def test_a_stream_answers_as_batches_one_by_one_and_in_their_order(name, kind):
+def test_a_stream_answers_as_batches_one_by_one_and_in_their_order(name, kind, patient):
     network = made(name)
     images = images_for(network, 29)
     policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"], kind=kind, agreement=kind == "margin")
@@ -176,7 +187,7 @@ def test_a_stream_answers_as_batches_one_by_one_and_in_their_order(name, kind):
         torch.testing.assert_close(decided.answers, alone.answers, rtol=1e-4, atol=1e-4)
 
 
-def test_images_of_a_stream_wait_until_a_batch_of_them_goes_on():
+def test_images_of_a_stream_wait_until_a_batch_of_them_goes_on(patient):
     network = made("test_resnet")
     images = images_for(network, 24)
     policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
@@ -195,8 +206,8 @@ def test_images_of_a_stream_wait_until_a_batch_of_them_goes_on():
 
 
 def test_only_few_images_of_a_stream_wait_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("sdcli.network.routing.ENOUGH", 3)
     network = made("test_resnet")
+    monkeypatch.setattr("sdcli.network.routing.ENOUGH", 3 * pixels(network))
     images = images_for(network, 24)
     scores = Judge(Policy({"exit1": 0.0})).read("exit1", full_pass(network, images)["exit1"]).score.sort()
     sure, unsure = images[scores.indices[12:]], images[scores.indices[:12]]
@@ -210,7 +221,19 @@ def test_only_few_images_of_a_stream_wait_on_a_cpu(monkeypatch):
     assert [int((decided.exits == 1).sum()) for decided in streamed] == [5, 2, 3, 2]
 
 
-def test_an_answer_of_a_stream_is_held_back_for_a_few_batches_at_most():
+def test_large_images_of_a_stream_do_not_wait_on_a_cpu(monkeypatch):
+    """A single one is enough work for a deeper stage."""
+    network = made("test_resnet")
+    monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
+    images = images_for(network, 12)
+    policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
+    network.check(policy)
+    router = network.router(policy)
+    assert [len(router.take(batch)) for batch in images.split(4)] == [1, 1, 1]
+    assert router.rest() == []
+
+
+def test_an_answer_of_a_stream_is_held_back_for_a_few_batches_at_most(patient):
     network = made("test_resnet")
     images = images_for(network, 4)
     # Of the first batch one image goes to the end, and all that follow leave at exit1.
@@ -237,7 +260,7 @@ def test_a_stream_without_images_and_a_batch_without_images_have_no_answers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_routed_answers_equal_those_of_a_full_pass_in_every_family(name):
+def test_routed_answers_equal_those_of_a_full_pass_in_every_family(name, patient):
     network = made(name)
     # The logits of deep random networks are huge: all scores would be 1.
     spread_of = {point: float(own.std()) for point, own in full_pass(network, images_for(network, 9)).items()}

@@ -6,6 +6,7 @@ B images of a batch, R images that are left, K classes
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from sdcli.network.stages import Stage
 from sdcli.network.taps import Reached, Store
 from sdcli.recipe.address import FINAL
 
-ENOUGH = 32
-"""Images that go on together on a CPU without waiting for more: only smaller batches are slow there."""
+ENOUGH = 32 * 32 * 32
+"""Pixels of the images that go on together on a CPU without waiting for more, as of 32 images of 32x32: only smaller
+batches are slow there."""
 PATIENCE = 8
 """Batches after which an image that waits for company goes on without it: later answers are held back until then."""
 
@@ -76,8 +78,8 @@ class Router:
     """Leads batches of images through a network: each image leaves at the first exit that is sure.
 
     If `together`, those that go on wait after the exit until there are enough of them, from this batch and later ones:
-    `ENOUGH` on a CPU, elsewhere as many as a batch has, and never more than that. An image waits for at most `patience`
-    more batches at each exit.
+    of `ENOUGH` pixels on a CPU, elsewhere as many as a batch has, and never more than that. An image waits for at most
+    `patience` more batches at each exit.
     """
 
     def __init__(
@@ -115,7 +117,8 @@ class Router:
             return self._answered()
         if self.together:
             self._full = max(self._full, len(images))
-            self._enough = min(self._full, ENOUGH) if images.device.type == "cpu" else self._full
+            few = math.ceil(ENOUGH / images[0, 0].numel()) if images.device.type == "cpu" else self._full
+            self._enough = min(self._full, few)
             self._passenger = images[:1]
         rows = torch.arange(len(images))
         self._pass(images, torch.stack([torch.full_like(rows, number), rows], dim=1))
