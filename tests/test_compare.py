@@ -16,7 +16,7 @@ from conftest import Command, refused
 from PIL import Image
 from scipy import stats
 
-from sdcli.cli.comparisons import grids
+from sdcli.cli.comparisons import grids, remarks
 from sdcli.compare.compare import Comparison, compare
 from sdcli.compare.record import BUDGETS, Costs, EarlyExit, Record, find_runs, read_record, record_of, save_record
 from sdcli.compare.statistics import (
@@ -175,6 +175,16 @@ def test_recipes_are_compared_seed_by_seed_with_the_baseline():
     assert (byot.macs["exit1"], byot.params["exit1"]) == (40, 400)
     assert (task.num_pairs, task.sd) == (3, pytest.approx(1.0))
     assert task.detectable == pytest.approx(detectable(1.0, 3))
+
+
+def test_a_recipe_of_one_seed_does_not_hide_what_the_others_can_tell():
+    runs = [*three("baseline", [50.0, 51.0, 52.0]), *three("byot", [52.0, 54.0, 53.0], 45.0)]
+    runs.append(record("begun", 0, 51.0, 40.0))
+    found = compare(runs)
+    assert found.tasks[0].detectable == pytest.approx(detectable(1.0, 3))
+    lines = [line for line in remarks(found) if "seed" in line]
+    assert lines[0].startswith("3 paired seeds: differences of final below about")
+    assert lines[1:] == ["one seed only, which cannot be told from the noise of training: begun"]
 
 
 def test_only_seeds_that_both_have_are_paired():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sdcli.cli.grids import Cell, Grid
 from sdcli.errors import counted
 from sdcli.evaluation.columns import amount
+from sdcli.recipe.address import FINAL
 
 if TYPE_CHECKING:
     from sdcli.compare.compare import Comparison, Group, Score, Task
@@ -152,7 +153,10 @@ def remarks(comparison: Comparison) -> Iterator[str]:
                 f"cannot be told from noise here (80 % power; the differences have a standard deviation of "
                 f"{task.sd:.2f})"
             )
-        elif task.baseline is not None and len(task.groups) > 1:
+        single = [group.label for group in task.groups if FINAL in group.versus and group.versus[FINAL].num_seeds == 1]
+        if single and task.detectable is not None:
+            yield f"{where}one seed only, which cannot be told from the noise of training: {', '.join(single)}"
+        elif task.baseline is not None and len(task.groups) > 1 and task.detectable is None:
             yield f"{where}one seed: no difference can be told from the noise of training; see sdcli train --seeds"
 
 

@@ -104,7 +104,7 @@ class Task:
     detectable: float | None
     """The smallest difference of `final`, in points, that a paired test of so many seeds finds with 80 % power."""
     num_pairs: int
-    """The fewest pairs of seeds of any recipe."""
+    """The fewest pairs of seeds of any recipe that has two or more; 1 if none has."""
     sd: float | None
     """Of the paired differences, pooled over the recipes."""
 
@@ -212,7 +212,7 @@ def _task(name: str, groups: Mapping[str, list[Record]], against: str) -> Task:
     spread = [(d.sd, d.num_seeds - 1) for d in found if d.sd is not None]
     freedom = sum(degrees for _, degrees in spread)
     sd = sqrt(sum(sd**2 * degrees for sd, degrees in spread) / freedom) if freedom else None
-    fewest = min((d.num_seeds for d in found), default=0)
+    fewest = min((d.num_seeds for d in found if d.num_seeds > 1), default=min(len(found), 1))
     first = next(iter(groups.values()))[0].test
     return Task(
         name,
