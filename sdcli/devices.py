@@ -118,14 +118,19 @@ def keep_freed_memory(device: torch.device) -> None:
 def _heap_of_huge_pages(libc: ctypes.CDLL) -> None:
     """Grows the heap by half of the machine's memory, of which nothing is used yet, and asks for huge pages in it.
 
-    What is freed stays in the heap, so later blocks lie there. Where Linux has no huge pages or so much memory cannot
-    be reserved, nothing changes.
+    What is freed stays in the heap, so later blocks lie there. Without huge pages nothing changes. The heap stays as
+    large as it is where unused memory counts: a process may have only so much, or Linux promises no more than there is
+    (overcommit_memory is 2).
     """
+    import resource
+
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     used = _heaps()
-    libc.free(libc.malloc(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
+    strict = _read_system("/proc/sys/vm/overcommit_memory").strip() == "2"
+    if not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        libc.free(libc.malloc(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
     for start, end in _heaps():
         libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
     # What is used by now lies in small pages, and has holes that blocks will be put into.
@@ -135,8 +140,16 @@ def _heap_of_huge_pages(libc: ctypes.CDLL) -> None:
 
 def _heaps() -> list[tuple[int, int]]:
     """Start and end of each part of the heap, as Linux lists them."""
-    found = re.findall(r"^(\w+)-(\w+) .*\[heap\]$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    found = re.findall(r"^(\w+)-(\w+) .*\[heap\]$", _read_system("/proc/self/maps"), re.MULTILINE)
     return [(int(start, 16), int(end, 16)) for start, end in found]
+
+
+def _read_system(path: str) -> str:
+    """A file of the system; empty where it cannot be read."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def memory_wanted(error: Exception) -> str | None:

@@ -600,6 +600,25 @@ def test_what_is_kept_lies_in_huge_pages_where_linux_has_them() -> None:
     assert lines[1:] == ["True", "True"]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_no_memory_is_reserved_where_a_process_may_have_only_so_much() -> None:
+    """The reserve would fit, and take what libraries and threads need."""
+    script = """
+import re, resource
+from pathlib import Path
+import torch
+from sdcli.devices import keep_freed_memory
+resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
+def addresses():
+    return int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+before = addresses()
+keep_freed_memory(torch.device("cpu"))
+print(addresses() - before)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    assert int(subprocess.check_output([sys.executable, "-c", script], env=clean, text=True)) < 100
+
+
 # Shared out
 
 
