@@ -18,7 +18,17 @@ from scipy import stats
 
 from sdcli.cli.comparisons import grids, remarks
 from sdcli.compare.compare import Comparison, compare
-from sdcli.compare.record import BUDGETS, Costs, EarlyExit, Record, find_runs, read_record, record_of, save_record
+from sdcli.compare.record import (
+    BUDGETS,
+    Costs,
+    EarlyExit,
+    Record,
+    check_names,
+    find_runs,
+    read_record,
+    record_of,
+    save_record,
+)
 from sdcli.compare.statistics import (
     detectable,
     holm,
@@ -185,6 +195,34 @@ def test_a_recipe_of_one_seed_does_not_hide_what_the_others_can_tell():
     lines = [line for line in remarks(found) if "seed" in line]
     assert lines[0].startswith("3 paired seeds: differences of final below about")
     assert lines[1:] == ["one seed only, which cannot be told from the noise of training: begun"]
+
+
+def test_seeds_that_were_not_trained_alike_are_named():
+    first, second = three("byot", [52.0, 54.0], 45.0)
+    slower = {**second.recipe, "optimizer": {**second.recipe.get("optimizer", {}), "lr": 0.7}}
+    found = compare([*three("baseline", [50.0, 51.0]), first, replace(second, recipe=slower)])
+    (note,) = [line for line in remarks(found) if "alike" in line]
+    assert note.startswith("the runs of byot were not trained alike: optimizer.lr = 0.7 (seed 0: ")
+
+
+def test_recipes_that_start_from_other_weights_differ_in_more_than_their_method():
+    runs = three("byot", [52.0, 54.0], 45.0)
+    given = [replace(run, recipe={**run.recipe, "networks": {"student": {"weights": "pretrained"}}}) for run in runs]
+    (task,) = compare([*three("baseline", [50.0, 51.0]), *given]).tasks
+    assert task.groups[1].differs == ("weights at the start = trained (baseline: random)",)
+
+
+def test_recipes_without_a_common_seed_say_so():
+    runs = [*three("baseline", [50.0, 51.0]), record("byot", 7, 53.0, 40.0), record("byot", 8, 53.0, 40.0)]
+    lines = [line for line in remarks(compare(runs)) if "seed" in line]
+    assert lines == ["byot and baseline have no seed in common (7, 8; 0, 1), so their difference has no pairs"]
+
+
+def test_records_of_one_name_are_not_written_over_each_other():
+    twice = [*three("byot", [52.0]), replace(three("byot", [52.0])[0], image_size=16)]
+    with pytest.raises(UserError, match=r"--save: 1 file would hold two runs each: byot-seed0"):
+        check_names(twice)
+    check_names(twice[:1])
 
 
 def test_only_seeds_that_both_have_are_paired():

@@ -89,7 +89,7 @@ def compare(
         from sdcli.cli import comparisons, grids
         from sdcli.cli.progress import scoring
         from sdcli.compare.compare import compare as compare_records
-        from sdcli.compare.record import find_runs, record_of, save_record
+        from sdcli.compare.record import check_names, find_runs, record_of, save_record
         from sdcli.devices import accelerator_for, keep_freed_memory
 
         paths = find_runs(runs)
@@ -109,6 +109,8 @@ def compare(
                         progress=progress,
                     )
                 )
+        if save is not None:
+            check_names(records)
         found = compare_records(records, baseline)
         known = list(dict.fromkeys(p for task in found.tasks for group in task.groups for p in group.points))
         if point not in known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sdcli.cli.grids import Cell, Grid
@@ -133,14 +133,29 @@ def _name(group: Group) -> str:
     return group.label + ("*" if group.differs else "")
 
 
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:4]) + (", …" if len(texts) > 4 else "")
+
+
+def _seeds(group: Group) -> str:
+    return ", ".join(str(seed) for seed in group.seeds)
+
+
 def remarks(comparison: Comparison) -> Iterator[str]:
     """What the tables do not say: what differs besides the recipe, and which differences can be told from noise."""
     for task in comparison.tasks:
         where = f"{task.name}: " if len(comparison.tasks) > 1 else ""
         for group in task.groups:
             if group.differs:
-                shown = ", ".join(group.differs[:4]) + (", …" if len(group.differs) > 4 else "")
-                yield f"{where}* {group.label} differs in more than its method: {shown}"
+                yield f"{where}* {group.label} differs in more than its method: {_some(group.differs)}"
+            if group.uneven:
+                yield f"{where}the runs of {group.label} were not trained alike: {_some(group.uneven)}"
+            if task.baseline is not None and group.label != task.baseline and not group.versus:
+                base = next(other for other in task.groups if other.label == task.baseline)
+                yield (
+                    f"{where}{group.label} and {base.label} have no seed in common "
+                    f"({_seeds(group)}; {_seeds(base)}), so their difference has no pairs"
+                )
             if found := group.mcnemar:
                 yield (
                     f"{where}{counted(found.only_first, 'image')} only {group.label} classifies correctly, "
@@ -156,7 +171,7 @@ def remarks(comparison: Comparison) -> Iterator[str]:
         single = [group.label for group in task.groups if FINAL in group.versus and group.versus[FINAL].num_seeds == 1]
         if single and task.detectable is not None:
             yield f"{where}one seed only, which cannot be told from the noise of training: {', '.join(single)}"
-        elif task.baseline is not None and len(task.groups) > 1 and task.detectable is None:
+        elif single and task.detectable is None:
             yield f"{where}one seed: no difference can be told from the noise of training; see sdcli train --seeds"
 
 

@@ -18,7 +18,7 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textascii
 }
 WIDEST = 100
 """Columns of a terminal that a table uses at most."""
-MATH = {"±": r"$\pm$", "·": r"$\cdot$"}
+MATH = {"±": r"$\pm$", "·": r"$\cdot$", "≤": r"$\leq$"}
 
 
 @dataclass(frozen=True)

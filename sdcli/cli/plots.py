@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,19 +102,26 @@ def save_search(search: Search, trials: Sequence[Trial], file: Path) -> None:
 
 def save_comparison(found: Comparison, file: Path) -> None:
     """Draws, for every task, accuracy against MACs at use (every exit of every recipe) and against training MACs."""
+    labels = list(dict.fromkeys(group.label for task in found.tasks for group in task.groups))
+    # Of a recipe in all panels.
+    places = {label: place for place, label in enumerate(labels)}
     with drawing(file, 2, rows=len(found.tasks)) as (figure, panels):
+        handles: dict[str, Any] = {}
         for task, use, training in zip(found.tasks, panels[::2], panels[1::2], strict=True):
-            _at_use(use, task)
-            _in_training(training, task)
+            _at_use(use, task, places)
+            _in_training(training, task, places)
             use.set_title(f"{task.name}\ntop-1 % ({task.split})", fontsize=9, loc="left")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+            for handle, label in zip(*use.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        shown = [handles[label] for label in labels]
+        figure.legend(shown, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
 
 
-def _at_use(axes: Any, task: Task) -> None:
+def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> None:
     """A line through the exits of each recipe; the plain network is a star."""
     plain = next((group.macs["final"] for group in task.groups if "final" in group.macs), 1)
-    for place, group in enumerate(task.groups):
+    for group in task.groups:
+        place = places[group.label]
         points = [point for point in group.points if point != "ensemble"]
         costs, scores = [group.macs[point] / plain for point in points], [group.points[point] for point in points]
         spread = [score.sd or 0.0 for score in scores]
@@ -134,10 +141,11 @@ def _at_use(axes: Any, task: Task) -> None:
     axes.set_xlabel("MACs of an exit that is used alone, as a share of the plain network's", fontsize=8)
 
 
-def _in_training(axes: Any, task: Task) -> None:
+def _in_training(axes: Any, task: Task, places: Mapping[str, int]) -> None:
     """The final exit of each recipe against what its training took."""
     base = next((group for group in task.groups if group.label == task.baseline), task.groups[0])
-    for place, group in enumerate(task.groups):
+    for group in task.groups:
+        place = places[group.label]
         if group.training_macs and base.training_macs and "final" in group.points:
             score = group.points["final"]
             cost = group.training_macs / base.training_macs

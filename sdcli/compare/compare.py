@@ -85,6 +85,8 @@ class Group:
     """The same in CPU seconds, or else in seconds."""
     differs: tuple[str, ...]
     """In what the protocol differs from the baseline's."""
+    uneven: tuple[str, ...] = ()
+    """In what its own runs differ from the first one, besides the seed."""
     mcnemar: McNemar | None = None
     """Of `final`, where both groups are one run."""
     early: dict[str, Early] = field(default_factory=dict)
@@ -256,7 +258,8 @@ def _group(label: str, runs: list[Record], base: list[Record] | None) -> Group:
         p_holm={},
         relative_macs=_ratio(runs, base, "macs"),
         relative_seconds=_ratio(runs, base, "cpu_seconds") or _ratio(runs, base, "seconds"),
-        differs=tuple(_differences(runs[0], base[0])) if base else (),
+        differs=tuple(_differences(runs[0], base[0], "baseline")) if base else (),
+        uneven=tuple(dict.fromkeys(text for run in runs[1:] for text in _uneven(run, runs[0]))),
         mcnemar=_mcnemar(runs, base),
         early=_early(runs),
     )
@@ -311,21 +314,36 @@ def _mcnemar(runs: Sequence[Record], base: Sequence[Record] | None) -> McNemar |
     return mcnemar(runs[0].right(FINAL), base[0].right(FINAL))
 
 
-def _differences(run: Record, base: Record) -> Iterator[str]:
-    """In what the protocol of a run differs from the baseline's, as `key = value (baseline: value)`."""
+def _differences(run: Record, base: Record, other: str) -> Iterator[str]:
+    """In what the protocol of a run differs from that of `base`, as `key = value (other: value)`."""
     own, its = (Recipe.model_validate(one.recipe).model_dump() for one in (run, base))
     for key in PROTOCOL:
-        mine, theirs = (_at(table, key) for table in (own, its))
-        flat_mine, flat_theirs = dict(_flat(key, mine)), dict(_flat(key, theirs))
-        for name in dict.fromkeys([*flat_mine, *flat_theirs]):
-            if flat_mine.get(name) != flat_theirs.get(name):
-                yield f"{name} = {flat_mine.get(name)} (baseline: {flat_theirs.get(name)})"
+        yield from _changes(key, _at(own, key), _at(its, key), other)
+    weights = [table["networks"].get("student", {}).get("weights", "random") for table in (own, its)]
+    starts = ["random" if name == "random" else "trained" for name in weights]
+    if starts[0] != starts[1]:
+        yield f"weights at the start = {starts[0]} ({other}: {starts[1]})"
     if run.training and base.training:
         for name in ("epochs", "images"):
             mine, theirs = getattr(run.training, name), getattr(base.training, name)
             if mine != theirs:
-                yield f"{name} = {mine:,} (baseline: {theirs:,})"
+                yield f"{name} = {mine:,} ({other}: {theirs:,})"
                 return
+
+
+def _uneven(run: Record, first: Record) -> Iterator[str]:
+    """In what two runs of one recipe differ: its title and the files that weights come from may."""
+    seed = f"seed {first.seed}"
+    yield from _differences(run, first, seed)
+    own, its = (Recipe.model_validate(one.recipe).model_dump() for one in (run, first))
+    yield from _changes("losses", own["losses"], its["losses"], seed)
+
+
+def _changes(key: str, mine: Any, theirs: Any, other: str) -> Iterator[str]:
+    flat_mine, flat_theirs = dict(_flat(key, mine)), dict(_flat(key, theirs))
+    for name in dict.fromkeys([*flat_mine, *flat_theirs]):
+        if flat_mine.get(name) != flat_theirs.get(name):
+            yield f"{name} = {flat_mine.get(name)} ({other}: {flat_theirs.get(name)})"
 
 
 def _at(table: Mapping[str, Any], key: str) -> Any:

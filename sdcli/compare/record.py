@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sdcli import __version__
 from sdcli.devices import accelerator_for
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.evaluation.answers import answer, nothing
 from sdcli.evaluation.dynamic import Dynamic, evaluate_dynamic
 from sdcli.evaluation.early import Early, Watch
@@ -146,6 +146,18 @@ def read_record(path: Path) -> Record:
         where = ".".join(map(str, first["loc"]))
         reason = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"'{path}' is not a record of a run: {reason}", "a file of sdcli compare --save") from None
+
+
+def check_names(records: Sequence[Record]) -> None:
+    """Raises UserError where two records would be written to files of one name."""
+    names = [record.name for record in records]
+    twice = list(dict.fromkeys(name for name in names if names.count(name) > 1))
+    if twice:
+        raise UserError(
+            f"--save: {counted(len(twice), 'file')} would hold two runs each: {', '.join(twice[:3])}",
+            "runs of one network, data set and regime, whose recipes and seeds tell them apart",
+            "save each task into a folder of its own",
+        )
 
 
 def save_record(record: Record, folder: Path) -> Path:
