@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -347,6 +348,19 @@ def test_what_is_no_record_is_refused(tmp_path, sdcli: Command, text, reason):
     file.write_text(text)
     result = sdcli("compare", file)
     refused(result, f"'{file}' is not a record of a run: {reason}\n  expected: a file of sdcli compare --save")
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"format": 99}, "is a record of format 99, which this version does not read"),
+    ({"recipe": {"losses": {}, "tomorrow": 1}}, "is not a record of a run: tomorrow: Extra inputs are not permitted"),
+    ({"correct": {"final": "//8"}}, "is damaged: correct.final is not one bit per image"),
+    ({"correct": {"final": "////"}}, "is damaged: correct.final is not one bit per image"),
+    ({"test": Report("resnet18", "cifar100", "test", 16, (), None)}, "it has no scores of 'final'"),
+])  # fmt: skip
+def test_a_record_that_cannot_be_used_is_refused(tmp_path, change, reason):
+    file = save_record(replace(record("byot", 1, 52.0, 40.0), **change), tmp_path)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        read_record(file)
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------

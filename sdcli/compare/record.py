@@ -30,6 +30,7 @@ from sdcli.network.blueprint import ENSEMBLE
 from sdcli.network.checkpoint import find_checkpoint
 from sdcli.recipe.address import FINAL
 from sdcli.recipe.check import check_recipe
+from sdcli.recipe.schema import Recipe
 from sdcli.run.folder import read_log
 
 FORMAT = 1
@@ -136,16 +137,35 @@ _RECORD = TypeAdapter(Record)
 
 
 def read_record(path: Path) -> Record:
-    """A record from its file; raises UserError for any other file."""
+    """A record from its file; raises UserError for any other file, and for records of other versions."""
+    expected = "a file of sdcli compare --save"
     try:
-        return _RECORD.validate_json(path.read_bytes())
+        record = _RECORD.validate_json(path.read_bytes())
+        # Of the recipe too: its language may have changed.
+        Recipe.model_validate(record.recipe)
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}", "a file of sdcli compare --save") from None
+        raise UserError(f"'{path}' cannot be read: {error.strerror}", expected) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise UserError(f"'{path}' is not a record of a run: {reason}", "a file of sdcli compare --save") from None
+        raise UserError(f"'{path}' is not a record of a run: {reason}", expected) from None
+    if record.format != FORMAT:
+        raise UserError(
+            f"'{path}' is a record of format {record.format}, which this version does not read",
+            f"format {FORMAT}",
+            "sdcli compare RUN --save FOLDER with this version",
+        )
+    if not any(row.point == FINAL for row in record.test.rows):
+        raise UserError(f"'{path}' is not a record of a run: it has no scores of '{FINAL}'", expected)
+    for point in record.correct:
+        try:
+            whole = len(base64.b64decode(record.correct[point], validate=True)) == (record.test.num_images + 7) // 8
+        except ValueError:
+            whole = False
+        if not whole:
+            raise UserError(f"'{path}' is damaged: correct.{point} is not one bit per image", expected)
+    return record
 
 
 def check_names(records: Sequence[Record]) -> None:
