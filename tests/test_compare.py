@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import Command, refused
 from PIL import Image
+from rich.console import Console
 from scipy import stats
 
-from sdcli.cli.comparisons import grids, remarks
+from sdcli.cli.comparisons import DROPPABLE, WIDEST, grids, remarks
+from sdcli.cli.grids import fitted
 from sdcli.compare.compare import Comparison, compare
 from sdcli.compare.record import (
     BUDGETS,
@@ -196,6 +199,19 @@ def test_a_recipe_of_one_seed_does_not_hide_what_the_others_can_tell():
     lines = [line for line in remarks(found) if "seed" in line]
     assert lines[0].startswith("3 paired seeds: differences of final below about")
     assert lines[1:] == ["one seed only, which cannot be told from the noise of training: begun"]
+
+
+def test_a_narrow_terminal_has_names_and_fewer_columns():
+    runs = [*three("baseline", [50.0, 51.0]), *three("deep-supervision-equilibrium", [52.0, 54.0], 45.0)]
+    console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    for grid in grids(compare(runs), "final"):
+        table, without = fitted(grid, console, DROPPABLE, WIDEST)
+        with console.capture() as caught:
+            console.print(table)
+        lines = caught.get().splitlines()
+        assert any("deep-supervision-equilibrium" in line for line in lines) and "…" not in caught.get()
+        assert max(map(len, lines)) <= 80
+    assert without[:3] == ["p", "params", "training time"]
 
 
 def test_seeds_that_were_not_trained_alike_are_named():

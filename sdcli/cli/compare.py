@@ -115,7 +115,7 @@ def compare(
         known = list(dict.fromkeys(p for task in found.tasks for group in task.groups for p in group.points))
         if point not in known:
             raise UserError(f"no run has a point '{point}'", "one of " + ", ".join(known))
-    tables = list(comparisons.grids(found, point))
+    tables, dropped = list(comparisons.grids(found, point)), dict[str, None]()
     if as_json:
         print_json(found.to_dict())
     elif as_csv:
@@ -124,7 +124,11 @@ def compare(
         line("\n\n".join(map(grids.markdown if as_markdown else grids.latex, tables)))
     else:
         for grid in tables:
-            output().print(grids.rich_table(grid))
+            table, without = grids.fitted(grid, output(), comparisons.DROPPABLE, comparisons.WIDEST)
+            dropped |= dict.fromkeys(without)
+            output().print(table)
+    if dropped:
+        note(f"columns without room here: {', '.join(dropped)}; --markdown and --json have them")
     for text in [*comparisons.remarks(found), *found.notes]:
         note(text)
     if plot is not None:

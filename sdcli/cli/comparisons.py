@@ -22,6 +22,15 @@ HEADER = (
 )  # fmt: skip
 
 
+DROPPABLE = (
+    "p", "params", "training\ntime", "pairs", "MACs\n≤ 0.9", "MACs\n≤ 0.6", "its\ntime", "MACs\n≤ 0.8", "seeds", "MACs",
+    "exit2", "its\nMACs", "exit3", "95 % interval", "training\nMACs", "MACs\n≤ 0.7",
+)  # fmt: skip
+"""What a narrow terminal does without first."""
+WIDEST = 130
+"""Columns of a terminal that a table uses at most."""
+
+
 def grids(comparison: Comparison, point: str) -> Iterator[Grid]:
     """The tables: for every task the scores, and each recipe against the baseline at one point."""
     for task in comparison.tasks:

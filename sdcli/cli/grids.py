@@ -59,9 +59,9 @@ def rich_table(grid: Grid) -> Table:
     return table
 
 
-def fitted(grid: Grid, console: Console, droppable: Sequence[str]) -> tuple[Table, list[str]]:
+def fitted(grid: Grid, console: Console, droppable: Sequence[str], at_most: int = WIDEST) -> tuple[Table, list[str]]:
     """The table for the terminal, and the titles of the columns that it has no room for, taken from `droppable`."""
-    widest = min(console.width, WIDEST) if console.is_terminal else console.width
+    widest = min(console.width, at_most) if console.is_terminal else console.width
     dropped: list[str] = []
     for title in (None, *droppable):
         dropped += [title] if title in grid.header else []
