@@ -35,6 +35,12 @@ def test_ece_equals_the_formula(vectors, bins):
     assert ece(confidence, correct, bins) == pytest.approx(entry["expected"][f"ece{bins}"], abs=1e-6)
 
 
+def test_a_confidence_of_one_is_in_the_last_bin():
+    confidence = torch.cat([torch.ones(10), torch.full((10,), 0.95)])
+    correct = torch.tensor([True, False] * 5 + [True] * 10)
+    assert ece(confidence, correct) == pytest.approx(0.975 - 0.75, abs=1e-7)
+
+
 def test_ece_is_zero_where_confidence_is_accuracy():
     confidence = torch.full((4,), 0.75)
     assert ece(confidence, torch.tensor([True, True, True, False])) == pytest.approx(0.0, abs=1e-7)

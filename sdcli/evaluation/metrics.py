@@ -29,13 +29,13 @@ def ece(confidence: Tensor, correct: Tensor, num_bins: int = ECE_BINS) -> float:
     """Expected calibration error in [0, 1]: the mean gap between confidence and accuracy over equal bins of confidence.
 
     `confidence` is the largest probability of each image and `correct` whether the prediction is right, both [B]. Bins
-    are (low, high] as in Guo et al. 2017 (arXiv:1706.04599), weighted by their number of images.
+    are (low, high] as in Guo et al. 2017 (arXiv:1706.04599), weighted by their number of images. torchmetrics puts
+    confidences of exactly 1.0, which confident networks have in single precision, into a bin of their own; here they
+    are in the last one, as in the diagram.
     """
-    # torchmetrics' multi-class function needs all probabilities. Its binary function bins the same two columns, with
-    # `correct` as the target: the result is the same.
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    return float(binary_calibration_error(confidence.float(), correct.long(), n_bins=num_bins, norm="l1"))
+    return sum(own.images * abs(own.accuracy - own.confidence) for own in bins(confidence, correct, num_bins)) / max(
+        len(confidence), 1
+    )
 
 
 @dataclass(frozen=True)
