@@ -575,7 +575,7 @@ import torch
 from sdcli.devices import keep_freed_memory
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-small, before = torch.ones(2**18), resident()
+small, before = torch.ones(2**14), resident()
 keep_freed_memory(torch.device("cpu"))
 print(resident() - before)
 block = torch.ones(2**26)
