@@ -330,7 +330,7 @@ def test_mistakes_in_what_is_compared_are_explained():
     )
     with pytest.raises(UserError) as missing:
         compare([record("byot", 1, 50.0)], "baselin")
-    assert str(missing.value) == "unknown group 'baselin'\n  expected: one of byot"
+    assert str(missing.value) == "unknown recipe 'baselin'\n  expected: one of byot"
     with pytest.raises(UserError, match="byot: its runs have different exits"):
         compare([record("byot", 1, 50.0), record("byot", 2, 51.0, 40.0)])
 

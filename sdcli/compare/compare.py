@@ -136,7 +136,7 @@ def compare(records: Sequence[Record], baseline: str | None = None) -> Compariso
         tasks.setdefault(_task_of(record), {}).setdefault(record.label, []).append(record)
     labels = list(dict.fromkeys(record.label for record in records))
     if baseline is not None and baseline not in labels:
-        raise unknown("group", baseline, labels)
+        raise unknown("recipe", baseline, labels)
     plain = sorted((label for label in labels if label.split(" ")[0].rstrip(",") == "baseline"), key=len)
     against = baseline or (plain or labels)[0]
     names = _short_names(list(tasks))
