@@ -182,7 +182,7 @@ def _section(network: str, about: Any, regime: str, data: Any, found: list[Recor
             for point in ("final", "exit1"):
                 controlled = compare(exits, CONTROL)
                 yield "\n\n".join([markdown(grid) for grid in list(grids(controlled, point))[1:2]]) + "\n"
-            yield _remarks(controlled)
+            yield _remarks(controlled, "final", "exit1")
     if _has_exits(own):
         yield f"![Accuracy against MACs, {regime}](study-{network}-{regime}.png)\n"
 
@@ -220,8 +220,9 @@ def _tables(found: Comparison) -> str:
     return "\n\n".join(map(markdown, grids(found, "final"))) + "\n\n" + _remarks(found)
 
 
-def _remarks(found: Comparison) -> str:
-    return "\n".join(f"- {text}" for text in [*remarks(found), *found.notes]) + "\n"
+def _remarks(found: Comparison, *points: str) -> str:
+    texts = dict.fromkeys(text for point in points or ("final",) for text in remarks(found, point))
+    return "\n".join(f"- {text}" for text in [*texts, *found.notes]) + "\n"
 
 
 def main() -> None:

@@ -187,18 +187,57 @@ def test_recipes_are_compared_seed_by_seed_with_the_baseline():
     assert byot.versus["exit1"].mean == pytest.approx(45.0 - 51.0), "the plain network has no exit1: its final"
     assert (byot.relative_macs, byot.relative_seconds) == (pytest.approx(1.1), pytest.approx(1.25))
     assert (byot.macs["exit1"], byot.params["exit1"]) == (40, 400)
-    assert (task.num_pairs, task.sd) == (3, pytest.approx(1.0))
-    assert task.detectable == pytest.approx(detectable(1.0, 3))
+    noise = task.noise["final"]
+    assert noise.sd == pytest.approx(1.0)
+    assert noise.detectable == {3: pytest.approx(detectable(1.0, 3))}
+    assert list(task.noise) == ["exit1", "final", "ensemble"]
+
+
+def test_the_baseline_s_costs_are_what_the_others_are_multiples_of():
+    found = compare([*three("byot", [52.0, 54.0], 45.0), *three("baseline", [50.0, 51.0])])
+    costs = [[cell.text for cell in line[-4:]] for line in list(grids(found, "exit1"))[1].rows]
+    assert costs == [["300", "40 s", "-", "-"], ["1.10x", "1.25x", "400", "40"]]
+    hours = [replace(run, training=Costs(10, 1000, 9000.0)) for run in three("baseline", [50.0])]
+    table = list(grids(compare([*hours, *three("byot", [52.0], 45.0)]), "final"))[1]
+    assert [cell.text for cell in table.rows[0][-4:]] == ["-", "2.5 h", "1.00 K", "100"]
+
+
+def test_noise_is_that_of_the_point_that_is_shown():
+    runs = [*three("baseline", [50.0, 51.0, 52.0])]
+    runs += [record("byot", seed, 52.0, exit1) for seed, exit1 in enumerate([40.0, 45.0, 44.0])]
+    (line,) = [line for line in remarks(compare(runs), "exit1") if "seeds" in line]
+    sd = float(np.std([-10.0, -6.0, -8.0], ddof=1))
+    assert f"differences of exit1 below about {detectable(sd, 3):.1f} points cannot be told" in line
+    assert f"standard deviation of {sd:.2f})" in line
+    assert line.endswith("no p can be below 0.25")
 
 
 def test_a_recipe_of_one_seed_does_not_hide_what_the_others_can_tell():
     runs = [*three("baseline", [50.0, 51.0, 52.0]), *three("byot", [52.0, 54.0, 53.0], 45.0)]
     runs.append(record("begun", 0, 51.0, 40.0))
     found = compare(runs)
-    assert found.tasks[0].detectable == pytest.approx(detectable(1.0, 3))
+    assert found.tasks[0].noise["final"].detectable == {3: pytest.approx(detectable(1.0, 3))}
     lines = [line for line in remarks(found) if "seed" in line]
-    assert lines[0].startswith("3 paired seeds: differences of final below about")
+    assert lines[0].startswith("3 paired seeds: differences of final below about 3.3 points cannot be told from noise")
     assert lines[1:] == ["one seed only, which cannot be told from the noise of training: begun"]
+
+
+def test_what_can_be_told_is_said_for_every_number_of_seeds():
+    runs = [*three("baseline", [50.0, 51.0, 52.0, 50.0]), *three("a", [52.0, 54.0, 53.0, 53.0], 45.0)]
+    runs += three("b", [51.0, 51.0], 45.0)
+    found = compare(runs)
+    sd = found.tasks[0].noise["final"].sd
+    assert sd == pytest.approx(np.sqrt((3 * np.var([2, 3, 1, 3], ddof=1) + np.var([1, 0], ddof=1)) / 4))
+    (line,) = [line for line in remarks(found) if "seeds" in line]
+    assert line.startswith(f"2 paired seeds: differences of final below about {detectable(sd, 2):.1f} points cannot")
+    assert line.endswith(f"no p can be below 0.5; with 4: {detectable(sd, 4):.1f} points, 0.12")
+
+
+def test_another_stem_is_named():
+    small = [replace(run, recipe={**run.recipe, "networks": {"student": {"stem": "cifar"}}}) for run in
+             three("byot", [52.0, 54.0], 45.0)]  # fmt: skip
+    (task,) = compare([*three("baseline", [50.0, 51.0]), *small]).tasks
+    assert task.groups[1].differs == ("stem = cifar (baseline: auto)",)
 
 
 def test_a_narrow_terminal_has_names_and_fewer_columns():
@@ -264,7 +303,7 @@ def test_two_single_runs_are_compared_image_by_image():
     assert found is not None
     # Bits: baseline right on all 16 images, byot on the first 8 and on the last 4.
     assert (found.only_first, found.only_second) == (0, 4)
-    assert task.detectable is None
+    assert task.noise == {}
     (many,) = compare([*three("baseline", [50.0, 51.0]), *three("byot", [52.0, 53.0], 40.0)]).tasks
     assert many.groups[1].mcnemar is None
 
@@ -448,10 +487,76 @@ def test_finished_seeds_are_kept_and_missing_ones_trained(runs, sdcli: Command):
     result = sdcli("train", "test_resnet", *TRAIN, *options, "--resume", "auto")
     assert result.code == 0 and "run 1 of 2" not in result.err
     assert (runs / "exits" / "seed42" / "log.jsonl").stat().st_mtime_ns == before
+    other = sdcli("train", "test_resnet", *TRAIN, *options, "--lr", 0.7, "--resume", "auto")
+    seed = runs / "exits" / "seed42"
+    refused(
+        other,
+        f"the recipe of the run in '{seed}' has optimizer.lr = 0.1, not 0.7\n"
+        "  expected: the recipe that it was started with; only epochs may change\n"
+        "  fix:      leave it out, or start a new run",
+    )
     refused(
         sdcli("train", "--seeds", 2, "--resume", runs / "exits"),
         "--seeds and --resume RUN exclude each other\n  expected: --resume auto, which resumes each of the runs",
     )
+
+
+def test_finished_seeds_go_on_where_more_epochs_are_asked_for(runs, tmp_path, sdcli: Command):
+    shutil.copytree(runs / "baseline", tmp_path / "longer")
+    options = ("--recipe", "baseline", "--recipe", "schedules/cosine", "--seeds", 2, "-o", tmp_path / "longer")
+    more = [value if value != "1" else "2" for value in TRAIN]
+    result = sdcli("train", "test_resnet", *more, *options, "--resume", "auto")
+    assert result.code == 0, result.err
+    logs = [(tmp_path / "longer" / f"seed{seed}" / "log.jsonl").read_text().splitlines() for seed in (42, 43)]
+    assert [len(log) for log in logs] == [2, 2]
+    fewer = sdcli("train", "test_resnet", *TRAIN, *options, "--resume", "auto")
+    assert fewer.code == 2 and "epochs = 1, but the run in" in fewer.err
+
+
+def test_runs_that_were_not_trained_to_their_end_are_named(runs, tmp_path, sdcli: Command):
+    for name in ("baseline", "exits"):
+        shutil.copytree(runs / name, tmp_path / "runs" / name)
+    begun = tmp_path / "runs" / "exits" / "seed43"
+    assert sdcli("compare", begun).code == 0
+    (begun / "report.json").unlink()
+    found = sdcli("compare", tmp_path / "runs", "--json")
+    assert found.code == 0 and f"not trained to the end: {begun} (left out)" in found.err
+    assert [group["seeds"] for group in json.loads(found.out)["tasks"][0]["groups"]] == [[42, 43], [42]]
+    named = sdcli("compare", tmp_path / "runs" / "baseline", begun)
+    assert named.code == 0 and f"not trained to the end: {begun} (scored as it is)" in named.err
+
+
+def test_checkpoints_without_a_run_are_called_by_their_files(runs, tmp_path, sdcli: Command):
+    for name in ("baseline", "exits"):
+        (tmp_path / name).mkdir()
+        shutil.copy(runs / name / "seed42" / "best.safetensors", tmp_path / name)
+    files = [tmp_path / name / "best.safetensors" for name in ("baseline", "exits")]
+    found = sdcli("compare", *files, "--json", "--baseline", tmp_path / "exits" / "best")
+    assert found.code == 0, found.err
+    labels = [group["label"] for group in json.loads(found.out)["tasks"][0]["groups"]]
+    assert labels == [str(tmp_path / name / "best") for name in ("exits", "baseline")]
+
+
+def test_a_record_is_not_scored_on_other_data(runs, tmp_path, sdcli: Command):
+    assert sdcli("compare", runs / "exits", "--save", tmp_path, "--checkpoint", "best").code == 0
+    file = tmp_path / "exits-seed42.json"
+    refused(
+        sdcli("compare", file, "--dataset", "digits"),
+        f"--dataset: '{file}' is a record, whose run was scored on digits\n"
+        "  expected: run folders or checkpoints, which can be scored on other data",
+    )
+    refused(
+        sdcli("compare", file, "--checkpoint", "last"),
+        f"--checkpoint last: '{file}' is the record of best\n  expected: run folders, or records of that checkpoint",
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_scored(runs, tmp_path, sdcli: Command):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = sdcli("compare", runs, "--dataset", "digits", "--save", folder)
+        refused(result, f"--save: '{folder}' cannot be written: Not a directory\n  expected: a writable folder")
+        assert "scoring" not in result.err
 
 
 def test_compare_scores_each_run_once_and_keeps_it(runs, tmp_path, sdcli: Command):

@@ -47,6 +47,8 @@ class Cell:
     """The cell whose network teaches it; None: it has no second network."""
     cost: float = 1.0
     """The time of an epoch beside the baseline's, as long as none was measured."""
+    calibrate: tuple[str, ...] = ()
+    """Options of `sdcli calibrate`; without any, exits are not calibrated."""
 
     @property
     def name(self) -> str:
@@ -90,7 +92,8 @@ def read_cells(study: dict[str, Any]) -> list[Cell]:
                                 f"networks.teacher.model={study['networks'][about['teacher']]['model']}",
                             ]
                         cost = how.get("cost", 1.0)
-                        cell = Cell(network, regime, row, seed, epochs, tuple(options), start, teacher, cost)
+                        calibrate = tuple(how.get("calibrate", study.get("calibrate", ())))
+                        cell = Cell(network, regime, row, seed, epochs, tuple(options), start, teacher, cost, calibrate)
                         cells.setdefault(cell.name, cell)
     return list(cells.values())
 
@@ -149,9 +152,9 @@ class Lanes:
                 return code
         checkpoint = run / f"{self.study['checkpoint']}.safetensors"
         exits = json.loads((run / "report.json").read_text(encoding="utf-8"))["exits"]
-        if "calibrate" in self.study and len(exits) > 1:
-            how = [*self.study["calibrate"], "--device", device_of(self.study)]
-            code = self.call(cell, ["calibrate", str(checkpoint), *how], "calibrate.log")
+        if cell.calibrate and len(exits) > 1:
+            how = ["calibrate", str(checkpoint), *cell.calibrate, "--device", device_of(self.study)]
+            code = self.call(cell, how, "calibrate.log")
             if code:
                 return code
         save = ["compare", str(checkpoint), "--save", str(record_of(self.study, cell).parent)]

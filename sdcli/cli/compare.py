@@ -89,10 +89,12 @@ def compare(
         from sdcli.cli import comparisons, grids
         from sdcli.cli.progress import scoring
         from sdcli.compare.compare import compare as compare_records
-        from sdcli.compare.record import check_names, find_runs, record_of, save_record
+        from sdcli.compare.record import check_names, check_save, find_runs, record_of, save_record, unfinished
         from sdcli.devices import accelerator_for, keep_freed_memory
 
         paths = find_runs(runs)
+        if save is not None:
+            check_save(save)
         load_imports(import_ or [])
         keep_freed_memory(accelerator_for(device).device)
         records = []
@@ -129,7 +131,9 @@ def compare(
             output().print(table)
     if dropped:
         note(f"columns without room here: {', '.join(dropped)}; --markdown and --json have them")
-    for text in [*comparisons.remarks(found), *found.notes]:
+    early = [f"{run} ({'scored as it is' if run in paths else 'left out'})" for run in unfinished(runs)]
+    unready = [f"not trained to the end: {', '.join(early)}"] if early else []
+    for text in [*comparisons.remarks(found, point), *found.notes, *unready]:
         note(text)
     if plot is not None:
         plots.save_comparison(found, plot)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sdcli.cli.grids import Cell, Grid
+from sdcli.compare.statistics import least_p
 from sdcli.errors import counted
 from sdcli.evaluation.columns import amount
 from sdcli.recipe.address import FINAL
@@ -68,17 +69,16 @@ def _points(task: Task) -> list[str]:
 def _differences(task: Task, point: str) -> Grid:
     rows = []
     for group in task.groups:
-        if group.label == task.baseline:
-            continue
         found = group.versus.get(point)
         numbers = difference_cells(found, group.p_holm.get(point)) if found else ("-",) * 5
+        if group.label == task.baseline:
+            # What the others are multiples of.
+            training = (_amount(group.training_macs), _hours(group.cpu_seconds or group.seconds))
+        else:
+            training = (_times(group.relative_macs), _times(group.relative_seconds))
         at = point if point in group.macs else ""
         use = (amount(group.params[at]), amount(group.macs[at])) if at else ("-", "-")
-        rows.append(
-            tuple(
-                map(Cell, (_name(group), *numbers, _times(group.relative_macs), _times(group.relative_seconds), *use))
-            )
-        )
+        rows.append(tuple(map(Cell, (_name(group), *numbers, *training, *use))))
     header = (
         "recipe", "pairs", "difference", "95 % interval", "p", "p (Holm)", "training\nMACs", "training\ntime",
         "params", "MACs",
@@ -137,6 +137,18 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
+def _amount(macs: float | None) -> str:
+    return "-" if macs is None else amount(round(macs))
+
+
+def _hours(seconds: float | None) -> str:
+    """A training time, in the largest unit of which it is one or more."""
+    if seconds is None:
+        return "-"
+    size, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= size), (1, "s"))
+    return f"{seconds / size:.3g} {unit}"
+
+
 def _name(group: Group) -> str:
     """The recipe, with a mark if it was trained otherwise than the baseline."""
     return group.label + ("*" if group.differs else "")
@@ -150,8 +162,9 @@ def _seeds(group: Group) -> str:
     return ", ".join(str(seed) for seed in group.seeds)
 
 
-def remarks(comparison: Comparison) -> Iterator[str]:
-    """What the tables do not say: what differs besides the recipe, and which differences can be told from noise."""
+def remarks(comparison: Comparison, point: str = FINAL) -> Iterator[str]:
+    """What the tables do not say: what differs besides the recipe, and which differences of a point can be told from
+    noise."""
     for task in comparison.tasks:
         where = f"{task.name}: " if len(comparison.tasks) > 1 else ""
         for group in task.groups:
@@ -171,16 +184,19 @@ def remarks(comparison: Comparison) -> Iterator[str]:
                     f"{found.only_second:,} only {task.baseline}: McNemar's p = {found.p:.3g}, for these two networks "
                     "and not for their recipes"
                 )
-        if task.detectable is not None:
+        noise = task.noise.get(point)
+        if noise is not None:
+            (fewest, limit), *more = noise.detectable.items()
             yield (
-                f"{where}{task.num_pairs} paired seeds: differences of final below about {task.detectable:.1f} points "
-                f"cannot be told from noise here (80 % power; the differences have a standard deviation of "
-                f"{task.sd:.2f})"
+                f"{where}{fewest} paired seeds: differences of {point} below about {limit:.1f} points cannot be told "
+                f"from noise here (80 % power; the differences have a standard deviation of {noise.sd:.2f}), and no p "
+                f"can be below {least_p(fewest):.2g}"
+                + "".join(f"; with {pairs}: {limit:.1f} points, {least_p(pairs):.2g}" for pairs, limit in more)
             )
-        single = [group.label for group in task.groups if FINAL in group.versus and group.versus[FINAL].num_seeds == 1]
-        if single and task.detectable is not None:
+        single = [group.label for group in task.groups if point in group.versus and group.versus[point].num_seeds == 1]
+        if single and noise is not None:
             yield f"{where}one seed only, which cannot be told from the noise of training: {', '.join(single)}"
-        elif single and task.detectable is None:
+        elif single:
             yield f"{where}one seed: no difference can be told from the noise of training; see sdcli train --seeds"
 
 

@@ -181,16 +181,27 @@ def _train_seeds(asked: Asked, folder: Path, seeds: Sequence[int], *, resumes: b
         )
     for number, seed in enumerate(seeds, start=1):
         run = folder / f"seed{seed}"
-        if resumes and (run / "report.json").exists():
+        own = asked._replace(settings={**asked.settings, "seed": seed}, typed={**asked.typed, "seed": seed})
+        if resumes and (run / "report.json").exists() and not _wants_more(own, run):
             continue
         message(f"run {number} of {len(seeds)}: seed {seed}")
-        own = asked._replace(settings={**asked.settings, "seed": seed}, typed={**asked.typed, "seed": seed})
         stopped = _train(own, run, resumes=resumes and (run / "state" / "last.pt").exists())
         if stopped is not None:
             message("the same command with --resume auto continues with these runs")
             return stopped
     message("next: ", (f"sdcli compare {shlex.quote(str(folder))}", "bold"))
     return None
+
+
+def _wants_more(asked: Asked, run: Path) -> bool:
+    """Whether a finished run has fewer epochs than are asked for now; raises UserError for a different run."""
+    from sdcli.run.folder import read_log
+    from sdcli.run.resume import read_state, resumed
+
+    settings, recipe = resumed(run, asked.typed, asked.recipe, asked.overrides)
+    if (run / "state" / "last.pt").exists():
+        read_state(run, settings, recipe)
+    return sum(recipe.phase_epochs) > len(read_log(run))
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:

@@ -94,6 +94,17 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What the differences of a point can tell."""
+
+    sd: float
+    """Of the paired differences, pooled over the recipes."""
+    detectable: dict[int, float]
+    """The smallest difference, in points, that a paired test finds with 80 % power, by the numbers of pairs of seeds
+    that recipes have, from two on."""
+
+
+@dataclass(frozen=True)
 class Task:
     """Runs that may be compared: one network on the same images."""
 
@@ -103,12 +114,8 @@ class Task:
     groups: tuple[Group, ...]
     baseline: str | None
     """None where no run of the baseline is there."""
-    detectable: float | None
-    """The smallest difference of `final`, in points, that a paired test of so many seeds finds with 80 % power."""
-    num_pairs: int
-    """The fewest pairs of seeds of any recipe that has two or more; 1 if none has."""
-    sd: float | None
-    """Of the paired differences, pooled over the recipes."""
+    noise: dict[str, Noise]
+    """By point, where a recipe has two pairs of seeds or more."""
 
 
 @dataclass(frozen=True)
@@ -210,22 +217,18 @@ def _task(name: str, groups: Mapping[str, list[Record]], against: str) -> Task:
     made = _corrected(made)
     # The baseline first, then in the order in which they were named.
     made.sort(key=lambda group: group.label != against)
-    found = [group.versus[FINAL] for group in made if FINAL in group.versus]
-    spread = [(d.sd, d.num_seeds - 1) for d in found if d.sd is not None]
-    freedom = sum(degrees for _, degrees in spread)
-    sd = sqrt(sum(sd**2 * degrees for sd, degrees in spread) / freedom) if freedom else None
-    fewest = min((d.num_seeds for d in found if d.num_seeds > 1), default=min(len(found), 1))
     first = next(iter(groups.values()))[0].test
-    return Task(
-        name,
-        first.split,
-        first.num_images,
-        tuple(made),
-        against if base else None,
-        detectable(sd, fewest) if sd is not None and fewest > 1 else None,
-        fewest,
-        sd,
-    )
+    return Task(name, first.split, first.num_images, tuple(made), against if base else None, dict(_noise(made)))
+
+
+def _noise(groups: Sequence[Group]) -> Iterator[tuple[str, Noise]]:
+    for point in dict.fromkeys(point for group in groups for point in group.versus):
+        found = [group.versus[point] for group in groups if point in group.versus]
+        spread = [(d.sd, d.num_seeds) for d in found if d.sd is not None]
+        if spread:
+            squares = sum(sd**2 * (seeds - 1) for sd, seeds in spread)
+            sd = sqrt(squares / sum(seeds - 1 for _, seeds in spread))
+            yield point, Noise(sd, {pairs: detectable(sd, pairs) for pairs in sorted({seeds for _, seeds in spread})})
 
 
 def _group(label: str, runs: list[Record], base: list[Record] | None) -> Group:
@@ -319,15 +322,18 @@ def _differences(run: Record, base: Record, other: str) -> Iterator[str]:
     own, its = (Recipe.model_validate(one.recipe).model_dump() for one in (run, base))
     for key in PROTOCOL:
         yield from _changes(key, _at(own, key), _at(its, key), other)
-    weights = [table["networks"].get("student", {}).get("weights", "random") for table in (own, its)]
+    students = [table["networks"].get("student", {}) for table in (own, its)]
+    mine, theirs = (student.get("stem", "auto") for student in students)
+    yield from _changes("stem", mine, theirs, other)
+    weights = [student.get("weights", "random") for student in students]
     starts = ["random" if name == "random" else "trained" for name in weights]
     if starts[0] != starts[1]:
         yield f"weights at the start = {starts[0]} ({other}: {starts[1]})"
     if run.training and base.training:
         for name in ("epochs", "images"):
-            mine, theirs = getattr(run.training, name), getattr(base.training, name)
-            if mine != theirs:
-                yield f"{name} = {mine:,} ({other}: {theirs:,})"
+            seen, theirs = getattr(run.training, name), getattr(base.training, name)
+            if seen != theirs:
+                yield f"{name} = {seen:,} ({other}: {theirs:,})"
                 return
 
 

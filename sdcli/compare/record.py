@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from errno import ENOTDIR
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,7 +27,7 @@ from sdcli.evaluation.dynamic import Dynamic, evaluate_dynamic
 from sdcli.evaluation.early import Early, Watch
 from sdcli.evaluation.evaluate import Report, report_of
 from sdcli.evaluation.opened import Opened, open_checkpoint
-from sdcli.files import replacing
+from sdcli.files import check_writable, replacing
 from sdcli.network.blueprint import ENSEMBLE
 from sdcli.network.checkpoint import find_checkpoint
 from sdcli.recipe.address import FINAL
@@ -180,6 +182,17 @@ def check_names(records: Sequence[Record]) -> None:
         )
 
 
+def check_save(folder: Path) -> None:
+    """Raises UserError where no records can be written into `folder`, before anything is scored."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR))
+        check_writable(there / "record.json")
+    except OSError as error:
+        raise UserError(f"--save: '{folder}' cannot be written: {error.strerror}", "a writable folder") from None
+
+
 def save_record(record: Record, folder: Path) -> Path:
     """Writes a record into a folder, which is made if it does not exist."""
     path = folder / f"{record.name}.json"
@@ -213,9 +226,20 @@ def _runs_in(path: Path) -> Iterator[Path]:
     if path.is_file() or (path / "run.json").is_file():
         yield path
     elif path.is_dir():
-        runs = {file.parent for file in path.rglob("run.json") if (file.parent / "report.json").is_file()}
+        runs = {file.parent for file in path.rglob("run.json")}
         records = {file for file in path.rglob("*.json") if file.parent not in runs and _looks_like_record(file)}
-        yield from sorted(runs | records)
+        yield from sorted({run for run in runs if is_finished(run)} | records)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run in a folder was trained to its end."""
+    return (run / "report.json").is_file()
+
+
+def unfinished(paths: Sequence[Path]) -> list[Path]:
+    """The run folders among `paths` and inside them that were not trained to their end."""
+    runs = [run for path in paths if path.is_dir() for run in sorted(file.parent for file in path.rglob("run.json"))]
+    return [run for run in dict.fromkeys(runs) if not is_finished(run)]
 
 
 def _looks_like_record(file: Path) -> bool:
@@ -241,12 +265,23 @@ def record_of(
     unless the folder has its scores from before. Raises UserError as `sdcli eval` does.
     """
     if path.suffix == ".json":
-        return read_record(path)
+        record = read_record(path)
+        if dataset is not None:
+            raise UserError(
+                f"--dataset: '{path}' is a record, whose run was scored on {record.dataset}",
+                "run folders or checkpoints, which can be scored on other data",
+            )
+        if which is not None and record.checkpoint != which:
+            raise UserError(
+                f"--checkpoint {which}: '{path}' is the record of {record.checkpoint}",
+                "run folders, or records of that checkpoint",
+            )
+        return record
     checkpoint = path / f"{which}.safetensors" if which and path.is_dir() else find_checkpoint(path)
     kept = checkpoint.with_name(f"record-{checkpoint.stem}.json")
     digest = _digest(checkpoint) if checkpoint.is_file() else ""
-    if dataset is None and (record := _kept(kept, digest)):
-        return _described(record, checkpoint)
+    if dataset is None and (before := _kept(kept, digest)):
+        return _described(before, checkpoint)
     opened = open_checkpoint(checkpoint, dataset=dataset)
     record = _scored(opened, batch_size, device, workers, progress)
     record = _described(replace(record, versions={**record.versions, "checkpoint": digest}), checkpoint)
@@ -304,7 +339,8 @@ def _scored(
     order = np.argsort(answers.index.numpy(), kind="stable")
     points = [point for point in (FINAL, ENSEMBLE) if point in answers.points]
     return Record(
-        label=opened.path.stem,
+        # As it was named: copies of two runs' checkpoints may have one name in two folders.
+        label=str(opened.path.with_suffix("")),
         model=blueprint.architecture.model,
         model_args={name: value for name, value in blueprint.architecture.model_args.items() if name != "num_classes"},
         image_size=blueprint.plan.input_size[1],

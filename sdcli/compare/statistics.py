@@ -32,7 +32,7 @@ class Difference:
     """Of the t interval of the mean, at 95 %; None for one pair."""
     high: float | None
     p: float | None
-    """Two-sided, by flipping signs; with S seeds it is never below 2 / 2^S. None for one pair."""
+    """Two-sided, by flipping signs, so never below `least_p`. None for one pair."""
 
 
 def paired_difference(differences: Sequence[float]) -> Difference:
@@ -67,6 +67,11 @@ def sign_flip_p(differences: Sequence[float] | NDArray[np.float64]) -> float:
         rng=None if exact else np.random.default_rng(0),
     )
     return float(found.pvalue)
+
+
+def least_p(num_seeds: int) -> float:
+    """The smallest p-value that flipping the signs of so many pairs can give."""
+    return float(2.0 ** (1 - num_seeds))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
