@@ -232,6 +232,12 @@ def main() -> None:
         records = [record for record in records_of(folder) if not RATE.search(record.label)]
         if _has_exits(records):
             save_comparison(compare(records), FOLDER / f"study-{folder.parent.name}-{folder.name}.png")
+    # README's picture has the rows of its table.
+    shown = sorted(
+        (r for r in records_of(results.joinpath(*FIRST)) if r.label in SHOWN), key=lambda r: [*SHOWN].index(r.label)
+    )
+    if shown:
+        save_comparison(compare(shown), FOLDER / "study.png")
     README.write_text(with_table(README.read_text(encoding="utf-8"), readme_table(results)), encoding="utf-8")
 
 

@@ -125,7 +125,7 @@ def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> None:
         points = [point for point in group.points if point != "ensemble"]
         costs, scores = [group.macs[point] / plain for point in points], [group.points[point] for point in points]
         spread = [score.sd or 0.0 for score in scores]
-        marker = "*" if len(points) == 1 else "o"
+        marker = _shape(len(points), place)
         axes.errorbar(
             costs,
             [score.mean for score in scores],
@@ -134,11 +134,16 @@ def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> None:
             color=f"C{place % 10}",
             linestyle="-" if place < 10 else "--",
             marker=marker,
-            markersize=10 if marker == "*" else 4,
+            markersize=10 if marker == "*" else 5,
             linewidth=1.2,
             capsize=2,
         )
     axes.set_xlabel("MACs of an exit that is used alone, as a share of the plain network's", fontsize=8)
+
+
+def _shape(num_points: int, place: int) -> str:
+    """A plain network's marker or an exit's; after ten recipes colours come again, with other markers."""
+    return ("*" if num_points == 1 else "o", "P" if num_points == 1 else "s")[place // 10 % 2]
 
 
 def _in_training(axes: Any, task: Task, places: Mapping[str, int]) -> None:
@@ -149,7 +154,7 @@ def _in_training(axes: Any, task: Task, places: Mapping[str, int]) -> None:
         if group.training_macs and base.training_macs and "final" in group.points:
             score = group.points["final"]
             cost = group.training_macs / base.training_macs
-            marker = "*" if len(group.points) == 1 else "o"
+            marker = _shape(len(group.points), place)
             axes.errorbar(
                 [cost], [score.mean], yerr=[score.sd or 0.0], color=f"C{place % 10}", marker=marker, capsize=2
             )
