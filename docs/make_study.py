@@ -5,6 +5,7 @@ python docs/make_study.py
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ Rules, fixed before the first test image was scored:
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
-  backward passes; training time is CPU time on a busy machine of two cores, so it is rough,
-  and later rows were trained with faster versions.
+  backward passes. Training time is that of the cells themselves: CPU time over some days, on a busy machine of two
+  cores and with versions that became faster, so it says little. Where there is a table of seconds, that one counts.
 - Intervals are t intervals over seeds; p-values come from flipping signs, corrected after Holm within a table.
 
 `default` is the row with the highest validation top-1, averaged over the final classifier and all exits, the seeds and
@@ -82,9 +83,12 @@ FIRST = ("cifar100", "resnet18-quarter-16px", "many")
 def study(results: Path) -> str:
     """The page, from the records in a folder with one folder for each study."""
     parts = [OPENING]
+    seconds = json.loads((results / "seconds.json").read_text(encoding="utf-8"))
     for file in ("cifar100", "teachers", "flowers12"):
         table = tomllib.loads((STUDIES / f"{file}.toml").read_text(encoding="utf-8"))
         for network, about in table["networks"].items():
+            if f"{file}/{network}" in seconds:
+                parts += [f"## Seconds: {network}\n", _seconds(seconds[f"{file}/{network}"])]
             for regime, data in table["regimes"].items():
                 found = records_of(results / file / network / regime)
                 if found:
@@ -218,6 +222,18 @@ def _rates(label: str, records: list[Record]) -> str:
 
 def _tables(found: Comparison) -> str:
     return "\n\n".join(map(markdown, grids(found, "final"))) + "\n\n" + _remarks(found)
+
+
+def _seconds(table: dict[str, Any]) -> str:
+    """What training each row takes beside the baseline, as benchmarks/study/seconds.py has measured it."""
+    lines = [
+        f"Training time of each row, as a multiple of the baseline's, trained by turns on a quiet machine "
+        f"(`python benchmarks/study/seconds.py`, the median of {table['rounds']} rounds):\n",
+        "| row | an image | the whole training |",
+        "| --- | ---: | ---: |",
+    ]
+    lines += [f"| {row} | {own['image']:.2f}x | {own['training']:.2f}x |" for row, own in table["rows"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def _remarks(found: Comparison, *points: str) -> str:

@@ -181,3 +181,25 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(tmp_path):
     assert done.returncode == 1
     assert "failed: tiny/few/exits-only-seed3; see runs/study/logs/tiny/few/exits-only-seed3" in done.stderr
     assert (tmp_path / "results" / "tiny" / "few" / "baseline-seed3.json").is_file()
+
+
+def test_the_seconds_are_those_of_rows_of_their_studies():
+    seconds = json.loads((ROOT / "docs" / "results" / "seconds.json").read_text(encoding="utf-8"))
+    for key, found in seconds.items():
+        name, network = key.split("/")
+        study = tomllib.loads((ROOT / "benchmarks" / "study" / f"{name}.toml").read_text(encoding="utf-8"))
+        assert network in study["networks"] and found["rows"].keys() <= study["rows"].keys()
+        assert found["rows"]["baseline"] == {"image": 1.0, "training": 1.0}
+
+
+def test_rows_are_timed_side_by_side(tmp_path):
+    (tmp_path / "study.toml").write_text(TINY.replace('"exits-only", "baseline"', '"longer", "exits-only", "baseline"'))
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "study" / "seconds.py"), "study.toml", "--rounds", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "docs" / "results" / "seconds.json").read_text()).values()
+    assert list(found["rows"]) == ["longer", "baseline"], "exits-only starts from another cell"
+    assert found["rows"]["baseline"] == {"image": 1.0, "training": 1.0}
+    longer = found["rows"]["longer"]
+    assert longer["training"] == pytest.approx(2 * longer["image"], abs=0.002), "it has twice the epochs"
