@@ -4,20 +4,21 @@
     python benchmarks/early_exit.py --checkpoint runs/first             a trained one, on images of its data set
     python benchmarks/early_exit.py --quick                             whether it runs
 
-Per batch size and number of threads five ways through one network take turns on the same images: plain (the timm model
-without taps and heads), a stream (`MultiExit.stream`: where few images would go on they wait for more, as in
-sdcli predict and eval), each batch by itself (`MultiExit.route`), a stream with thresholds that nobody reaches, and
-each batch leaving only once all of its images are sure (as earlyon does it). A turn is `--in-a-row` batches, the last
-of which takes along all who wait: the more there are, the less that counts. Thresholds of random weights are chosen so
-that `--shares` of all images leave at each exit; a checkpoint's are those of sdcli calibrate, or else `--shares` of its
-images leave. Every turn is taken several times, the shortest counts, and a way's time is the sum over all turns divided
-by the plain network's: what else runs on a machine makes things slower, and some ways more than others. `spread` is how
-much longer the plain network's median turn took than its shortest: above 1.1 the machine was too busy for these
-figures.
+Per batch size and number of threads six ways through one network take turns on the same images: plain (the timm model
+without taps and heads), a stream (`MultiExit.stream`: small batches enter together, and where few images would go on
+they wait for more, as in sdcli predict and eval), each batch by itself (`MultiExit.route`), both of these with
+thresholds that nobody reaches, and each batch leaving only once all of its images are sure (as earlyon does it). A turn
+is `--in-a-row` batches, the last of which takes along all who wait: the more there are, the less that counts. Thresholds
+of random weights are chosen so that `--shares` of all images leave at each exit; a checkpoint's are those of sdcli
+calibrate, or else `--shares` of its images leave. Every turn is taken several times, the shortest counts, and a way's
+time is the sum over all turns divided by the plain network's: what else runs on a machine makes things slower, and some
+ways more than others. `spread` is how much longer the plain network's median turn took than its shortest: above 1.1 the
+machine was too busy for these figures.
 
-`saved` is the time saved divided by the MACs saved, `alone` the same for each batch by itself. MACs are not time: the
-first stages of a convolutional network take more time per MAC. `possible` is what could be saved at best, if each image
-went through the exit alone at which it leaves (`upto`, timed in the same rounds).
+`saved` is the time saved divided by the MACs saved, and `over` the time when nobody can leave divided by the plain
+network's and the MACs of its heads; `alone` beside each of them is the same for every batch by itself. MACs are not
+time: the first stages of a convolutional network take more time per MAC. `possible` is what could be saved at best, if
+each image went through the exit alone at which it leaves (`upto`, timed in the same rounds).
 
 Wanted: time saved / MACs saved of at least 0.85, and when nobody can leave at most 3 % above the plain network plus the
 MACs of its heads.
@@ -131,6 +132,7 @@ def measure(
         "early": lambda turn: list(network.stream(turn, policy)),
         "alone": each(lambda batch: network.route(batch, policy)),
         "nobody": lambda turn: list(network.stream(turn, nobody)),
+        "nobody alone": each(lambda batch: network.route(batch, nobody)),
         "whole": each(lambda batch: route_whole_batch(network, batch, policy)),
     }
     points = (*policy.exits, FINAL)
@@ -178,6 +180,7 @@ def measure(
         "nobody_time": ratios["nobody"],
         "nobody_macs": heads,
         "overhead": ratios["nobody"] / heads,
+        "overhead_alone": ratios["nobody alone"] / heads,
         "whole_time": ratios["whole"],
         "whole_macs": means["whole"],
     }
@@ -241,7 +244,7 @@ def main() -> None:
     model = network.blueprint.architecture.model
     print(f"{model}, {'x'.join(map(str, network.plan.input_size))}, {name}, on {device_name(device)}; load {load}")
     titles = ("batch", "threads", "plain ms", "spread", "early: time", "MACs", "saved", "alone", "possible",
-              "nobody: time", "MACs", "over", "whole batch: time", "MACs")  # fmt: skip
+              "nobody: time", "MACs", "over", "alone", "whole batch: time", "MACs")  # fmt: skip
     print("  ".join(titles))
     rows = []
     for threads in options.threads:

@@ -78,8 +78,9 @@ def made(name: str, lean: float = 0.0, **table: object) -> MultiExit:
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Images of a stream wait for a whole batch, also large ones on a CPU."""
+    """Images of a stream wait for a whole batch after each exit, also large ones on a CPU, and not before they enter."""
     monkeypatch.setattr("sdcli.network.routing.ENOUGH", 2**30)
+    monkeypatch.setattr("sdcli.network.routing.MANY", 0)
 
 
 def pixels(network: MultiExit) -> int:
@@ -208,6 +209,7 @@ def test_images_of_a_stream_wait_until_a_batch_of_them_goes_on(patient):
 def test_only_few_images_of_a_stream_wait_on_a_cpu(monkeypatch):
     network = made("test_resnet")
     monkeypatch.setattr("sdcli.network.routing.ENOUGH", 3 * pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.MANY", 0)
     images = images_for(network, 24)
     scores = Judge(Policy({"exit1": 0.0})).read("exit1", full_pass(network, images)["exit1"]).score.sort()
     sure, unsure = images[scores.indices[12:]], images[scores.indices[:12]]
@@ -225,12 +227,45 @@ def test_large_images_of_a_stream_do_not_wait_on_a_cpu(monkeypatch):
     """A single one is enough work for a deeper stage."""
     network = made("test_resnet")
     monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.MANY", 4 * pixels(network))
     images = images_for(network, 12)
     policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
     network.check(policy)
     router = network.router(policy)
     assert [len(router.take(batch)) for batch in images.split(4)] == [1, 1, 1]
     assert router.rest() == []
+
+
+def test_small_batches_of_a_stream_enter_together_on_a_cpu(monkeypatch):
+    network = made("test_resnet")
+    images = images_for(network, 20)
+    policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
+    network.check(policy)
+    alone = network.route(images, policy)
+    monkeypatch.setattr("sdcli.network.routing.MANY", 8 * pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
+    first = sizes_at(network, "layer1")
+    batches = images.split([3, 3, 1, 2, 8, 2, 1])
+    router = network.router(policy)
+    found = [router.take(batch) for batch in batches]
+    # Eight are enough; the last three enter when no more come.
+    assert first == [9, 8] and [len(own) for own in found] == [0, 0, 0, 4, 1, 0, 0]
+    found.append(router.rest())
+    assert first == [9, 8, 3] and len(found[-1]) == 2
+    decided = [own for answered in found for own in answered]
+    assert [len(own.exits) for own in decided] == [3, 3, 1, 2, 8, 2, 1]
+    assert torch.equal(torch.cat([own.exits for own in decided]), alone.exits)
+    torch.testing.assert_close(torch.cat([own.answers for own in decided]), alone.answers, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_of_a_stream_do_not_wait_long_to_enter(monkeypatch):
+    network = made("test_resnet")
+    monkeypatch.setattr("sdcli.network.routing.MANY", 1000 * pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
+    router = network.router(Policy({"exit1": 0.5}))
+    answered = [len(router.take(image)) for image in images_for(network, PATIENCE + 3).split(1)]
+    assert answered == [0] * PATIENCE + [PATIENCE + 1, 0, 0]
+    assert len(router.rest()) == 2
 
 
 def test_an_answer_of_a_stream_is_held_back_for_a_few_batches_at_most(patient):

@@ -226,9 +226,10 @@ class MultiExit(nn.Module):
     def stream(self, batches: Iterable[Tensor], policy: Policy) -> Iterator[Decided]:
         """Early exit over many batches [B, 3, H, W]: the answers of each, in order, as `route` gives them.
 
-        After each exit few images wait for others, so that deeper stages seldom run for a handful: on a CPU fewer than
-        32 of 32x32 pixels, or as many pixels of larger ones, so that none of 224x224 waits. docs/early-exit.md has what
-        that gains. An answer may come some batches after its images were read.
+        Few images wait for others, so that the network seldom runs for a handful. On a CPU batches of fewer than 128
+        images of 32x32 pixels enter together, and after each exit fewer than 32 wait, or as many pixels of larger ones:
+        none of 224x224 waits there. docs/early-exit.md has what that gains. An answer may come some batches after its
+        images were read.
         """
         self.check(policy)
         router = self.router(policy)

@@ -22,8 +22,12 @@ from sdcli.recipe.address import FINAL
 ENOUGH = 32 * 32 * 32
 """Pixels of the images that go on together on a CPU without waiting for more, as of 32 images of 32x32: only smaller
 batches are slow there."""
+MANY = 128 * 32 * 32
+"""Pixels of the images that enter together on a CPU without waiting for later batches, as of 128 images of 32x32: in
+smaller batches it counts what a head and a decision take for any number of images."""
 PATIENCE = 8
-"""Batches after which an image that waits for company goes on without it: later answers are held back until then."""
+"""Passes after which an image that waits for company goes on without it, and batches that wait to enter at most: later
+answers are held back until then."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,10 @@ class _Batch:
 class Router:
     """Leads batches of images through a network: each image leaves at the first exit that is sure.
 
-    If `together`, those that go on wait after the exit until there are enough of them, from this batch and later ones:
-    of `ENOUGH` pixels on a CPU, elsewhere as many as a batch has, and never more than that. An image waits for at most
-    `patience` more batches at each exit.
+    If `together`, small batches on a CPU wait until they have `MANY` pixels and enter as one, and those that go on from
+    an exit wait there until there are enough of them, from this pass and later ones: of `ENOUGH` pixels on a CPU,
+    elsewhere as many as a pass has, and never more than that. At most `patience` batches wait to enter, and an image
+    waits at each exit for at most `patience` more passes.
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class Router:
         self.together, self.patience = together, patience
         self._enough = self._full = 0
         """How many go on without waiting, and how many at most."""
+        self._entering: list[tuple[Tensor, Tensor]] = []
+        """Batches that have not entered yet, and the homes of their images."""
         self._taken = self._passes = 0
         self._batches: dict[int, _Batch] = {}
         """Those that are not answered yet, in order."""
@@ -115,17 +122,29 @@ class Router:
         self._batches[number] = _Batch(images, self.num_classes)
         if not len(images):
             return self._answered()
+        rows = torch.arange(len(images))
+        self._entering.append((images, torch.stack([torch.full_like(rows, number), rows], dim=1)))
+        many = _number(images, MANY) if self.together and images.device.type == "cpu" else 0
+        if sum(len(own) for own, _ in self._entering) >= many or len(self._entering) > self.patience:
+            self._enter()
+        return self._answered()
+
+    def _enter(self) -> None:
+        """A pass of all who wait to enter."""
+        batches, homes = zip(*self._entering, strict=True)
+        images, home = (batches[0], homes[0]) if len(batches) == 1 else (torch.cat(batches), torch.cat(homes))
+        self._entering = []
         if self.together:
             self._full = max(self._full, len(images))
-            few = math.ceil(ENOUGH / images[0, 0].numel()) if images.device.type == "cpu" else self._full
+            few = _number(images, ENOUGH) if images.device.type == "cpu" else self._full
             self._enough = min(self._full, few)
             self._passenger = images[:1]
-        rows = torch.arange(len(images))
-        self._pass(images, torch.stack([torch.full_like(rows, number), rows], dim=1))
-        return self._answered()
+        self._pass(images, home)
 
     def rest(self) -> list[Decided]:
         """The batches that are left, after the last image has been read."""
+        if self._entering:
+            self._enter()
         patience, self.patience = self.patience, 0
         while self._waiting:
             assert self._passenger is not None
@@ -210,6 +229,11 @@ class Router:
 
 _NOBODY = torch.tensor([[-1, -1]])
 """The home of a passenger."""
+
+
+def _number(images: Tensor, pixels: int) -> int:
+    """How many of such images have so many pixels together."""
+    return math.ceil(pixels / images[0, 0].numel())
 
 
 @contextmanager
