@@ -8,12 +8,12 @@ Per batch size and number of threads six ways through one network take turns on 
 without taps and heads), a stream (`MultiExit.stream`: small batches enter together, and where few images would go on
 they wait for more, as in sdcli predict and eval), each batch by itself (`MultiExit.route`), both of these with
 thresholds that nobody reaches, and each batch leaving only once all of its images are sure (as earlyon does it). A turn
-is `--in-a-row` batches, the last of which takes along all who wait: the more there are, the less that counts. Thresholds
-of random weights are chosen so that `--shares` of all images leave at each exit; a checkpoint's are those of sdcli
-calibrate, or else `--shares` of its images leave. Every turn is taken several times, the shortest counts, and a way's
-time is the sum over all turns divided by the plain network's: what else runs on a machine makes things slower, and some
-ways more than others. `spread` is how much longer the plain network's median turn took than its shortest: above 1.1 the
-machine was too busy for these figures.
+is `--in-a-row` batches, the last of which takes along all who wait: the more there are, the less that counts.
+Thresholds of random weights are chosen so that `--shares` of all images leave at each exit; a checkpoint's are those of
+sdcli calibrate, or else `--shares` of its images leave. Every turn is taken several times, the shortest counts, and a
+way's time is the sum over all turns divided by the plain network's: what else runs on a machine makes things slower,
+and some ways more than others. `spread` is how much longer the plain network's median turn took than its shortest:
+above 1.1 the machine was too busy for these figures.
 
 `saved` is the time saved divided by the MACs saved, and `over` the time when nobody can leave divided by the plain
 network's and the MACs of its heads; `alone` beside each of them is the same for every batch by itself. MACs are not
