@@ -261,7 +261,14 @@ def test_channels_last_changes_no_logits(name):
 
 
 # The compiler of torch's default backend needs one for C++ on the machine; graph breaks are the same without it.
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        "test_vit",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("test_convnext", "test_efficientnet")),
+    ],
+)
 def test_the_whole_forward_pass_compiles_to_one_graph(name):
     network = build(name).eval()
     images = images_for(network)

@@ -162,7 +162,9 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         name: create_schedule(optimizer, recipe.schedule_of(name), epochs, training.updates_per_epoch)
         for name, optimizer in made.items()
     }
-    accelerator.free_memory()
+    if training.optimizers or accelerator.device.type != "cpu":
+        # The phase before, and on a GPU what an earlier run of this process has left. It takes a second.
+        accelerator.free_memory()
     with warnings.catch_warnings():
         # accelerate has no other argument for it yet, and every process would print the warning.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
