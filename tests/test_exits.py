@@ -319,6 +319,23 @@ def test_patches_mixed_as_matrices_are_the_convolution(size, monkeypatch):
             torch.testing.assert_close(ours(images), reference)
 
 
+@pytest.mark.parametrize("kind", ["patch", "bottleneck/16"])
+def test_exits_in_half_precision_say_nearly_the_same(kind):
+    """Torch's own convolution does not, where the CPU has AMX and patches have few channels."""
+    table = Network(head=kind, model_args={"channels": [16, 32, 64, 128]})
+    network = built(Blueprint.draft(table, "resnet18", image_size=32)).eval()
+    images = torch.randn(32, 3, 32, 32)
+    with torch.no_grad():
+        wanted = network(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = network(images)
+        halved = network.to(torch.bfloat16)(images.to(torch.bfloat16))
+    for point in network.exits:
+        for found in (mixed, halved):
+            error = (found[point].logits.float() - wanted[point].logits).abs().max()
+            assert error < 0.1 * wanted[point].logits.abs().max(), point
+
+
 # Wide and deep, small, tokens, maps in NHWC, and two whose classifier alone is too dear for a head.
 CHOSEN = {
     "resnet18": "patch", "mobilenetv3_small_100": "patch", "efficientvit_b0": "patch", "vit_tiny_patch16_224": "tokens",
