@@ -1,4 +1,4 @@
-"""What early exit on a ResNet-18 saves at best at the sizes that its batches shrink to, and what pooling and copies add.
+"""What early exit on a ResNet-18 saves at best at the sizes its batches shrink to, and what pooling and copies add.
 
     python benchmarks/early_exit_parts.py                 resnet18 at 224 px, 30, 30 and 20 % leave at the exits
     python benchmarks/early_exit_parts.py --quick         whether it runs
