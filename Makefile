@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/sdcli train resnet18 --dataset digits --recipe quick --output $(DEMO)
 	$(BIN)/sdcli eval $(DEMO)
 
-# A process for each of two cores: one alone takes twelve minutes.
+# A process for each of two cores: together they take about eleven minutes.
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
