@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if result is not NotImplemented:
                     return result
         if func is _BATCH_NORM and args[0].device.type == "meta":
-            # torch works through the arithmetic for the shape: nearly half of the time that tracing a ResNet takes.
+            # torch works through the arithmetic for the shape, which takes long.
             result = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
         else:
             result = func(*args, **kwargs)
