@@ -163,7 +163,7 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         for name, optimizer in made.items()
     }
     if training.optimizers or accelerator.device.type != "cpu":
-        # The phase before, and on a GPU what an earlier run of this process has left. It takes long: garbage is collected.
+        # The phase before, and on a GPU what an earlier run of this process has left: slow, garbage is collected.
         accelerator.free_memory()
     with warnings.catch_warnings():
         # accelerate has no other argument for it yet, and every process would print the warning.
