@@ -13,7 +13,7 @@ from sdcli.errors import UserError
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.multi_exit import MultiExit, build
 from sdcli.network.policies import POLICIES, Judge, Policy, decide
-from sdcli.network.routing import PATIENCE
+from sdcli.network.routing import PATIENCE, _rows
 from sdcli.recipe.schema import Network
 
 SMALL = ["test_resnet", "test_vit", "test_vit4", "test_convnext", "test_efficientnet", "test_mambaout", "test_maxvit"]
@@ -173,6 +173,24 @@ def sizes_at(network: MultiExit, module: str) -> list[int]:
     return sizes
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 5, 7), (6, 3), (6, 1, 2, 2), (1, 3, 2, 2)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "part"])
+def test_rows_are_taken_out_of_maps_of_every_layout(shape, layout):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if layout == "channels_last":
+        tensor = tensor.to(memory_format=torch.channels_last) if len(shape) == 4 else tensor.mT
+    elif layout == "transposed":
+        tensor = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "part":
+        tensor = torch.cat([tensor, tensor])[2:, ..., 1:][: len(tensor)]
+    for rows in ([0, 2, 3, 5], [4], []):
+        wanted = torch.tensor([row for row in rows if row < len(tensor)], dtype=torch.long)
+        found = _rows(tensor, wanted)
+        assert torch.equal(found, tensor[wanted])
+        if layout == "channels_last" and len(shape) == 4 and len(wanted) > 1:
+            assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("kind", ["ensemble", "margin"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit4", "test_convnext"])
 def test_a_stream_answers_as_batches_one_by_one_and_in_their_order(name, kind, patient):
@@ -206,9 +224,12 @@ def test_images_of_a_stream_wait_until_a_batch_of_them_goes_on(patient):
     assert sum(deep) == going and len(deep) > going // 4 + 2
 
 
-def test_only_few_images_of_a_stream_wait_on_a_cpu(monkeypatch):
+@pytest.mark.parametrize(("pixels_of", "least"), [(3, 1), (1, 3)], ids=["small", "large"])
+def test_only_few_images_of_a_stream_wait_on_a_cpu(pixels_of, least, monkeypatch):
+    """Three small ones have enough pixels; of large ones, each of which has, as many go on together."""
     network = made("test_resnet")
-    monkeypatch.setattr("sdcli.network.routing.ENOUGH", 3 * pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels_of * pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.FEW", least)
     monkeypatch.setattr("sdcli.network.routing.MANY", 0)
     images = images_for(network, 24)
     scores = Judge(Policy({"exit1": 0.0})).read("exit1", full_pass(network, images)["exit1"]).score.sort()
@@ -223,10 +244,10 @@ def test_only_few_images_of_a_stream_wait_on_a_cpu(monkeypatch):
     assert [int((decided.exits == 1).sum()) for decided in streamed] == [5, 2, 3, 2]
 
 
-def test_large_images_of_a_stream_do_not_wait_on_a_cpu(monkeypatch):
-    """A single one is enough work for a deeper stage."""
+def test_nobody_waits_in_a_stream_where_one_image_is_enough(monkeypatch):
     network = made("test_resnet")
     monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.FEW", 1)
     monkeypatch.setattr("sdcli.network.routing.MANY", 4 * pixels(network))
     images = images_for(network, 12)
     policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
@@ -244,6 +265,7 @@ def test_small_batches_of_a_stream_enter_together_on_a_cpu(monkeypatch):
     alone = network.route(images, policy)
     monkeypatch.setattr("sdcli.network.routing.MANY", 8 * pixels(network))
     monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
+    monkeypatch.setattr("sdcli.network.routing.FEW", 1)
     first = sizes_at(network, "layer1")
     batches = images.split([3, 3, 1, 2, 8, 2, 1])
     router = network.router(policy)

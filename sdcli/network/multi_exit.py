@@ -227,9 +227,8 @@ class MultiExit(nn.Module):
         """Early exit over many batches [B, 3, H, W]: the answers of each, in order, as `route` gives them.
 
         Few images wait for others, so that the network seldom runs for a handful. On a CPU batches of fewer than 128
-        images of 32x32 pixels enter together, and after each exit fewer than 32 wait, or as many pixels of larger ones:
-        none of 224x224 waits there. docs/early-exit.md has what that gains. An answer may come some batches after its
-        images were read.
+        images of 32x32 pixels enter together, and after each exit fewer than 32 wait, of larger images fewer than 16.
+        docs/early-exit.md has what that gains. An answer may come some batches after its images were read.
         """
         self.check(policy)
         router = self.router(policy)

@@ -162,7 +162,7 @@ class Judge:
             self._before = guess
         return Verdict(answer, score, agrees)
 
-    def part(self, rows: Tensor | slice) -> Judge:
+    def part(self, rows: Tensor) -> Judge:
         """What it knows of the images at `rows`, indices into those that are left."""
         own = copy.copy(self)
         own._sum = None if self._sum is None else self._sum[rows]
