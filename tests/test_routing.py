@@ -244,6 +244,20 @@ def test_only_few_images_of_a_stream_wait_on_a_cpu(pixels_of, least, monkeypatch
     assert [int((decided.exits == 1).sum()) for decided in streamed] == [5, 2, 3, 2]
 
 
+def test_all_who_wait_go_on_with_the_last_batch_of_a_stream(monkeypatch):
+    """No further pass is needed, whose first stages would run for nothing."""
+    network = made("test_resnet")
+    monkeypatch.setattr("sdcli.network.routing.MANY", 0)
+    images = images_for(network, 24)
+    policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
+    network.check(policy)
+    alone = network.route(images, policy).exits
+    first, last = sizes_at(network, "layer1"), sizes_at(network, "layer4")
+    streamed = list(network.stream(images.split(6), policy))
+    assert first == [6] * 4 and sum(last) == int((alone == 3).sum()) and len(last) < 4
+    assert torch.equal(torch.cat([decided.exits for decided in streamed]), alone)
+
+
 def test_nobody_waits_in_a_stream_where_one_image_is_enough(monkeypatch):
     network = made("test_resnet")
     monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
@@ -253,8 +267,9 @@ def test_nobody_waits_in_a_stream_where_one_image_is_enough(monkeypatch):
     policy = spread(full_pass(network, images), ["exit1", "exit2", "exit3"])
     network.check(policy)
     router = network.router(policy)
-    assert [len(router.take(batch)) for batch in images.split(4)] == [1, 1, 1]
-    assert router.rest() == []
+    # Each enters when the next one has come.
+    assert [len(router.take(batch)) for batch in images.split(4)] == [0, 1, 1]
+    assert len(router.rest()) == 1
 
 
 def test_small_batches_of_a_stream_enter_together_on_a_cpu(monkeypatch):
@@ -270,8 +285,8 @@ def test_small_batches_of_a_stream_enter_together_on_a_cpu(monkeypatch):
     batches = images.split([3, 3, 1, 2, 8, 2, 1])
     router = network.router(policy)
     found = [router.take(batch) for batch in batches]
-    # Eight are enough; the last three enter when no more come.
-    assert first == [9, 8] and [len(own) for own in found] == [0, 0, 0, 4, 1, 0, 0]
+    # Eight are enough, and enter when the next batch has come; the last three enter when no more come.
+    assert first == [9, 8] and [len(own) for own in found] == [0, 0, 0, 0, 4, 1, 0]
     found.append(router.rest())
     assert first == [9, 8, 3] and len(found[-1]) == 2
     decided = [own for answered in found for own in answered]
@@ -286,7 +301,7 @@ def test_batches_of_a_stream_do_not_wait_long_to_enter(monkeypatch):
     monkeypatch.setattr("sdcli.network.routing.ENOUGH", pixels(network))
     router = network.router(Policy({"exit1": 0.5}))
     answered = [len(router.take(image)) for image in images_for(network, PATIENCE + 3).split(1)]
-    assert answered == [0] * PATIENCE + [PATIENCE + 1, 0, 0]
+    assert answered == [0] * (PATIENCE + 1) + [PATIENCE + 1, 0]
     assert len(router.rest()) == 2
 
 
@@ -301,8 +316,8 @@ def test_an_answer_of_a_stream_is_held_back_for_a_few_batches_at_most(patient):
     router = network.router(policy)
     answered = [len(router.take(batch)) for batch in (first, *[easy] * 20)]
     # It waits at exit1, and then at exit2.
-    assert answered == [0] * (2 * PATIENCE) + [2 * PATIENCE + 1] + [1] * (20 - 2 * PATIENCE)
-    assert router.rest() == []
+    assert answered == [0] * (2 * PATIENCE + 1) + [2 * PATIENCE + 1] + [1] * (19 - 2 * PATIENCE)
+    assert len(router.rest()) == 1
     assert network.route(first, policy).exits.tolist().count(2) == 1
 
 

@@ -89,7 +89,8 @@ class Router:
     If `together`, small batches on a CPU wait until they have `MANY` pixels and enter as one, and those that go on from
     an exit wait there until there are enough of them, from this pass and later ones: `FEW` of them and `ENOUGH` pixels
     on a CPU, elsewhere as many as a pass has, and never more than that. At most `patience` batches wait to enter, and
-    an image waits at each exit for at most `patience` more passes.
+    an image waits at each exit for at most `patience` more passes. A pass begins when the next batch is taken: all who
+    wait go on with the last one.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class Router:
         self._enough = self._full = 0
         """How many go on without waiting, and how many at most."""
         self._entering: list[tuple[Tensor, NDArray[np.int64]]] = []
-        """Batches that have not entered yet, and the homes of their images."""
+        """Batches that wait to enter, and the homes of their images."""
+        self._next_in: tuple[Tensor, NDArray[np.int64]] | None = None
+        """Those who enter together once another batch has come: if none does, all who wait go on with them."""
         self._taken = self._passes = 0
         self._batches: dict[int, _Batch] = {}
         """Those that are not answered yet, in order."""
@@ -127,18 +130,27 @@ class Router:
         self._batches[number] = _Batch(images, self.num_classes)
         if not len(images):
             return self._answered()
+        self._enter()
         rows = np.arange(len(images))
         self._entering.append((images, np.stack([np.full_like(rows, number), rows], axis=1)))
         many = _number(images, MANY) if self.together and images.device.type == "cpu" else 0
         if sum(len(own) for own, _ in self._entering) >= many or len(self._entering) > self.patience:
+            self._gather()
+        if not self.together:
             self._enter()
         return self._answered()
 
-    def _enter(self) -> None:
-        """A pass of all who wait to enter."""
+    def _gather(self) -> None:
+        """All who wait to enter are next."""
         batches, homes = zip(*self._entering, strict=True)
-        images, home = (batches[0], homes[0]) if len(batches) == 1 else (torch.cat(batches), np.concatenate(homes))
+        self._next_in = (batches[0], homes[0]) if len(batches) == 1 else (torch.cat(batches), np.concatenate(homes))
         self._entering = []
+
+    def _enter(self) -> None:
+        """A pass of those who are next, if there are any."""
+        if self._next_in is None:
+            return
+        (images, home), self._next_in = self._next_in, None
         if self.together:
             self._full = max(self._full, len(images))
             few = max(FEW, _number(images, ENOUGH)) if images.device.type == "cpu" else self._full
@@ -150,7 +162,10 @@ class Router:
         """The batches that are left, after the last image has been read."""
         if self._entering:
             self._enter()
+            self._gather()
+        # All who wait go on with the last pass.
         patience, self.patience = self.patience, 0
+        self._enter()
         while self._waiting:
             assert self._passenger is not None
             self._pass(self._passenger, _NOBODY)
@@ -214,7 +229,8 @@ class Router:
             return None
         del self._waiting[point]
         going = _Group.joined(waiting)
-        if self._full and count > self._full:
+        # With the last batch all go on, on a CPU: fewer than twice as many as a pass has, and behind its first stage.
+        if count > self._full > 0 and (self.patience or company.tensor.device.type != "cpu"):
             self._waiting[point] = [going.part(np.arange(self._full, count))]
             going = going.part(np.arange(self._full))
         return going
