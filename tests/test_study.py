@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -131,6 +132,14 @@ def test_a_study_runs_what_is_missing_in_the_order_of_what_starts_from_what(tmp_
     assert exits["early"][0]["budget"] is None and exits["early"][0]["time"] > 0 and exits["early"][0]["macs"] < 1
     again = run_study(tmp_path)
     assert "2 of 2 cells are done, 0 are missing:" in again.stdout
+    # What others start from is needed again once its run folder is gone.
+    records[1].unlink()
+    assert "once more" not in run_study(tmp_path, "--dry-run").stdout
+    shutil.rmtree(tmp_path / "runs")
+    planned = run_study(tmp_path, "--dry-run")
+    assert "1 of 2 cells are done, 1 are missing:" in planned.stdout
+    assert "run once more, for their weights: tiny/few/baseline-seed3" in planned.stdout
+    assert planned.stdout.count("sdcli train test_resnet") == 2
 
 
 def test_a_teacher_is_another_network_s_cell_and_ends_first(tmp_path):

@@ -5,7 +5,8 @@
 
 `--lanes` cells run side by side, with one thread each; on a GPU, where the study names one, with as many as they like.
 Ctrl-C or SIGTERM stops them with their state saved, and the same command resumes them. A finished cell is a small JSON
-file in the folder that the study names, which `sdcli compare` reads; the run folders in `--runs` can then be deleted.
+file in the folder that the study names, which `sdcli compare` reads; the run folders in `--runs` can then be deleted:
+a cell that others start from is run once more, and gets a new record, if its weights are gone.
 `--dry-run` prints what is missing, and about how long it takes.
 """
 
@@ -194,6 +195,13 @@ def record_of(study: dict[str, Any], cell: Cell) -> Path:
     return Path(study["results"]) / f"{cell.name}.json"
 
 
+def needed_again(study: dict[str, Any], missing: list[Cell], runs: Path) -> list[Cell]:
+    """The cells that have a record, but whose weights some of the missing ones need and are no longer in `runs`."""
+    needed = {name for cell in missing for name in (cell.start, cell.teacher) if name}
+    gone = [cell for cell in read_cells(study) if cell.name in needed and cell not in missing]
+    return [cell for cell in gone if not (runs / cell.name / "report.json").exists()]
+
+
 def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]) -> float:
     """Hours of one core, or of one GPU, for what is missing.
 
@@ -229,8 +237,11 @@ def main() -> int:
     options.command = lambda cell: cell.command(*place)
     cells = [cell for cell in read_cells(study) if options.only in cell.name]
     missing = [cell for cell in cells if not record_of(study, cell).exists()]
-    hours = expected_hours(study, cells, missing)
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done, {len(missing)} are missing:")
+    if again := needed_again(study, missing, options.runs):
+        print("run once more, for their weights: " + ", ".join(cell.name for cell in again))
+    missing = again + missing
+    hours = expected_hours(study, cells, missing)
     one = "core" if device_of(study) == "cpu" else "GPU"
     print(f"about {hours:.1f} h of one {one}, {hours / options.lanes:.1f} h in {options.lanes} lanes", flush=True)
     if options.dry_run:
