@@ -121,8 +121,8 @@ def _choice(folder: Path) -> str:
         return ""
     lines = [
         "## How `default` is chosen\n",
-        "Validation images, seeds 1 to 3, which all of these rows have in each regime; top-1 %, the mean over all exits "
-        "and final:\n",
+        "Validation images, seeds 1 to 3, which all of these rows have in each regime; top-1 %, the mean over all exits"
+        " and final:\n",
         *_ranking(whole, SEEDS),
     ]
     more = {label: set.intersection(*(set(scores) for scores in own.values())) for label, own in whole.items()}
