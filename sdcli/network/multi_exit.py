@@ -228,7 +228,7 @@ class MultiExit(nn.Module):
 
         Few images wait for others, so that the network seldom runs for a handful. On a CPU batches of fewer than 128
         images of 32x32 pixels enter together, and after each exit fewer than 32 wait, of larger images fewer than 16.
-        docs/early-exit.md has what that gains. An answer may come some batches after its images were read, which have to
+        docs/early-exit.md has what that gains. An answer may come some batches after its images were read; they have to
         stay as they are until then.
         """
         self.check(policy)
