@@ -46,8 +46,9 @@ Rules, fixed before the first test image was scored:
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
-  backward passes. Training time is that of the cells themselves: CPU time over some days, on a busy machine of two
-  cores and with versions that became faster, so it says little. Where there is a table of seconds, that one counts.
+  backward passes. Training time is that of the cells themselves: over some days, on several machines of two cores,
+  busy and quiet, and with versions that became faster, so it says little. Where there is a table of seconds, that one
+  counts; the cells of flowers12 are all of one machine.
 - Intervals are t intervals over seeds; p-values come from flipping signs, corrected after Holm within a table.
 
 `default` is the row with the highest validation top-1, averaged over the final classifier and all exits, both regimes
