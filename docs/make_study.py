@@ -36,13 +36,13 @@ side with one thread each, and can be stopped and started at any time:
     python benchmarks/study/run.py benchmarks/study/flowers12.toml --data FOLDER
     python docs/make_study.py
 
-Rules, fixed before the first test image was scored:
+Rules, fixed before the first test image was scored, but for the choice of `default` below:
 
 - Within a regime all runs have the same training images, schedule, batch size and augmentation, and the seeds are
   paired: the same seed draws the same order and augmentation of the images.
 - Where there are rows `baseline-lr-…`, the learning rate was chosen from them for the baseline, on validation images,
-  and all rows have it; rows `default-lr-…` show whether `default` wants another one. Elsewhere it is that of
-  `schedules/cosine`, 0.1.
+  and all rows of the network have it, in both regimes; rows `default-lr-…` show whether `default` wants another one.
+  In `teachers.toml` it is that of `schedules/cosine`, 0.1, in `flowers12.toml` that of each recipe.
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
@@ -189,14 +189,14 @@ def _section(network: str, about: Any, regime: str, data: Any, found: list[Recor
     options = " ".join(about["options"] + data["options"])
     yield f"## {REGIMES[regime]}: {network}"
     yield f"\n{data['images']:,} training images, {data['epochs']} epochs: `sdcli train {about['model']} {options}`\n"
+    if "note" in data:
+        yield data["note"]
     for label in ("baseline", "default"):
         rates = [record for record in found if record.label.startswith(f"{label}-lr-")]
         if rates:
             yield _rates(label, [*rates, *(r for r in found if r.label == label and r.seed == 1)])
     own = [record for record in found if not RATE.search(record.label)]
-    # In fine-tuning the plain network is called so.
-    against = compare(own, PLAIN if any(record.label == PLAIN for record in own) else None)
-    yield _tables(against)
+    yield _tables(_compared(own))
     if any(record.label == CONTROL for record in own) and any(record.label == "baseline" for record in own):
         exits = [record for record in own if len(record.test.exits) > 1]
         if len({record.label for record in exits}) > 1:
@@ -205,8 +205,30 @@ def _section(network: str, about: Any, regime: str, data: Any, found: list[Recor
                 controlled = compare(exits, CONTROL)
                 yield "\n\n".join([markdown(grid) for grid in list(grids(controlled, point))[1:2]]) + "\n"
             yield _remarks(controlled, "final", "exit1")
+    yield from _confirmed(own)
     if _has_exits(own):
         yield f"![Accuracy against MACs, {regime}](study-{network}-{regime}.png)\n"
+
+
+def _compared(records: list[Record]) -> Comparison:
+    """With the plain network, which is called so in fine-tuning."""
+    return compare(records, PLAIN if any(record.label == PLAIN for record in records) else None)
+
+
+def _confirmed(records: list[Record]) -> Iterator[str]:
+    """The rows with the most seeds by themselves: a correction for all rows hides what so few seeds can show."""
+    rows = {label: {r.seed for r in records if r.label == label} for label in {r.label for r in records}}
+    most = max(rows.values(), key=len)
+    chosen = [record for record in records if rows[record.label] >= most]
+    labels = {record.label for record in chosen}
+    if len(most) <= len(SEEDS) or not {"baseline", CONTROL} < labels:
+        return
+    yield f"The rows with {len(most)} seeds alone, corrected among themselves:\n"
+    exits = [record for record in chosen if record.label != "baseline"]
+    plain, control = compare(chosen), compare(exits, CONTROL)
+    for found, point in ((plain, "final"), (control, "final"), (control, "exit1")):
+        yield markdown(list(grids(found, point))[1]) + "\n"
+    yield _remarks(plain) + _remarks(control, "final", "exit1")
 
 
 def _has_exits(records: list[Record]) -> bool:
@@ -265,7 +287,7 @@ def main() -> None:
     for folder in sorted(path for path in results.glob("*/*/*") if path.is_dir()):
         records = [record for record in records_of(folder) if not RATE.search(record.label)]
         if _has_exits(records):
-            save_comparison(compare(records), FOLDER / f"study-{folder.parent.name}-{folder.name}.png")
+            save_comparison(_compared(records), FOLDER / f"study-{folder.parent.name}-{folder.name}.png")
     # README's picture has the rows of its table.
     shown = sorted(
         (r for r in records_of(results.joinpath(*FIRST)) if r.label in SHOWN), key=lambda r: [*SHOWN].index(r.label)

@@ -168,13 +168,39 @@ def test_early_exit_of_calibrated_runs_has_a_table_of_its_own():
     assert byot.early["0.5"].top1.values == (40.0, 41.0) and byot.early["0.5"].macs == 0.48
     assert (byot.early["calibrated"].time, byot.early["0.5"].time) == (0.5, None)
     assert list(default.early) == ["calibrated", "0.5"], "what all of its runs have"
-    early = list(grids(compare(runs), "final"))[2]
+    early = list(grids(compare(runs), "final"))[3]
     assert early.title.endswith("top-1 % of early exit, by its share of the plain network's MACs")
     assert [[cell.text for cell in line] for line in early.rows] == [
         ["byot", "40.50 ± 0.71", "50.00 ± 0.00", "40.50 ± 0.71", "0.48", "0.50"],
         ["default", "40.50 ± 0.71", "-", "40.50 ± 0.71", "0.48", "0.50"],
     ]
     assert len(list(grids(compare(three("baseline", [50.0])), "final"))) == 1
+
+
+def test_an_exit_that_is_better_than_early_exit_is_named():
+    early = tuple(EarlyExit(budget, 0.35, 44.0) for budget in (None, 0.3, 0.5, 0.9))
+    runs = [*three("baseline", [50.0]), record("byot", 0, 52.0, 45.0, early=early)]
+    named = [line for line in remarks(compare(runs)) if "alone" in line]
+    wanted = "exit1 of byot alone has 45.00 % for 0.40 of the MACs, more than its early exit has for at most 0.5, 0.9"
+    assert named == [wanted]
+    better = tuple(replace(own, top1=46.0) for own in early)
+    runs = [*three("baseline", [50.0]), record("byot", 0, 52.0, 45.0, early=better)]
+    assert not [line for line in remarks(compare(runs)) if "alone" in line]
+
+
+def test_how_well_confidence_fits_has_a_table_of_its_own():
+    def surer(run: Record) -> Record:
+        rows = tuple(replace(row, nll=0.5, ece=0.2 + 0.1 * (run.seed or 0)) for row in run.test.exits)
+        return replace(run, test=replace(run.test, exits=rows))
+
+    runs = [*map(surer, three("byot", [52.0, 54.0], 45.0)), *three("baseline", [50.0, 51.0])]
+    table = list(grids(compare(runs), "final"))[2]
+    assert table.header == ("recipe", "final\nNLL", "final\nECE", "ensemble\nNLL", "ensemble\nECE")
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["baseline", "1.000 ± 0.000", "0.100 ± 0.000", "", ""],
+        ["byot", "0.500 ± 0.000", "0.250 ± 0.071", "1.000 ± 0.000", "0.100 ± 0.000"],
+    ]
+    assert [[cell.best for cell in row[1:3]] for row in table.rows] == [[False, True], [True, False]]
 
 
 def test_recipes_are_compared_seed_by_seed_with_the_baseline():
@@ -243,6 +269,7 @@ def test_another_stem_is_named():
 def test_a_narrow_terminal_has_names_and_fewer_columns():
     runs = [*three("baseline", [50.0, 51.0]), *three("deep-supervision-equilibrium", [52.0, 54.0], 45.0)]
     console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    dropped = []
     for grid in grids(compare(runs), "final"):
         table, without = fitted(grid, console, DROPPABLE, WIDEST)
         with console.capture() as caught:
@@ -250,7 +277,8 @@ def test_a_narrow_terminal_has_names_and_fewer_columns():
         lines = caught.get().splitlines()
         assert any("deep-supervision-equilibrium" in line for line in lines) and "…" not in caught.get()
         assert max(map(len, lines)) <= 80
-    assert without[:3] == ["p", "params", "training time"]
+        dropped.append(without[:3])
+    assert dropped == [[], ["p", "params", "training time"], ["ensemble NLL"]]
 
 
 def test_seeds_that_were_not_trained_alike_are_named():
@@ -392,6 +420,7 @@ def test_a_resumed_epoch_counts_with_all_its_images():
     assert Costs.of([]) is None
     old = {"num_images": 100, "seconds": 10.0, "images_per_s": 10.0}
     assert Costs.of([old]) == Costs(1, 100, 10.0, None, None), "a log without MACs and CPU seconds"
+    assert Costs.of([whole | {"cpu_seconds": None}]) == Costs(1, 100, 10.0, 500, None), "images loaded by others"
 
 
 @pytest.mark.parametrize(
@@ -612,7 +641,7 @@ def test_the_comparison_as_markdown_latex_csv_and_picture(runs, tmp_path, sdcli:
     assert lines[0] == "| recipe | seeds | exit1 | exit2 | exit3 | final | ensemble |"
     assert {line.count("|") for line in lines[:4]} == {8}
     latex = sdcli("compare", runs, "--latex").out
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
     assert latex.count("{") == latex.count("}") and r"$\pm$" in latex and r"95 \% interval" in latex
     rows = list(csv.DictReader(sdcli("compare", runs, "--csv").out.splitlines()))
     assert [(r["recipe"], r["point"]) for r in rows] == [

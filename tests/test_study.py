@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from argparse import Namespace
 from itertools import pairwise
@@ -107,6 +108,7 @@ def test_the_page_of_the_study_is_made_from_its_records():
     assert readme.count("<!-- study -->") == 1
     assert readme == with_table(readme, readme_table(FOLDER / "results")), "run python docs/make_study.py"
     pictures = [part.split(")")[0] for part in page.split("](")[1:] if ".png" in part.split(")")[0]]
+    assert (FOLDER / "study.png").is_file()
     assert pictures and all((FOLDER / picture).is_file() for picture in pictures)
 
 
@@ -192,12 +194,32 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(tmp_path):
     assert (tmp_path / "results" / "tiny" / "few" / "baseline-seed3.json").is_file()
 
 
+def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path):
+    (tmp_path / "study.toml").write_text(TINY.replace("epochs = 1\noptions", "epochs = 40\noptions"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "study" / "run.py"), "study.toml", "--only", "baseline"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = tmp_path / "runs" / "study" / "tiny" / "few" / "baseline-seed3"
+    deadline = time.monotonic() + 120
+    while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 0 and not (tmp_path / "results").exists()
+    before = len((run / "log.jsonl").read_text().splitlines())
+    assert before < 40
+    done = run_study(tmp_path, "--only", "baseline")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 41)), "no epoch was trained twice"
+    assert (tmp_path / "results" / "tiny" / "few" / "baseline-seed3.json").is_file()
+    assert "stopped in epoch" in (tmp_path / "runs/study/logs/tiny/few/baseline-seed3/train.log").read_text()
+
+
 def test_the_seconds_are_those_of_rows_of_their_studies():
     seconds = json.loads((ROOT / "docs" / "results" / "seconds.json").read_text(encoding="utf-8"))
     for key, found in seconds.items():
         name, network = key.split("/")
         study = tomllib.loads((ROOT / "benchmarks" / "study" / f"{name}.toml").read_text(encoding="utf-8"))
-        assert network in study["networks"] and found["rows"].keys() <= study["rows"].keys()
+        assert found["rows"].keys() <= {cell.row for cell in read_cells(study) if cell.network == network}
         assert found["rows"]["baseline"] == {"image": 1.0, "training": 1.0}
 
 

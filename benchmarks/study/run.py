@@ -211,8 +211,9 @@ def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]
     known: dict[tuple[str, str, str], float] = {}
     for cell in cells:
         if (record := record_of(study, cell)).exists():
-            cost = json.loads(record.read_text(encoding="utf-8"))["training"]["seconds"]
-            known[cell.network, cell.regime, cell.row] = cost / cell.epochs
+            cost = json.loads(record.read_text(encoding="utf-8"))["training"]
+            # The time of a core, if it is known: a run may have been stopped for a while, or have had company.
+            known[cell.network, cell.regime, cell.row] = (cost.get("cpu_seconds") or cost["seconds"]) / cell.epochs
     total = 0.0
     for cell in missing:
         place = cell.network, cell.regime

@@ -25,7 +25,8 @@ HEADER = (
 
 DROPPABLE = (
     "p", "params", "training\ntime", "pairs", "MACs\n≤ 0.9", "MACs\n≤ 0.6", "its\ntime", "MACs\n≤ 0.8", "seeds", "MACs",
-    "exit2", "its\nMACs", "exit3", "95 % interval", "training\nMACs", "MACs\n≤ 0.7",
+    "exit2", "its\nMACs", "exit3", "95 % interval", "training\nMACs", "MACs\n≤ 0.7", "ensemble\nNLL",
+    "ensemble\nECE",
 )  # fmt: skip
 """What a narrow terminal does without first."""
 WIDEST = 130
@@ -38,6 +39,7 @@ def grids(comparison: Comparison, point: str) -> Iterator[Grid]:
         yield _scores(task)
         if task.baseline is not None and len(task.groups) > 1:
             yield _differences(task, point)
+            yield _confidence(task)
         if any(group.early for group in task.groups):
             yield _early(task)
     if comparison.overall:
@@ -86,6 +88,22 @@ def _differences(task: Task, point: str) -> Grid:
     return Grid(f"{task.name}  ·  {point} against {task.baseline}, in points", header, tuple(rows))
 
 
+def _confidence(task: Task) -> Grid:
+    """How well probabilities fit, of `final` and the ensemble: top-1 does not see it."""
+    points = _points(task)
+    columns = [(point, name) for point in points[points.index(FINAL) :] for name in ("nll", "ece")]
+    of = {(group.label, point, name): own for group in task.groups for point, name in columns
+          if (own := (group.nll if name == "nll" else group.ece).get(point))}  # fmt: skip
+    least = {column: min(own.mean for (_, *place), own in of.items() if tuple(place) == column) for column in columns}
+    rows = []
+    for group in task.groups:
+        found = [(column, of.get((group.label, *column))) for column in columns]
+        cells = [Cell(score(own, 3), own.mean == least[column]) if own else Cell("") for column, own in found]
+        rows.append((Cell(_name(group)), *cells))
+    header = ("recipe", *(f"{point}\n{name.upper()}" for point, name in columns))
+    return Grid(f"{task.name}  ·  how well confidence fits: the less, the better", header, tuple(rows))
+
+
 def _early(task: Task) -> Grid:
     """What images that leave early are worth, where checkpoints are calibrated."""
     groups = [group for group in task.groups if group.early]
@@ -123,9 +141,10 @@ def _overall(comparison: Comparison) -> Grid:
     return Grid("all tasks  ·  final: interquartile mean of top-1 %", header, tuple(rows))
 
 
-def score(value: Score) -> str:
+def score(value: Score, digits: int = 2) -> str:
     """Mean and standard deviation over seeds."""
-    return f"{value.mean:.2f}" if value.sd is None else f"{value.mean:.2f} ± {value.sd:.2f}"
+    mean = f"{value.mean:.{digits}f}"
+    return mean if value.sd is None else f"{mean} ± {value.sd:.{digits}f}"
 
 
 def signed(value: float) -> str:
@@ -184,6 +203,13 @@ def remarks(comparison: Comparison, point: str = FINAL) -> Iterator[str]:
                     f"{found.only_second:,} only {task.baseline}: McNemar's p = {found.p:.3g}, for these two networks "
                     "and not for their recipes"
                 )
+        for group in task.groups:
+            for exit, budgets in _better_alone(group).items():
+                yield (
+                    f"{where}{exit} of {group.label} alone has {group.points[exit].mean:.2f} % for "
+                    f"{_share(group, exit):.2f} of the MACs, more than its early exit has for at most "
+                    + ", ".join(budgets)
+                )
         noise = task.noise.get(point)
         if noise is not None:
             (fewest, limit), *more = noise.detectable.items()
@@ -198,6 +224,22 @@ def remarks(comparison: Comparison, point: str = FINAL) -> Iterator[str]:
             yield f"{where}one seed only, which cannot be told from the noise of training: {', '.join(single)}"
         elif single:
             yield f"{where}one seed: no difference can be told from the noise of training; see sdcli train --seeds"
+
+
+def _share(group: Group, point: str) -> float:
+    return group.macs[point] / group.macs[FINAL]
+
+
+def _better_alone(group: Group) -> dict[str, list[str]]:
+    """The exits that are better than early exit, each with the settings that may cost as much as it does."""
+    found: dict[str, list[str]] = {}
+    exits = [point for point in list(group.points)[: list(group.points).index(FINAL)] if group.early]
+    for name, own in group.early.items():
+        within = [p for p in exits if name != "calibrated" and _share(group, p) <= float(name)]
+        best = max(within, key=lambda point: group.points[point].mean, default=None)
+        if best and group.points[best].mean > own.top1.mean:
+            found.setdefault(best, []).append(name)
+    return found
 
 
 def as_csv(comparison: Comparison) -> str:

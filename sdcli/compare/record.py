@@ -52,7 +52,7 @@ class Costs:
     macs: int | None = None
     """Of all forward and backward passes of all networks; None for a run whose log does not have them."""
     cpu_seconds: float | None = None
-    """Of all cores together."""
+    """Of all cores together, on a CPU; None for a run whose process was not alone at work."""
 
     @classmethod
     def of(cls, log: Sequence[Mapping[str, Any]]) -> Costs | None:
@@ -63,7 +63,7 @@ class Costs:
         macs = [int(line.get("macs", 0)) for line in log]
         timed = [(line, _timed_images(line)) for line in log]
         seconds = sum(line["seconds"] * line["num_images"] / max(seen, 1) for line, seen in timed)
-        known = [(line["cpu_seconds"], seen) for line, seen in timed if "cpu_seconds" in line]
+        known = [(line["cpu_seconds"], seen) for line, seen in timed if line.get("cpu_seconds") is not None]
         cpu = sum(taken for taken, _ in known) / max(1.0, sum(seen for _, seen in known)) * images if known else None
         return cls(len(log), images, round(seconds, 1), sum(macs) if all(macs) else None, cpu and round(cpu, 1))
 

@@ -42,8 +42,9 @@ class Epoch:
     validation: Report | None = None
     networks: dict[str, float] = field(default_factory=dict)
     """The top-1, in percent, of the other networks' own classifiers on the same images."""
-    cpu_seconds: float = 0.0
-    """As `seconds`, in time of this process on all its cores: on a busy machine, the fairer measure."""
+    cpu_seconds: float | None = None
+    """As `seconds`, in time of this process on all its cores: on a busy machine, the fairer measure. None where others
+    work for the run: a GPU, further processes, those that load images."""
     macs: int = 0
     """Of training on these images: forward and backward passes of all networks, without validation."""
     skipped: int = 0
@@ -67,7 +68,7 @@ class Epoch:
             "validation": self.validation.to_dict() if self.validation else None,
             "networks": self.networks,
             "seconds": round(self.seconds, 3),
-            "cpu_seconds": round(self.cpu_seconds, 3),
+            "cpu_seconds": None if self.cpu_seconds is None else round(self.cpu_seconds, 3),
             "images_per_s": round(self.images_per_s, 1),
         }
 

@@ -289,6 +289,12 @@ def skip_update(training: Training, batches: list[Batch], buffers: list[Tensor])
     training.position.in_a_row += 1
 
 
+def _is_helped(training: Training) -> bool:
+    """Whether this process's own time is not all that training takes."""
+    loaders = training.loader.num_workers if isinstance(training.loader, Loader) else 0
+    return training.accelerator.device.type != "cpu" or training.accelerator.num_processes > 1 or loaders > 0
+
+
 def train_epoch(
     training: Training, told_to_stop: Callable[[], int | None] = lambda: None
 ) -> Iterator[Step | Epoch | Stopped]:
@@ -387,7 +393,7 @@ def train_epoch(
         seconds,
         speed,
         position.shares,
-        cpu_seconds=time.process_time() - cpu_start,
+        cpu_seconds=None if _is_helped(training) else time.process_time() - cpu_start,
         macs=training.learner.training_macs * position.num_images,
         skipped=position.skipped,
         weights=training.found_weights,
