@@ -117,6 +117,11 @@ def test_the_page_is_balanced_and_needs_nothing_else(run: Path, sdcli: Command):
     text = (run / "report.html").read_text()
     assert "@import" not in text and "url(" not in text
     assert page.tags.count("h1") == 1 and page.tags.count("svg") > 8 and '<html lang="en">' in text
+    # On a phone as wide as the phone; in the dark every colour has another value.
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text and "max-width: 600px" in text
+    light, dark = re.split(re.escape("@media (prefers-color-scheme: dark)"), text, maxsplit=1)
+    colours = [set(re.findall(r"(--[\w-]+): #", part.split("}")[0])) for part in (light[light.index(":root") :], dark)]
+    assert colours[0] == colours[1] and len(colours[0]) > 5
     assert len(text) < 300_000
 
 
