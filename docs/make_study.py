@@ -50,7 +50,8 @@ Rules, fixed before the first test image was scored, but for the choice of `defa
   busy and quiet, and with versions that became faster, so it says little. Where there is a table of seconds, that one
   counts; the cells of flowers12 are all of one machine. `baseline-longer` has 1.17 times the epochs, the time that deep
   supervision was first measured to take; by turns it takes 1.25 times the baseline's.
-- Intervals are t intervals over seeds; p-values come from flipping signs, corrected after Holm within a table.
+- Intervals are t intervals over seeds; p-values come from flipping signs, corrected after Holm within a table. Most
+  rows have three seeds, the most important ones six. The headers of recipes have means over seeds 1 to 3.
 
 `default` is the row with the highest validation top-1, averaged over the final classifier and all exits, both regimes
 and seeds 1 to 3, among those that have its heads, epochs and MACs: the table "How `default` is chosen" below. This rule
