@@ -48,7 +48,8 @@ Rules, fixed before the first test image was scored, but for the choice of `defa
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
   backward passes. Training time is that of the cells themselves: over some days, on several machines of two cores,
   busy and quiet, and with versions that became faster, so it says little. Where there is a table of seconds, that one
-  counts; the cells of flowers12 are all of one machine. `baseline-longer` has 1.17 times the epochs, the time that deep
+  counts; the cells of flowers12 are of one machine, but for seed 1 of `finetune`, which was slower there.
+  `baseline-longer` has 1.17 times the epochs, the time that deep
   supervision was first measured to take; by turns it takes 1.25 times the baseline's.
 - Intervals are t intervals over seeds; p-values come from flipping signs, corrected after Holm within a table. Most
   rows have three seeds, the most important ones six. The headers of recipes have means over seeds 1 to 3.
