@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -78,6 +79,20 @@ class Result:
 
 
 Command = Callable[..., Result]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The pictures that are written from here on, to see what they show."""
+    seen: list[Figure] = []
+    written = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **named: Any) -> None:
+        seen.append(figure)
+        written(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return seen
 
 
 @pytest.fixture

@@ -653,6 +653,28 @@ def test_the_comparison_as_markdown_latex_csv_and_picture(runs, tmp_path, sdcli:
         assert picture.size[0] > 1000
 
 
+def test_the_picture_shows_every_exit_at_its_cost_and_training_at_its_own(runs, tmp_path, sdcli: Command, figures):
+    found = json.loads(sdcli("compare", runs, "--plot", tmp_path / "c.svg", "--json").out)
+    (task,), (figure,) = found["tasks"], figures
+    use, training = figure.axes
+    base, exits = task["groups"]
+    for group, drawn in zip(task["groups"], use.containers, strict=True):
+        points = [point for point in group["points"] if point != "ensemble"]
+        line, _, bars = drawn.lines
+        assert drawn.get_label() == group["label"]
+        plain = base["macs"]["final"]
+        assert list(line.get_xdata()) == pytest.approx([group["macs"][point] / plain for point in points])
+        scores = [group["points"][point] for point in points]
+        assert list(line.get_ydata()) == pytest.approx([score["mean"] for score in scores])
+        # Where no seed differs there are no bars.
+        heights = [(high - low) / 2 for bar in bars for (_, low), (_, high) in bar.get_segments()] or [0] * len(points)
+        assert heights == pytest.approx([score["sd"] for score in scores])
+    spots = [tuple(float(one[0]) for one in drawn.lines[0].get_data()) for drawn in training.containers]
+    assert spots[0] == pytest.approx((1, base["points"]["final"]["mean"]))
+    assert spots[1] == pytest.approx((exits["relative_macs"], exits["points"]["final"]["mean"]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [BASE, "exits"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

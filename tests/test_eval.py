@@ -591,6 +591,23 @@ def test_early_exit_is_scored_like_an_exit_and_drawn_along_its_curve(runs, sdcli
     assert f"note: wrote {picture}" in result.err
 
 
+def test_the_picture_of_scores_shows_what_the_table_says(runs, sdcli, tmp_path, figures):
+    result = sdcli("eval", runs / "one", *ON, "--plot", tmp_path / "scores.svg", "--json")
+    table, (figure,) = json.loads(result.out), figures
+    rows = [*table["exits"], table["ensemble"]]
+    cost, *panels = figure.axes
+    for row, drawn in zip(rows, cost.containers, strict=True):
+        line, _, (bar,) = drawn.lines
+        ((_, low), (_, high)) = bar.get_segments()[0]
+        assert drawn.get_label() == row["point"]
+        assert (line.get_xdata()[0], line.get_ydata()[0]) == pytest.approx((row["macs"], row["top1"]))
+        assert (low, high) == pytest.approx((row["top1_low"], row["top1_high"]))
+    shown = [panel for panel in panels if panel.get_visible()]
+    for row, panel in zip(rows, shown, strict=True):
+        assert panel.get_title(loc="left") == f"{row['point']}, ECE {row['ece']:.3f}"
+        assert panel.patches and all(0 <= bar.get_height() <= 1 for bar in panel.patches)
+
+
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_the_confusion_matrix_is_drawn_in_every_format(ending, sdcli, tmp_path):
     save_network(tmp_path / "network.safetensors")
