@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdcli.errors import UserError
     from sdcli.method.losses import LOSSES
+    from sdcli.method.signals import SIGNALS
     from sdcli.network.cuts import find_stages
     from sdcli.network.heads import HEADS
     from sdcli.network.weights import load
@@ -20,8 +21,9 @@ _PUBLIC = {
     "HEADS": "network.heads",
     "load": "network.weights",
     "LOSSES": "method.losses",
+    "SIGNALS": "method.signals",
 }
-__all__ = ["HEADS", "LOSSES", "UserError", "__version__", "find_stages", "load"]
+__all__ = ["HEADS", "LOSSES", "SIGNALS", "UserError", "__version__", "find_stages", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -556,13 +556,32 @@ def test_an_imported_head_that_fails_is_named_with_its_stage_before_any_data(
     refused(result, message)
 
 
-def test_the_readmes_own_loss_trains_resumes_and_is_scored_without_its_file(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Losses of your own\n")[2].partition("\n## ")[0]
-    code, recipe = re.findall(r"\n\n((?:    .*\n|\n)+)", section)[:2]
+def documented(heading: str, folder: Path) -> tuple[Path, Path]:
+    """The code and the recipe of a section of docs/extending.md, as files."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    code, recipe = (re.sub(r"(?m)^    ", "", block) for block in re.findall(r"\n\n((?:    .*\n|\n)+)", section)[:2])
+    return write(folder, code), write(folder, recipe, "mine.toml")
+
+
+@pytest.mark.parametrize("heading", ["A loss", "A head", "A signal"])
+def test_the_examples_of_extending_sdcli_train_and_are_scored(heading: str, sdcli: Command, tmp_path: Path) -> None:
+    code, recipe = documented(heading, tmp_path)
+    checked = sdcli("recipes", "check", recipe, "--import", code, "--model", "test_resnet")
+    assert checked.code == 0, checked.err
+    few = ("--limit-train", 32, "--limit-val", 16, "-j", 0, "--device", "cpu", "--epochs", 1, "--set", "batch.size=16")
+    trained = sdcli(
+        "train", "test_resnet", "--dataset", "digits", "--recipe", recipe, "--import", code, *few,
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    scored = sdcli("eval", tmp_path / "run", "--import", code, "--limit", 16, "-j", 0, "--device", "cpu", "--json")
+    assert [row["point"] for row in json.loads(scored.out)["exits"]] == ["exit1", "exit2", "exit3", "final"]
+
+
+def test_a_loss_of_ones_own_resumes_and_is_scored_without_its_file(tmp_path: Path) -> None:
     (folder := tmp_path / "work").mkdir()
-    write(folder, re.sub(r"(?m)^    ", "", code))
-    write(folder, re.sub(r"(?m)^    ", "", recipe), "mine.toml")
+    documented("A loss", folder)
     quick = [
         "--set",
         "epochs=1",
