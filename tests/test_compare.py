@@ -17,10 +17,12 @@ import pytest
 from conftest import Command, refused
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy import stats
 
 from sdcli.cli.comparisons import DROPPABLE, WIDEST, grids, remarks
-from sdcli.cli.grids import fitted
+from sdcli.cli.grids import Cell, Grid, fitted, latex, markdown
 from sdcli.compare.compare import Comparison, compare
 from sdcli.compare.record import (
     BUDGETS,
@@ -302,11 +304,58 @@ def test_recipes_without_a_common_seed_say_so():
     assert lines == ["byot and baseline have no seed in common (7, 8; 0, 1), so their difference has no pairs"]
 
 
-def test_records_of_one_name_are_not_written_over_each_other():
+def test_records_of_one_name_are_not_written_over_each_other(tmp_path):
     twice = [*three("byot", [52.0]), replace(three("byot", [52.0])[0], image_size=16)]
     with pytest.raises(UserError, match=r"--save: 1 file would hold two runs each: byot-seed0"):
-        check_names(twice)
-    check_names(twice[:1])
+        check_names(twice, tmp_path)
+    check_names(twice[:1], tmp_path)
+    save_record(twice[0], tmp_path)
+    check_names([replace(twice[0], epoch=7, label_set="0123")], tmp_path)
+    file = tmp_path / "byot-seed0.json"
+    for other in (twice[1], replace(twice[0], dataset="photos")):
+        with pytest.raises(UserError, match=re.escape(f"--save: '{file}' is the record of another run: byot, seed 0,")):
+            check_names([other], tmp_path)
+    file.write_text("{}")
+    with pytest.raises(UserError, match="is not a record"):
+        check_names(twice[:1], tmp_path)
+
+
+def test_data_sets_of_one_name_are_told_apart_by_their_labels():
+    runs = [*three("baseline", [50.0, 51.0]), *three("byot", [52.0, 54.0])]
+    photos = [replace(run, label_set="aaa") for run in runs[:3]] + [replace(runs[3], label_set="bbb")]
+    found = compare(photos)
+    assert [[group.label for group in task.groups] for task in found.tasks] == [["baseline", "byot"], ["byot"]]
+    assert "not compared with each other, because of another set of labels: aaa, bbb" in found.notes
+    assert "set of labels aaa" in found.tasks[0].name
+    # A record of an earlier version does not say what its labels are.
+    assert len(compare([replace(runs[0], label_set=""), *photos[1:3]]).tasks) == 1
+    assert len(compare(runs).tasks) == 1
+
+
+@pytest.mark.parametrize("change", [{"head": "linear"}, {"gradients": "equilibrium"}, {"exits": "none"}])
+def test_seeds_of_other_networks_are_named(change):
+    first, second = three("byot", [52.0, 54.0], 45.0)
+    other = {**second.recipe, "networks": {"student": change}}
+    found = compare([*three("baseline", [50.0, 51.0]), first, replace(second, recipe=other)])
+    (note,) = [line for line in remarks(found) if "alike" in line]
+    ((name, value),) = change.items()
+    assert note.startswith(f"the runs of byot were not trained alike: networks.student.{name} = {value} (seed 0: ")
+
+
+def test_one_run_under_two_names_is_one_run(tmp_path, monkeypatch):
+    file = save_record(record("byot", 1, 52.0, 40.0), tmp_path / "kept")
+    (tmp_path / "link").symlink_to("kept")
+    monkeypatch.chdir(tmp_path)
+    assert find_runs([Path("kept"), file, Path("link")]) == [Path("kept") / file.name]
+
+
+def test_names_of_any_characters_stay_in_their_rows():
+    rows = tuple((Cell(name), Cell("1")) for name in ("[a]", "*b", "c\nd\te", "$f$"))
+    grid = Grid("a\nb", ("name", "value"), rows)
+    lines = latex(grid).splitlines()
+    assert lines[0] == "% a b" and len(lines) == len(rows) + 7
+    assert [line.split(" &")[0] for line in lines[5:9]] == ["{}[a]", "{}*b", "c d e", r"\$f\$"]
+    assert [line.split(" | ")[0] for line in markdown(grid).splitlines()[4:]] == ["| [a]", r"| \*b", "| c d e", "| $f$"]
 
 
 def test_only_seeds_that_both_have_are_paired():
@@ -440,6 +489,7 @@ def test_what_is_no_record_is_refused(tmp_path, sdcli: Command, text, reason):
     ({"correct": {"final": "//8"}}, "is damaged: correct.final is not one bit per image"),
     ({"correct": {"final": "////"}}, "is damaged: correct.final is not one bit per image"),
     ({"test": Report("resnet18", "cifar100", "test", 16, (), None)}, "it has no scores of 'final'"),
+    ({"test": Report("resnet18", "cifar100", "test", 16, (replace(row("final", 52.0, 100), nll=float("nan")),), None)}, "final has an NLL of nan on 16 images"),
 ])  # fmt: skip
 def test_a_record_that_cannot_be_used_is_refused(tmp_path, change, reason):
     file = save_record(replace(record("byot", 1, 52.0, 40.0), **change), tmp_path)
@@ -675,10 +725,69 @@ def test_the_picture_shows_every_exit_at_its_cost_and_training_at_its_own(runs, 
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [BASE, "exits"]
 
 
+def test_the_picture_takes_names_as_they_are(tmp_path, sdcli: Command, figures):
+    for name in ("_hidden", r"$\foo$", "[a] 50 %"):
+        save_record(record(name, 1, 52.0, 40.0), tmp_path / "kept")
+    result = sdcli("compare", tmp_path / "kept", "--plot", tmp_path / "c.png")
+    assert result.code == 0, result.err
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert sorted(names) == sorted(["_hidden", r"$\foo$", "[a] 50 %"])
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_scored(runs, tmp_path, sdcli: Command):
+    (folder := tmp_path / "c.png").mkdir()
+    message = f"'{folder}' cannot be written: it is not a regular file\n  expected: a file in a writable folder"
+    refused(sdcli("compare", runs, "--plot", folder, "--save", tmp_path / "kept"), message)
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), [
+    ("run.json", "[]", "run.json' is damaged: Input should be an object"),
+    ("run.json", '{"label": 3}', "run.json' is damaged: Input should be a valid string"),
+    ("log.jsonl", '{"epoch": 1}\n', "log.jsonl' is damaged: line 1 lacks images_per_s, loss, losses, lr, num_images"),
+    ("log.jsonl", "[1]\n", "log.jsonl' is damaged: line 1 lacks epoch, images_per_s"),
+])  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(runs, tmp_path, sdcli: Command, name, text, reason):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "exits" / "seed42", run)
+    (run / name).write_text(text)
+    result = sdcli("compare", run)
+    assert (result.code, result.out) == (2, "") and reason in result.err and "Traceback" not in result.err
+    if name == "log.jsonl":
+        result = sdcli("report", run, "--device", "cpu")
+        assert result.code == 2 and reason in result.err
+
+
+def test_a_network_that_is_not_finite_is_not_compared(runs, tmp_path, sdcli: Command):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "exits" / "seed42", run)
+    (run / "record-best.json").unlink(missing_ok=True)
+    with safe_open(run / "best.safetensors", "pt") as opened:
+        tensors, about = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    next(tensor for name, tensor in tensors.items() if name.endswith("weight")).fill_(float("nan"))
+    save_file(tensors, run / "best.safetensors", about)
+    result = sdcli("compare", run)
+    assert result.code == 2 and "has an NLL of nan on 359 images" in result.err
+
+
+def test_seeds_do_not_go_into_a_run_or_beyond_the_largest(runs, tmp_path, sdcli: Command):
+    folder = runs / "exits" / "seed42"
+    for more in ((), ("--resume", "auto")):
+        result = sdcli("train", "test_resnet", *TRAIN, "--seeds", 2, "-o", folder, *more)
+        refused(
+            result,
+            f"output '{folder}' is a run itself\n  expected: a folder for the runs of --seeds, each in a folder of its own\n"
+            f"  fix:      --output {folder}-seeds",
+        )
+    result = sdcli("train", "test_resnet", *TRAIN, "--seed", 2**31 - 1, "--seeds", 2, "-o", tmp_path / "new")
+    refused(result, f"--seed {2**31 - 1} --seeds 2 ends at seed {2**31}\n  expected: seeds up to {2**31 - 1}")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nowhere"], "'nowhere' does not exist\n  expected: run folders of sdcli train, checkpoints, folders of those, "
+        (["nowhere"], "'nowhere' does not exist\n  expected: run folders of sdcli train, folders that hold some, checkpoints, "
          "or records (sdcli compare --save)"),
         (["--json", "--csv", "x"], "--json, --csv, --markdown and --latex exclude each other\n  expected: one of them"),
         (["x", "--plot", "c.gif"], "'c.gif' is not the name of a picture\n  expected: one of .png, .svg, .pdf, .jpg, "
@@ -697,6 +806,6 @@ def test_a_point_that_no_run_has_is_refused(runs, sdcli: Command):
 def test_a_folder_without_runs_is_refused(tmp_path, sdcli: Command):
     refused(
         sdcli("compare", tmp_path),
-        f"'{tmp_path}' holds no finished run\n  expected: run folders of sdcli train, checkpoints, folders of those, or "
+        f"'{tmp_path}' holds no finished run\n  expected: run folders of sdcli train, folders that hold some, checkpoints, or "
         "records (sdcli compare --save)",
     )

@@ -622,6 +622,11 @@ def test_the_confusion_matrix_is_drawn_in_every_format(ending, sdcli, tmp_path):
     ("options", "message"),
     [
         (
+            ("--exits", "all,exit9"),
+            "--exits all,exit9: 'all' is every exit already\n  expected: all, or some of them: exit1,exit3\n"
+            "  fix:      --exits all",
+        ),
+        (
             ("--json", "--latex"),
             "--json, --csv, --markdown and --latex exclude each other\n  expected: one of them",
         ),

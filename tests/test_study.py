@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "benchmarks" / "study").glob("*.toml"))
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
-from run import Lanes, expected_hours, read_cells, record_of  # noqa: E402
+from run import Lanes, expected_hours, needed_again, read_cells, record_of  # noqa: E402
 
 TINY = """
 dataset = "digits"
@@ -184,6 +184,49 @@ def test_a_study_on_a_gpu_counts_its_hours(tmp_path):
     (tmp_path / "study.toml").write_text(TINY.replace('checkpoint = "last"', 'checkpoint = "last"\ndevice = "cuda"'))
     planned = run_study(tmp_path, "--dry-run")
     assert "about 0.0 h of one GPU" in planned.stdout and planned.stdout.count("--device cuda") == 2
+
+
+def test_what_is_needed_again_is_followed_to_its_start(tmp_path):
+    study = tomllib.loads(
+        TINY
+        + """
+[rows.further]
+options = ["--recipe", "default"]
+start = "exits-only"
+"""
+    )
+    study["plan"][0]["rows"] = ["further", "exits-only", "baseline"]
+    cells = {cell.row: cell for cell in read_cells(study)}
+    again = needed_again(study, [cells["further"]], tmp_path)
+    assert again == [cells["baseline"], cells["exits-only"]]
+    (tmp_path / cells["exits-only"].name).mkdir(parents=True)
+    (tmp_path / cells["exits-only"].name / "report.json").touch()
+    assert needed_again(study, [cells["further"]], tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (("", ""), ("--lanes", "0"), "--lanes: at least 1"),
+        (("", ""), ("--only", "zzz"), "--only zzz: no cell of the plan has this in its name"),
+        (("[rows.baseline]", "[rows.'C D']"), (), "row 'C D'\n  expected: letters, digits and ._+-"),
+        (('rows = ["exits-only"', 'rows = ["none"'), (), "the plan names 'none', which is none of [rows]"),
+        (("[rows", "[rows.."), (), "study.toml cannot be read"),
+    ],
+)
+def test_a_study_that_cannot_be_run_says_why(tmp_path, change, options, message):
+    (tmp_path / "study.toml").write_text(TINY.replace(*change, 1) if change[0] else TINY)
+    done = run_study(tmp_path, "--dry-run", *options)
+    assert done.returncode > 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_report_fails_its_cell_alone(tmp_path):
+    (tmp_path / "study.toml").write_text(TINY)
+    run = tmp_path / "runs" / "study" / "tiny" / "few" / "baseline-seed3"
+    run.mkdir(parents=True)
+    (run / "report.json").write_text("{")
+    done = run_study(tmp_path, "--only", "baseline")
+    assert done.returncode == 1 and "tiny/few/baseline-seed3: JSONDecodeError" in done.stderr
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_done(tmp_path):

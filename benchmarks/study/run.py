@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -72,9 +73,20 @@ class Cell:
         return ["train", *options, "--dataset", dataset, *own]
 
 
+def read_study(file: Path) -> dict[str, Any]:
+    """A study's tables; ends with a message for a file that is none."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"error: {file} cannot be read: {error}\n  expected: a study's file, such as cifar100.toml"
+        ) from None
+
+
 def read_cells(study: dict[str, Any]) -> list[Cell]:
     """The cells of a study, in the order in which they are run."""
     cells: dict[str, Cell] = {}
+    check_names(study)
     for part in study["plan"]:
         for network in part.get("networks", study["networks"]):
             for regime in part["regimes"]:
@@ -97,6 +109,19 @@ def read_cells(study: dict[str, Any]) -> list[Cell]:
                         cell = Cell(network, regime, row, seed, epochs, tuple(options), start, teacher, cost, calibrate)
                         cells.setdefault(cell.name, cell)
     return list(cells.values())
+
+
+def check_names(study: dict[str, Any]) -> None:
+    """Ends with a message where the plan names what the study does not have, or a row has a name that no file has."""
+    for row in study["rows"]:
+        if not re.fullmatch(r"[\w.+-]{1,100}", row):
+            raise SystemExit(f"error: row {row!r}\n  expected: letters, digits and ._+-: it names a file")
+    for part in study["plan"]:
+        for kind in ("networks", "regimes", "rows"):
+            for name in part.get(kind, ()):
+                if name not in study[kind]:
+                    known = ", ".join(study[kind])
+                    raise SystemExit(f"error: the plan names {name!r}, which is none of [{kind}]\n  expected: {known}")
 
 
 class Lanes:
@@ -125,7 +150,11 @@ class Lanes:
                 time.sleep(1)
                 continue
             start = time.monotonic()
-            code = self.work(cell)
+            try:
+                code = self.work(cell)
+            except (OSError, ValueError, KeyError) as error:
+                print(f"{cell.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                code = 1
             if self.stopping or code in STOPPED:
                 return
             how = f"{(time.monotonic() - start) / 60:.1f} min" if code == 0 else f"exit code {code}"
@@ -197,9 +226,15 @@ def record_of(study: dict[str, Any], cell: Cell) -> Path:
 
 def needed_again(study: dict[str, Any], missing: list[Cell], runs: Path) -> list[Cell]:
     """The cells that have a record, but whose weights some of the missing ones need and are no longer in `runs`."""
-    needed = {name for cell in missing for name in (cell.start, cell.teacher) if name}
-    gone = [cell for cell in read_cells(study) if cell.name in needed and cell not in missing]
-    return [cell for cell in gone if not (runs / cell.name / "report.json").exists()]
+    again: list[Cell] = []
+    while True:
+        # Of those that are run again too.
+        needed = {name for cell in (*missing, *again) for name in (cell.start, cell.teacher) if name}
+        gone = [cell for cell in read_cells(study) if cell.name in needed and cell not in (*missing, *again)]
+        gone = [cell for cell in gone if not (runs / cell.name / "report.json").exists()]
+        if not gone:
+            return again
+        again = gone + again
 
 
 def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]) -> float:
@@ -212,6 +247,8 @@ def expected_hours(study: dict[str, Any], cells: list[Cell], missing: list[Cell]
     for cell in cells:
         if (record := record_of(study, cell)).exists():
             cost = json.loads(record.read_text(encoding="utf-8"))["training"]
+            if not cost:
+                continue
             # The time of a core, if it is known: a run may have been stopped for a while, or have had company.
             known[cell.network, cell.regime, cell.row] = (cost.get("cpu_seconds") or cost["seconds"]) / cell.epochs
     total = 0.0
@@ -233,10 +270,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only cells whose names contain this")
     parser.add_argument("--dry-run", action="store_true", help="print what is missing")
     options = parser.parse_args()
-    study = tomllib.loads(options.study.read_text(encoding="utf-8"))
+    if options.lanes < 1:
+        parser.error("--lanes: at least 1")
+    study = read_study(options.study)
     place = options.data or study["dataset"], options.runs, options.weights, device_of(study)
     options.command = lambda cell: cell.command(*place)
     cells = [cell for cell in read_cells(study) if options.only in cell.name]
+    if not cells:
+        parser.error(f"--only {options.only}: no cell of the plan has this in its name")
     missing = [cell for cell in cells if not record_of(study, cell).exists()]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done, {len(missing)} are missing:")
     if again := needed_again(study, missing, options.runs):
@@ -260,7 +301,9 @@ def main() -> int:
         thread.join()
     for name in lanes.failed:
         print(f"failed: {name}; see {options.runs}/logs/{name}", file=sys.stderr)
-    return 1 if lanes.failed else 0
+    if lanes.cells and not lanes.stopping:
+        print("waiting for others: " + ", ".join(cell.name for cell in lanes.cells), file=sys.stderr)
+    return 1 if lanes.failed or (lanes.cells and not lanes.stopping) else 0
 
 
 if __name__ == "__main__":

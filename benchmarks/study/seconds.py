@@ -20,13 +20,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import tomllib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from run import ONE_THREAD, Cell, read_cells
+from run import ONE_THREAD, Cell, read_cells, read_study
 
 BASELINES = ("baseline", "plain")
 RATE = re.compile(r"-lr-[0-9.]+$")
@@ -57,8 +56,10 @@ def main() -> None:
     parser.add_argument("--network", help="of the study; by default its first")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    study = tomllib.loads(options.study.read_text(encoding="utf-8"))
+    study = read_study(options.study)
     network = options.network or next(iter(study["networks"]))
+    if network not in study["networks"]:
+        parser.error(f"--network {network}: the study has {', '.join(study['networks'])}")
     cells: dict[str, Cell] = {}
     for cell in read_cells(study):
         # What starts from another cell, or is taught by one, needs that cell's weights.

@@ -179,11 +179,12 @@ KeepEvery: TypeAlias = Annotated[
         min=1, metavar="EPOCHS", help="Keep the checkpoint of every Nth epoch too, as epochN.", rich_help_panel=RUN
     ),
 ]
+LARGEST_SEED = 2**31 - 1
 Seed: TypeAlias = Annotated[
     int,
     typer.Option(
         min=0,
-        max=2**31 - 1,
+        max=LARGEST_SEED,
         metavar="N",
         help="Seed of the weights, the order of the images and their augmentation.",
         rich_help_panel=RUN,

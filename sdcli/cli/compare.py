@@ -112,7 +112,7 @@ def compare(
                     )
                 )
         if save is not None:
-            check_names(records)
+            check_names(records, save)
         found = compare_records(records, baseline)
         known = list(dict.fromkeys(p for task in found.tasks for group in task.groups for p in group.points))
         if point not in known:

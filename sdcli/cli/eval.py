@@ -324,4 +324,8 @@ def parse_points(text: str) -> list[str] | None:
     points = [part.strip() for part in text.split(",") if part.strip()]
     if not points:
         raise UserError("--exits names no exit", "all, final, or some of them: exit1,exit3")
-    return None if "all" in points else points
+    if "all" in points and len(points) > 1:
+        raise UserError(
+            f"--exits {text}: 'all' is every exit already", "all, or some of them: exit1,exit3", "--exits all"
+        )
+    return None if points == ["all"] else points

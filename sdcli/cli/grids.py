@@ -90,16 +90,23 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"([|\\*_`<])", r"\\\1", text)
+    return re.sub(r"([|\\*_`<])", r"\\\1", _joined(text))
+
+
+def _joined(text: str) -> str:
+    """In one line, whatever characters a name has."""
+    return re.sub(r"[^\S ]|[\x00-\x1f]", " ", text)
 
 
 def latex(grid: Grid) -> str:
     """For a paper, with the package booktabs."""
     columns = "l" + "r" * (len(grid.header) - 1)
-    lines = [f"% {grid.title}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines = [f"% {_joined(grid.title)}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [_latex_line([escaped(_one_line(title)) for title in grid.header]), r"\midrule"]
     for row in grid.rows:
-        lines.append(_latex_line([rf"\textbf{{{escaped(c.text)}}}" if c.best else escaped(c.text) for c in row]))
+        cells = [rf"\textbf{{{escaped(c.text)}}}" if c.best else escaped(c.text) for c in row]
+        # After a line's end [ would begin its height, and * be part of it.
+        lines.append(_latex_line(["{}" * cells[0].startswith(("[", "*")) + cells[0], *cells[1:]]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
@@ -109,4 +116,4 @@ def _latex_line(cells: Sequence[str]) -> str:
 
 def escaped(text: str) -> str:
     """Text that LaTeX prints as it is."""
-    return "".join(LATEX.get(letter) or MATH.get(letter, letter) for letter in text)
+    return "".join(LATEX.get(letter) or MATH.get(letter, letter) for letter in _joined(text))

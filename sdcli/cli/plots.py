@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcli.errors import UserError
-from sdcli.files import replacing
+from sdcli.files import check_writable, replacing
 from sdcli.run.folder import read_log
 from sdcli.toml import write_value
 
@@ -37,6 +37,10 @@ def check(file: Path) -> None:
         raise UserError(f"'{file}' is not the name of a picture", "one of " + ", ".join(FORMATS), f"{file.stem}.png")
     if not file.absolute().parent.is_dir():
         raise UserError(f"'{file}' cannot be written: its folder does not exist", "a folder that exists")
+    try:
+        check_writable(file)
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be written: {error.strerror}", "a file in a writable folder") from None
 
 
 def save_curves(run: Path, file: Path) -> None:
@@ -93,7 +97,7 @@ def save_search(search: Search, trials: Sequence[Trial], file: Path) -> None:
                 axes.set_xticks(range(len(marks)), marks)
                 axes.set_xlim(-0.5, len(marks) - 0.5)
             elif tried.log:
-                axes.set_xscale("log")
+                logarithmic(axes, "x")
             axes.set_xlabel(tried.key)
         panels[0].set_title("validation: top-1, %", fontsize=10, loc="left")
         panels[-1].set_title("filled: complete, hollow: ended early", fontsize=8, loc="right")
@@ -108,17 +112,16 @@ def save_comparison(found: Comparison, file: Path) -> None:
     with drawing(file, 2, rows=len(found.tasks)) as (figure, panels):
         handles: dict[str, Any] = {}
         for task, use, training in zip(found.tasks, panels[::2], panels[1::2], strict=True):
-            _at_use(use, task, places)
+            handles = _at_use(use, task, places) | handles
             _in_training(training, task, places)
             use.set_title(f"{task.name}\ntop-1 % ({task.split})", fontsize=9, loc="left")
-            for handle, label in zip(*use.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
         shown = [handles[label] for label in labels]
         figure.legend(shown, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
 
 
-def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> None:
-    """A line through the exits of each recipe; the plain network is a star."""
+def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> dict[str, Any]:
+    """A line through the exits of each recipe, by its label; the plain network is a star."""
+    drawn = {}
     plain = next((group.macs["final"] for group in task.groups if "final" in group.macs), 1)
     for group in task.groups:
         place = places[group.label]
@@ -126,7 +129,7 @@ def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> None:
         costs, scores = [group.macs[point] / plain for point in points], [group.points[point] for point in points]
         spread = [score.sd or 0.0 for score in scores]
         marker = _shape(len(points), place)
-        axes.errorbar(
+        drawn[group.label] = axes.errorbar(
             costs,
             [score.mean for score in scores],
             yerr=spread if any(spread) else None,
@@ -139,6 +142,7 @@ def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> None:
             capsize=2,
         )
     axes.set_xlabel("MACs of an exit that is used alone, as a share of the plain network's", fontsize=8)
+    return drawn
 
 
 def _shape(num_points: int, place: int) -> str:
@@ -180,20 +184,36 @@ def plain(panel: Any) -> None:
 
 @contextmanager
 def picture(file: Path, width: float, height: float) -> Iterator[Any]:
-    """An empty figure of this size in inches, written to `file` at the end."""
+    """An empty figure of this size in inches, written to `file` at the end; names in it may have any characters."""
     check(file)
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    yield figure
+    with rc_context({"text.parse_math": False}):
+        yield figure
+        _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
     try:
         with replacing(file) as beside:
             figure.savefig(beside, format=file.suffix.lstrip(".").lower())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"'{file}' cannot be written: {reason}", "a file such as curves.png or curves.svg") from None
+
+
+def logarithmic(axes: Any, which: str) -> None:
+    """Makes the `x` or the `y` axis logarithmic, its numbers without mathematical text."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
 def _losses(axes: Any, log: list[dict[str, Any]]) -> None:
@@ -204,7 +224,7 @@ def _losses(axes: Any, log: list[dict[str, Any]]) -> None:
     for name in names:
         values = [line["losses"].get(name, float("nan")) for line in log]
         axes.plot(epochs, [value if value > 0 else float("nan") for value in values], label=name, marker=_marker(log))
-    axes.set_yscale("log")
+    logarithmic(axes, "y")
     axes.set_title("training: what each loss adds", fontsize=10, loc="left")
     axes.legend(fontsize=8, frameon=False)
 

@@ -12,6 +12,7 @@ from sdcli.cli.options import BatchSize, Device, ImageKey, Import, LabelKey, Wor
 from sdcli.cli.usage import Command
 from sdcli.errors import UserError
 from sdcli.extensions import load_imports
+from sdcli.files import check_writable
 
 EPILOG = """
 Example:  sdcli report runs/first
@@ -154,6 +155,10 @@ def _check_output(flag: str, path: Path, is_ours: Callable[[Path], bool], force:
             "a new file, or one of an earlier report",
             f"another {flag}, or --force to replace it",
         )
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def _write(texts: dict[Path, str]) -> None:
@@ -165,6 +170,8 @@ def _write(texts: dict[Path, str]) -> None:
             with replacing(path) as beside:
                 beside.write_bytes(text.encode())
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be written: {error.strerror or error}", "a folder with room that you may write to"
-            ) from None
+            raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror or error}", "a folder with room that you may write to")

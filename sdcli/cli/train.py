@@ -106,6 +106,10 @@ def train(
         raise error
     chosen = choices.settings_of(given)
     typed = {name for name in chosen if _was_given(ctx, choices.PARAMETERS.get(name, name))}
+    if seeds is not None and seed + seeds - 1 > choices.LARGEST_SEED:
+        raise UserError(
+            f"--seed {seed} --seeds {seeds} ends at seed {seed + seeds - 1}", f"seeds up to {choices.LARGEST_SEED}"
+        )
     if seeds is not None and resume not in (None, "auto"):
         raise UserError("--seeds and --resume RUN exclude each other", "--resume auto, which resumes each of the runs")
     to_resume = None if seeds else _run_to_resume(resume, output)
@@ -173,6 +177,12 @@ def _train_seeds(asked: Asked, folder: Path, seeds: Sequence[int], *, resumes: b
     """Trains a run for each seed, in folders of their own; those that are finished are left as they are."""
     from sdcli.cli.talk import message
 
+    if (folder / "run.json").exists():
+        raise UserError(
+            f"output '{folder}' is a run itself",
+            "a folder for the runs of --seeds, each in a folder of its own",
+            f"--output {folder}-seeds",
+        )
     if not resumes and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"output '{folder}' is not an empty folder",

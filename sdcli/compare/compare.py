@@ -22,7 +22,7 @@ from sdcli.compare.statistics import (
     paired_difference,
 )
 from sdcli.errors import UserError, counted, unknown
-from sdcli.recipe.address import FINAL
+from sdcli.recipe.address import FINAL, STUDENT
 from sdcli.recipe.schema import Recipe
 
 LEAST_TASKS = 3
@@ -140,7 +140,7 @@ def compare(records: Sequence[Record], baseline: str | None = None) -> Compariso
     """
     tasks: dict[str, dict[str, list[Record]]] = {}
     for record in records:
-        tasks.setdefault(_task_of(record), {}).setdefault(record.label, []).append(record)
+        tasks.setdefault(_task_of(record, records), {}).setdefault(record.label, []).append(record)
     labels = list(dict.fromkeys(record.label for record in records))
     if baseline is not None and baseline not in labels:
         raise unknown("recipe", baseline, labels)
@@ -154,24 +154,13 @@ def compare(records: Sequence[Record], baseline: str | None = None) -> Compariso
     return Comparison(tuple(made), _overall(tasks, against), tuple(notes))
 
 
-def _task_of(record: Record) -> str:
-    """All in which runs must agree to be compared, as JSON."""
-    return json.dumps(
-        {
-            "model": record.model,
-            "model_args": record.model_args,
-            "image size": record.image_size,
-            "data": record.dataset,
-            "training images": record.limit_train or "all",
-            "val_fraction": record.val_fraction,
-            "split_seed": record.split_seed,
-            "scored split": record.test.split,
-            "scored images": record.test.num_images,
-            "checkpoint": record.checkpoint if record.checkpoint in ("best", "last") else "file",
-            "precision": record.precision,
-        },
-        sort_keys=True,
-    )
+def _task_of(record: Record, records: Sequence[Record]) -> str:
+    """All in which runs must agree to be compared, as JSON.
+
+    A record that does not say what its labels are belongs to the first one, otherwise of the same task, that does.
+    """
+    alike = (other.label_set for other in (record, *records) if other.label_set and other.task == record.task)
+    return json.dumps({**record.task, "set of labels": next(alike, "")}, sort_keys=True)
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -242,7 +231,12 @@ def _group(label: str, runs: list[Record], base: list[Record] | None) -> Group:
         )
     points = [row.point for row in runs[0].test.rows]
     if any([row.point for row in run.test.rows] != points for run in runs):
-        raise UserError(f"{label}: its runs have different exits", "the same exits in all runs of a recipe")
+        of = ", ".join(f"seed {run.seed}: {len(run.test.exits)}" for run in runs)
+        raise UserError(
+            f"{label}: its runs have different exits ({of})",
+            "the same exits in all runs of a recipe",
+            "leave some of them out, or tell them apart: sdcli train --set title=NAME",
+        )
     rows = {point: [row for run in runs for row in run.test.rows if row.point == point] for point in points}
     versus = {point: found for point in points if base and (found := _versus(runs, base, point))}
     return Group(
@@ -325,6 +319,12 @@ def _differences(run: Record, base: Record, other: str) -> Iterator[str]:
     students = [table["networks"].get("student", {}) for table in (own, its)]
     mine, theirs = (student.get("stem", "auto") for student in students)
     yield from _changes("stem", mine, theirs, other)
+    yield from _course(run, base, other)
+
+
+def _course(run: Record, base: Record, other: str) -> Iterator[str]:
+    """Whether one of them starts from trained weights, and how long they were trained."""
+    students = [Recipe.model_validate(one.recipe).model_dump()["networks"].get("student", {}) for one in (run, base)]
     weights = [student.get("weights", "random") for student in students]
     starts = ["random" if name == "random" else "trained" for name in weights]
     if starts[0] != starts[1]:
@@ -340,9 +340,19 @@ def _differences(run: Record, base: Record, other: str) -> Iterator[str]:
 def _uneven(run: Record, first: Record) -> Iterator[str]:
     """In what two runs of one recipe differ: its title and the files that weights come from may."""
     seed = f"seed {first.seed}"
-    yield from _differences(run, first, seed)
-    own, its = (Recipe.model_validate(one.recipe).model_dump() for one in (run, first))
-    yield from _changes("losses", own["losses"], its["losses"], seed)
+    own, its = (_same_for_all(one) for one in (run, first))
+    for key in own:
+        yield from _changes(key, own[key], its[key], seed)
+    yield from _course(run, first, seed)
+
+
+def _same_for_all(run: Record) -> dict[str, Any]:
+    """What all runs of a recipe should have in common."""
+    recipe = Recipe.model_validate(run.recipe)
+    table = recipe.model_dump(exclude={"title", "paper", "epochs"})
+    networks = {STUDENT: recipe.student.model_dump(), **table["networks"]}
+    networks = {name: {key: own[key] for key in own if key != "weights"} for name, own in networks.items()}
+    return {**table, "networks": networks}
 
 
 def _changes(key: str, mine: Any, theirs: Any, other: str) -> Iterator[str]:

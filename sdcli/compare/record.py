@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from sdcli import __version__
 from sdcli.devices import accelerator_for
@@ -27,13 +28,14 @@ from sdcli.evaluation.dynamic import Dynamic, evaluate_dynamic
 from sdcli.evaluation.early import Early, Watch
 from sdcli.evaluation.evaluate import Report, report_of
 from sdcli.evaluation.opened import Opened, open_checkpoint
+from sdcli.evaluation.scoring import check_finite
 from sdcli.files import check_writable, replacing
 from sdcli.network.blueprint import ENSEMBLE
 from sdcli.network.checkpoint import find_checkpoint
 from sdcli.recipe.address import FINAL
 from sdcli.recipe.check import check_recipe
 from sdcli.recipe.schema import Recipe
-from sdcli.run.folder import read_log
+from sdcli.run.folder import damaged, read_log
 
 FORMAT = 1
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -116,6 +118,9 @@ class Record:
     """Which images of the test split `final` and the ensemble classify right: bits in base64."""
     early: tuple[EarlyExit, ...] = ()
     """Of a calibrated checkpoint."""
+    label_set: str = ""
+    """A fingerprint of the classes and of the label of each image that was scored: two data sets may have one name.
+    Records of earlier versions do not have it."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -124,6 +129,28 @@ class Record:
         """Of its file."""
         label = re.sub(r"[^\w.+-]+", "-", self.label.replace(" + ", "+"))
         return label[:100] + (f"-seed{self.seed}" if self.seed is not None else "")
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """All in which runs must agree to be compared, but for `label_set`; the names are those that notes show."""
+        return {
+            "model": self.model,
+            "model_args": self.model_args,
+            "image size": self.image_size,
+            "data": self.dataset,
+            "training images": self.limit_train or "all",
+            "val_fraction": self.val_fraction,
+            "split_seed": self.split_seed,
+            "scored split": self.test.split,
+            "scored images": self.test.num_images,
+            "checkpoint": self.checkpoint if self.checkpoint in ("best", "last") else "file",
+            "precision": self.precision,
+        }
+
+    def stands_for(self, other: Record) -> bool:
+        """Whether both may be of the same run."""
+        same_labels = not (self.label_set and other.label_set) or self.label_set == other.label_set
+        return same_labels and (self.label, self.seed, self.task) == (other.label, other.seed, other.task)
 
     def right(self, point: str) -> NDArray[np.bool_]:
         """Which images a point classifies right [N]."""
@@ -167,11 +194,12 @@ def read_record(path: Path) -> Record:
             whole = False
         if not whole:
             raise UserError(f"'{path}' is damaged: correct.{point} is not one bit per image", expected)
+    check_finite(record.test, path)
     return record
 
 
-def check_names(records: Sequence[Record]) -> None:
-    """Raises UserError where two records would be written to files of one name."""
+def check_names(records: Sequence[Record], folder: Path) -> None:
+    """Raises UserError where two records would be written to files of one name, or one over that of another run."""
     names = [record.name for record in records]
     twice = list(dict.fromkeys(name for name in names if names.count(name) > 1))
     if twice:
@@ -180,6 +208,19 @@ def check_names(records: Sequence[Record]) -> None:
             "runs of one network, data set and regime, whose recipes and seeds tell them apart",
             "save each task into a folder of its own",
         )
+    for record in records:
+        file = folder / f"{record.name}.json"
+        if file.exists() and not read_record(file).stands_for(record):
+            raise UserError(
+                f"--save: '{file}' is the record of another run: {_what(read_record(file))}, not {_what(record)}",
+                "a folder for each task",
+                "--save another folder",
+            )
+
+
+def _what(record: Record) -> str:
+    seed = "" if record.seed is None else f", seed {record.seed}"
+    return f"{record.label}{seed}, {record.model} on {record.dataset}"
 
 
 def check_save(folder: Path) -> None:
@@ -210,16 +251,18 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
     Raises UserError for a path without any.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in paths:
         inside = list(_runs_in(path))
         if not inside:
             raise UserError(
                 f"'{path}' holds no finished run" if path.exists() else f"'{path}' does not exist",
-                "run folders of sdcli train, checkpoints, folders of those, or records (sdcli compare --save)",
+                "run folders of sdcli train, folders that hold some, checkpoints, or records (sdcli compare --save)",
             )
-        found |= dict.fromkeys(inside)
-    return list(found)
+        for run in inside:
+            # One run may be named in two ways: relative to the working folder or not, or by a link.
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
@@ -336,6 +379,7 @@ def _scored(
         early = tuple(_early(watch.early(answers), timed))
     blueprint = about.blueprint
     report = report_of(answers, blueprint.costs(), model=blueprint.architecture.model, dataset=opened.name, split=split)
+    check_finite(report, opened.path)
     order = np.argsort(answers.index.numpy(), kind="stable")
     points = [point for point in (FINAL, ENSEMBLE) if point in answers.points]
     return Record(
@@ -354,6 +398,7 @@ def _scored(
         validation=Report.from_dict(about.scores) if about.scores else None,
         correct={point: _bits(answers.correct(point).numpy()[order]) for point in points},
         early=early,
+        label_set=_fingerprint(opened.data.classes, chosen.labels),
         versions={"sdcli": __version__, "torch": version("torch"), "timm": version("timm")},
     )
 
@@ -373,16 +418,33 @@ def _bits(right: NDArray[np.bool_]) -> str:
     return base64.b64encode(np.packbits(right).tobytes()).decode()
 
 
+def _fingerprint(classes: Sequence[str], labels: NDArray[np.int64]) -> str:
+    return hashlib.sha256(repr((list(classes), labels.tolist())).encode()).hexdigest()[:12]
+
+
+class _Settings(TypedDict, total=False):
+    """What a record has of `run.json`."""
+
+    label: str | None
+    seed: int | None
+    limit_train: int | None
+    precision: str
+
+
 def _described(record: Record, checkpoint: Path) -> Record:
     """The record with what only the run folder knows."""
     folder = checkpoint.parent
-    try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    file = folder / "run.json"
+    if not file.is_file():
         return record
+    try:
+        settings = TypeAdapter(_Settings).validate_json(file.read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        raise damaged(file, reason) from None
     return replace(
         record,
-        label=record.recipe.get("title", record.label) if not settings.get("label") else settings["label"],
+        label=settings.get("label") or record.recipe.get("title", record.label),
         seed=settings.get("seed"),
         limit_train=settings.get("limit_train"),
         precision=settings.get("precision", "fp32"),

@@ -40,6 +40,9 @@ FOUND = "found.toml"
 
 LOG, SUMMARY = "log.jsonl", "summary.csv"
 
+IN_LOG = {"epoch", "lr", "loss", "losses", "num_images", "seconds", "images_per_s", "validation"}
+"""What every line of the log has."""
+
 EARLY = {"recipe.toml", "run.json", "state"}
 """The files that a run writes before its first state is complete."""
 
@@ -75,7 +78,7 @@ class Run:
         """Truncates the log to the first `epochs` epochs; raises UserError if it has fewer."""
         log = read_log(self.folder)
         if len(log) < epochs:
-            raise _damaged(self.folder / LOG, f"it has {len(log)} of {epochs} epochs")
+            raise damaged(self.folder / LOG, f"it has {len(log)} of {epochs} epochs")
         with writing(self.folder / LOG) as path:
             write_text(path, "".join(map(_log_line, log[:epochs])))
         self._write_summary(log[:epochs])
@@ -229,7 +232,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _damaged(settings, error) from None
+        raise damaged(settings, error) from None
     return table
 
 
@@ -243,14 +246,20 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            log.append(json.loads(line))
+            table = json.loads(line)
         except ValueError as error:
             if number < len(lines):
-                raise _damaged(path, f"line {number}: {error}") from None
+                raise damaged(path, f"line {number}: {error}") from None
+            break
+        missing = IN_LOG - table.keys() if isinstance(table, dict) else IN_LOG
+        if missing:
+            raise damaged(path, f"line {number} lacks {', '.join(sorted(missing))}")
+        log.append(table)
     return log
 
 
-def _damaged(path: Path, reason: object) -> UserError:
+def damaged(path: Path, reason: object) -> UserError:
+    """The error for a file of a run that is not as it was written."""
     return UserError(f"'{path}' is damaged: {reason}", "the file as the run wrote it", "restore it from a copy")
 
 
