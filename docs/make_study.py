@@ -41,8 +41,8 @@ Rules, fixed before the first test image was scored, but for the choice of `defa
 - Within a regime all runs have the same training images, schedule, batch size and augmentation, and the seeds are
   paired: the same seed draws the same order and augmentation of the images.
 - Where there are rows `baseline-lr-…`, the learning rate was chosen from them for the baseline, on validation images,
-  and all rows of the network have it, in both regimes; rows `default-lr-…` show whether `default` wants another one.
-  In `teachers.toml` it is that of `schedules/cosine`, 0.1, in `flowers12.toml` that of each recipe.
+  and all rows of the network have it, in both regimes; rows `byot-equilibrium-lr-…` show whether a
+  method with exits wants another one. In `teachers.toml` it is that of `schedules/cosine`, 0.1, in `flowers12.toml` that of each recipe.
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
@@ -58,7 +58,8 @@ Rules, fixed before the first test image was scored, but for the choice of `defa
 and seeds 1 to 3, among those that have its heads, epochs and MACs: the table "How `default` is chosen" below. This rule
 was written down after test scores of most rows of the first regime, and of one seed of the second, had been seen; that
 it has the seeds that all rows have, before those of further ones were. What was called `default` before is
-`byot-modern` here.
+`byot-modern` here, and after that, chosen among eight rows, `byot-equilibrium`: three more were then planned, without
+a hint, with louder soft labels, and with these at temperature 1, which is `default` now.
 
 A network of 11 M MACs, half of the resolution and a few epochs show signs and sizes for such networks, and rank nothing
 for others: see [teaching.md](teaching.md) for what is known besides.
@@ -194,7 +195,7 @@ def _section(network: str, about: Any, regime: str, data: Any, found: list[Recor
     yield f"\n{data['images']:,} training images, {data['epochs']} epochs: `sdcli train {about['model']} {options}`\n"
     if "note" in data:
         yield data["note"]
-    for label in ("baseline", "default"):
+    for label in ("baseline", "byot-equilibrium"):
         rates = [record for record in found if record.label.startswith(f"{label}-lr-")]
         if rates:
             yield _rates(label, [*rates, *(r for r in found if r.label == label and r.seed == 1)])
