@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--data", help="the data set's folder, if it is on this machine")
     parser.add_argument("--network", help="of the study; by default its first")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--rows", nargs="+", help="measure only these rows beside the baseline; others stay as they are"
+    )
     options = parser.parse_args()
     study = read_study(options.study)
     network = options.network or next(iter(study["networks"]))
@@ -66,6 +69,10 @@ def main() -> None:
         if cell.network == network and not (cell.start or cell.teacher or RATE.search(cell.row)):
             cells.setdefault(cell.row, cell)
     baseline = next(row for row in BASELINES if row in cells)
+    if options.rows:
+        if unknown := [row for row in options.rows if row not in cells]:
+            parser.error(f"--rows {' '.join(unknown)}: {network} has {', '.join(cells)}")
+        cells = {row: cells[row] for row in cells if row in (baseline, *options.rows)}
     found: dict[str, list[float]] = {row: [] for row in cells}
     rows = [baseline, *(row for row in cells if row != baseline)]
     for number in range(options.rounds):
@@ -83,7 +90,9 @@ def main() -> None:
         }
         print(f"{row:30} {table[row]['training']:.2f}  rounds {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     everything = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    everything[f"{options.study.stem}/{network}"] = {"rounds": options.rounds, "rows": table}
+    key = f"{options.study.stem}/{network}"
+    before = everything.get(key, {}).get("rows", {}) if options.rows else {}
+    everything[key] = {"rounds": options.rounds, "rows": {**before, **table}}
     RESULTS.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 
 
