@@ -42,8 +42,8 @@ Rules, fixed before the first test image was scored, but for the choice of `defa
   paired: the same seed draws the same order and augmentation of the images.
 - Where there are rows `baseline-lr-…`, the learning rate was chosen from them for the baseline, on validation images,
   and all rows of the network have it, in both regimes; rows `byot-equilibrium-lr-…` show whether a
-  method with exits wants another one. In `teachers.toml` it is that of `schedules/cosine`, 0.1, in `flowers12.toml` that
-  of each recipe.
+  method with exits wants another one. In `teachers.toml` it is that of `schedules/cosine`, 0.1, in `flowers12.toml`
+  that of each recipe.
 - Scored are the weights of the last epoch, once, on the test images. Nothing is chosen on them: what is chosen, such as
   the learning rate and what `default` shall be, is chosen on validation images.
 - Exits have the light heads of `default`, unless the row says otherwise. Training MACs are those of all forward and
