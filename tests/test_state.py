@@ -83,11 +83,11 @@ def test_a_damaged_state_without_an_earlier_one_is_refused(folder: Path) -> None
 def test_the_state_of_another_version_is_refused(folder: Path) -> None:
     last = folder / "state" / "last.pt"
     content = last.read_bytes()
-    for written, version in ((content.replace(b"state 5", b"state 6", 1), "6"), (b"PK\x03\x04" * 20, "2 or older")):
+    for written, version in ((content.replace(b"state 6", b"state 7", 1), "7"), (b"PK\x03\x04" * 20, "2 or older")):
         last.write_bytes(written)
         assert refusal(folder) == (
             f"state cannot be used: '{last}' has format {version}\n"
-            "  expected: format 5, which this sdcli reads\n"
+            "  expected: format 6, which this sdcli reads\n"
             "  fix:      resume with the version of sdcli that saved it"
         )
 

@@ -32,7 +32,7 @@ from sdcli.network.blueprint import Blueprint
 from sdcli.network.foreign import Translation, columns_of, draft_foreign
 from sdcli.network.multi_exit import build
 from sdcli.network.signals import Signal
-from sdcli.recipe.load import load_recipe
+from sdcli.recipe.load import load_recipe, to_toml
 from sdcli.recipe.schema import Network, Prune
 from sdcli.run import prepare as preparing
 from sdcli.run.events import Epoch, Finished, Step, Stopped
@@ -40,7 +40,7 @@ from sdcli.run.prepare import prepare
 from sdcli.run.resume import resume, resumed
 from sdcli.run.settings import Settings
 from sdcli.run.state import load_state
-from sdcli.run.train import fit, next_update, train_step
+from sdcli.run.train import fit, next_update, score_others, train_step
 from sdcli.run.training import Training, enter_phase
 
 SHORT = ("epochs=1", "batch.size=32", "schedule.warmup_epochs=0", "optimizer.lr=0.01")
@@ -252,6 +252,12 @@ def test_a_recipe_that_trains_its_teacher_takes_the_name_of_its_model() -> None:
     assert (recipe.others["teacher"].model, recipe.others["teacher"].weights) == ("cifar_resnet8", "random")
 
 
+def test_a_name_with_a_tag_is_a_model_and_no_path() -> None:
+    given = dict.fromkeys(inspect.signature(train_command).parameters) | {"teacher": "resnet18.a1_in1k"}
+    recipe = load_recipe(["kd"], overrides_of(given, ["kd"]))
+    assert (recipe.others["teacher"].model, recipe.others["teacher"].weights) == ("resnet18.a1_in1k", "pretrained")
+
+
 def test_a_public_resnet_for_small_images_teaches(tmp_path: Path) -> None:
     """Under the names of its repository: ten classes, which no name tells."""
     backbone = build(Blueprint.draft(Network(exits="none"), "cifar_resnet8", [str(n) for n in range(10)])).backbone
@@ -413,6 +419,42 @@ def test_what_networks_that_learn_together_cannot_do_is_refused(
         training_of("dml", tmp_path, "networks.peer.model=test_resnet")
     assert str(error.value) == words and not (tmp_path / "run").exists()
     preparing._check_many(load_recipe(allowed[:1], allowed[1:]), accelerator)
+
+
+MUTUAL_CRD = 'losses.crd={kind="crd", on=["final", "peer.final"], target=["peer.final", "final"], weight=0.5, dim=8}'
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_loss_with_weights_learns_with_the_network_that_it_teaches(opt: str, tmp_path: Path) -> None:
+    how = ["networks.peer.model=test_resnet", MUTUAL_CRD, f"optimizer.opt={opt}"]
+    training = training_of("dml", tmp_path / "whole", *how, "updates=sequential")
+    losses = {term.on: term.compare for term in training.learner.objective.terms if term.name == "crd"}
+    for name in ("student", "peer"):
+        assert losses[f"{name}.final".removeprefix("student.")] in training.learner.parts_of(name)
+    before = {on: weights(module) for on, module in losses.items()}
+    training.module.train()
+    train_step(training, next_update(training, iter(training.loader)))
+    for on, module in losses.items():
+        assert any(not torch.equal(p, before[on][name]) for name, p in module.named_parameters()), on
+        assert all(p.grad is None for p in module.parameters()), on
+    whole = training_of("dml", tmp_path / "a", *how, "updates=sequential")
+    assert isinstance(list(fit(whole))[-1], Finished)
+    parts = training_of("dml", tmp_path / "b", *how, "updates=sequential")
+    assert isinstance(list(fit(parts, lambda: 15 if parts.position.update == 1 else None))[-1], Stopped)
+    again = resume(tmp_path / "b" / "run", *resumed(tmp_path / "b" / "run", {}, None, []))
+    assert isinstance(list(fit(again))[-1], Finished)
+    assert same(weights(whole.learner), weights(again.learner))
+
+
+def test_the_recipe_of_a_run_lets_networks_follow_its_optimizer_as_the_original_does(tmp_path: Path) -> None:
+    original = load_recipe(["switokd"])
+    (tmp_path / "recipe.toml").write_text(to_toml(original))
+    written = load_recipe([str(tmp_path / "recipe.toml")])
+    assert written.model_dump() == original.model_dump()
+    changes = ["optimizer.weight_decay=0.1", "schedule.warmup_epochs=0.2"]
+    found = load_recipe([str(tmp_path / "recipe.toml")], changes)
+    assert found.model_dump() == load_recipe(["switokd"], changes).model_dump()
+    assert found.optimizer_of("peer").weight_decay == 0.1 and found.optimizer_of("peer").lr == 0.1
 
 
 def test_turns_cost_a_forward_pass_more_for_each_network(tmp_path: Path) -> None:
@@ -639,6 +681,37 @@ def test_a_pruned_teacher_stays_pruned_while_it_and_its_student_learn(tmp_path: 
     assert zeros == pytest.approx(0.5, abs=0.02)
     enter_phase(training, 2, begins=False)
     assert training.learner.frozen == {"teacher"}
+
+
+def test_the_average_begins_with_the_first_update_of_the_student(tmp_path: Path) -> None:
+    phases = ["phases.0.epochs=3", "phases.1.epochs=2", "networks.teacher.model=test_resnet"]
+    training = training_of("eskd", tmp_path, *phases, "ema.decay=0.99")
+    seen = []
+    for event in fit(training):
+        if isinstance(event, Step) and training.position.update == 1:
+            seen.append((training.phase, training.updates_averaged))
+    assert seen == [(0, 1), (0, 3), (0, 5), (1, 1), (1, 3)], "two updates an epoch; the teacher's do not count"
+
+
+def test_a_pruned_teacher_is_scored_again(tmp_path: Path) -> None:
+    prune = ['phases.1.prune={amount=0.99, network="teacher"}', "phases.0.epochs=2", "phases.1.epochs=1"]
+    training = training_of("eskd", tmp_path, *prune, "networks.teacher.model=test_resnet", limit_train=200)
+    epochs = [event for event in fit(training) if isinstance(event, Epoch)]
+    training.known_scores.clear()
+    assert epochs[-1].networks["teacher"] == score_others(training)["teacher"]
+    assert epochs[-1].networks["teacher"] != epochs[-2].networks["teacher"]
+
+
+def test_what_is_pruned_stays_so_where_a_network_starts_afresh(tmp_path: Path) -> None:
+    phases = 'phases=[{ name = "a" }, { name = "b", prune = { amount = 0.5 } }, { name = "c", fresh = true }]'
+    training = training_of("baseline", tmp_path, phases, "ema.decay=0.9")
+    enter_phase(training, 1)
+    enter_phase(training, 2)
+    masks = training.learner.masks["student"]
+    assert isinstance(masks, Masks) and masks.kept == pytest.approx(0.5, abs=1e-4)
+    for network in (training.learner.student, training.network):
+        for name, weight in weights_of(network).items():
+            assert not weight[~masks.of(name)].any() and weight[masks.of(name)].all()
 
 
 @pytest.mark.parametrize("name", ["takd", "eskd", "prue", "prune"])

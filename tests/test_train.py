@@ -42,6 +42,7 @@ from sdcli.registry import Entry
 from sdcli.run import prepare as prepares
 from sdcli.run import state as states
 from sdcli.run.events import Epoch, Finished, Step, Stopped
+from sdcli.run.folder import read_log
 from sdcli.run.prepare import prepare
 from sdcli.run.resume import resume, resumed
 from sdcli.run.settings import Settings
@@ -268,7 +269,7 @@ def test_a_run_keeps_the_defaults_that_it_was_started_with(tmp_path: Path, monke
     prepare(QUICK, load_recipe(["quick"]), folder)
     written = load_recipe([str(folder / "recipe.toml")]).losses["soft"].options
     kl = LOSSES.find("kl")
-    assert written == {**kl.options, "temperature": 3.0}
+    assert written == {**kl.options, "temperature": 1.0}
 
     monkeypatch.setitem(kl.call.__kwdefaults__, "rescale", False)
     fresh = Entry("kl", kl.call, kl.reads)
@@ -420,6 +421,47 @@ def test_a_run_in_parts_of_updates_ends_with_the_same_bits_when_it_was_stopped(
     assert isinstance(list(fit(prepare(settings, load(recipes["averaged"]), tmp_path / "run"), after(3)))[-1], Stopped)
     finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
     assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_with_other_images_in_an_epoch(tmp_path: Path) -> None:
+    """62 images: batches of 20 use all of them, in two parts each the last two are left out."""
+    settings = replace(QUICK, limit_train=62)
+    recipe = load_recipe(["quick"], ["batch.size=20", "epochs=2"])
+    assert isinstance(list(fit(prepare(settings, recipe, tmp_path / "run"), after(1)))[-1], Stopped)
+    with pytest.raises(UserError) as error:
+        resume(tmp_path / "run", *resumed(tmp_path / "run", {"grad_accum_steps": 2}, None, []))
+    assert error.value.wrong == ("--grad-accum-steps 2 with 1 process: an epoch has 60 images, not 62 as until now")
+    finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+
+
+def test_a_run_that_was_stopped_counts_the_time_of_all_its_parts(tmp_path: Path) -> None:
+    recipe = load_recipe(["quick"], ["batch.size=16", "epochs=1"])
+    assert isinstance(list(fit(prepare(QUICK, recipe, tmp_path / "run"), after(5)))[-1], Stopped)
+    before = states.load_state(tmp_path / "run" / "state" / "last.pt")["position"]
+    assert before["seconds"] > 0 and before["cpu_seconds"] > 0
+    finish(resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])))
+    (line,) = read_log(tmp_path / "run")
+    assert line["seconds"] > before["seconds"] and line["cpu_seconds"] > before["cpu_seconds"]
+    assert line["images_per_s"] * line["seconds"] == pytest.approx(96, rel=0.01)
+
+
+def test_a_finished_run_that_goes_on_has_no_report_until_it_ends(tmp_path: Path) -> None:
+    recipe = load_recipe(["quick"], ["batch.size=32", "epochs=1"])
+    finish(prepare(QUICK, recipe, tmp_path / "run"))
+    report = tmp_path / "run" / "report.json"
+    assert report.is_file()
+    resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, [])).run.unlock()
+    assert report.is_file(), "there was nothing to train"
+    training = resume(tmp_path / "run", *resumed(tmp_path / "run", {}, None, ["epochs=2"]))
+    assert not report.exists()
+    finish(training)
+    assert json.loads(report.read_text())["epoch"] in (1, 2)
+
+
+def test_steps_of_a_short_run_are_one_update_long_at_least(tmp_path: Path) -> None:
+    recipe = load_recipe(["quick"], ["batch.size=32", "epochs=1", "schedule.sched=step", "schedule.warmup_epochs=0"])
+    assert recipe.schedule.decay_epochs < 0.5, "less than half of the three updates"
+    assert isinstance(finish(prepare(QUICK, recipe, tmp_path / "run"))[-1], Finished)
 
 
 def test_a_run_goes_on_from_another_folder_and_without_the_weights_it_began_with(

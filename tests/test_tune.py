@@ -119,6 +119,27 @@ def test_trials_that_diverge_or_are_refused_do_not_end_the_search(sdcli: Command
     assert "refused after 0 epochs: batch.size = 33: batch.mates = 1 makes groups of 2 images" in result.err
 
 
+def test_a_trial_that_cannot_be_trained_does_not_end_the_search(sdcli: Command, tmp_path: Path) -> None:
+    result = sdcli("tune", *QUICK, "--try", "batch.size=1,32", "--epochs", 1, "--json", "-o", tmp_path / "search")
+    states = {trial["values"]["batch.size"]: trial["state"] for trial in found(result)["trials"]}
+    assert states == {1: "refused", 32: "complete"}
+    assert "refused after 0 epochs: a batch norm received a single image" in result.err
+
+
+def test_what_no_trial_can_do_ends_the_search(sdcli: Command, tmp_path: Path) -> None:
+    command = ["tune", *SMALL, "--recipe", "baseline", *LR, "--epochs", 1, "-o", tmp_path / "search"]
+    result = sdcli(*command, "--limit-train", 1)
+    assert result.code == 2 and result.err.count("refused after 0 epochs") == 2
+    assert "error: a batch norm received a single image" in result.err and "train on 2 images or more" in result.err
+
+
+def test_epochs_in_which_the_student_rests_have_no_score(sdcli: Command, tmp_path: Path) -> None:
+    command = [*SMALL, "--recipe", "eskd", "--batch-size", 32, "--limit-train", 64, "--limit-val", 40, *LR]
+    teacher = ("--set", "networks.teacher.model=test_resnet", "--budget", 2)
+    table = found(sdcli("tune", *command, *teacher, "--epochs", 2, "--json", "-o", tmp_path / "search"))
+    assert table["best"]["epochs"] == 3 and table["best"]["top1"] > 0
+
+
 # Searches that are shared, killed and continued
 
 
@@ -133,8 +154,10 @@ def test_processes_share_a_search_by_its_folder_and_by_its_storage(tmp_path: Pat
     assert sorted(number for numbers in ran for number in numbers) == list(range(6)) and sum(map(bool, ran)) > 1
     assert {int(path.name) for path in (here / "trials").iterdir()} == {*ran[0], *ran[1]}
     assert {int(path.name) for path in (there / "trials").iterdir()} == {*ran[2]}
-    whole = [table for process in started if len((table := json.loads(process.out))["trials"]) == 6]
-    values = [trial["values"]["optimizer.lr"] for trial in whole[-1]["trials"]]
+    # Who ends first may see trials that others have only begun; who ends last sees all.
+    tables = [json.loads(process.out)["trials"] for process in started]
+    whole = [trials for trials in tables if [trial["state"] for trial in trials] == ["complete"] * 6]
+    values = [trial["values"]["optimizer.lr"] for trial in whole[-1]]
     assert len(set(values)) == 6
 
 

@@ -299,7 +299,8 @@ def _teacher(named: str, names: Sequence[str] | None, others: list[Override]) ->
             "--recipe kd",
         )
     trained_here = table.learns and table.trains == "all"
-    if os.path.exists(named) or set("./~") & set(named):
+    # Names of timm have dots too: resnet18.a1_in1k.
+    if os.path.exists(named) or set("/~") & set(named) or named.endswith((".safetensors", ".pth", ".pt", ".bin")):
         if trained_here:
             raise UserError(
                 f"{source}: this recipe trains its teacher itself",

@@ -321,9 +321,17 @@ class Learner(nn.Module):
         return sorted(names, key=lambda name: name != STUDENT)
 
     def parts_of(self, name: str) -> list[nn.Module]:
-        """What learns with a network: itself and, with the first that learns, signals and losses with weights."""
-        own = [self.networks[name]]
-        return [*own, self.derived, self.objective] if name == self.learning[0] else own
+        """What learns with a network: itself, and the signals and losses with weights that teach it; with the first
+        that learns also those that teach none that does."""
+        learning = self.learning
+        made = [(self._owner(signal), module) for signal, module in self.derived.items()]
+        made += [
+            (owner, term.compare)
+            for owner, term in zip(self.owners, self.objective.terms, strict=True)
+            if isinstance(term.compare, nn.Module)
+        ]
+        taught = [module for owner, module in made if (owner if owner in learning else learning[0]) == name]
+        return [self.networks[name], *taught]
 
     @property
     def student(self) -> MultiExit:

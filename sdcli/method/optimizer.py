@@ -165,7 +165,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, table: Schedule, epochs: i
         # A step that is never reached keeps the rate constant after the warm-up.
         sched="step" if table.sched == "none" else table.sched,
         num_epochs=total,
-        decay_epochs=updates(table.decay_epochs) if table.sched == "step" else 2 * total,
+        decay_epochs=max(1, updates(table.decay_epochs)) if table.sched == "step" else 2 * total,
         decay_milestones=[updates(time) for time in table.decay_milestones],
         decay_rate=table.decay_rate,
         min_lr=table.min_lr,

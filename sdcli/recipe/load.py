@@ -54,7 +54,13 @@ def read_recipe(names: Sequence[str], overrides: Sequence[str | Override] = ()) 
 
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as a file that `--recipe` takes again."""
-    return toml.write(recipe.model_dump(exclude_none=True))
+    table = recipe.model_dump(exclude_none=True)
+    for network in table["networks"].values():
+        for part in ("optimizer", "schedule"):
+            if part in network:
+                # What it takes over from the recipe's own table follows that, also where it is changed later.
+                network[part] = {key: value for key, value in network[part].items() if value != table[part].get(key)}
+    return toml.write(table)
 
 
 def recipe_file(name: str) -> Path:

@@ -74,13 +74,17 @@ class Run:
     def unlock(self) -> None:
         self._lock.release()
 
-    def go_on(self, epochs: int) -> None:
-        """Truncates the log to the first `epochs` epochs; raises UserError if it has fewer."""
+    def go_on(self, epochs: int, of: int) -> None:
+        """Truncates the log to the first `epochs` epochs, and removes the report of an earlier end if there are to be
+        more; raises UserError if the log has fewer."""
         log = read_log(self.folder)
         if len(log) < epochs:
             raise damaged(self.folder / LOG, f"it has {len(log)} of {epochs} epochs")
         with writing(self.folder / LOG) as path:
             write_text(path, "".join(map(_log_line, log[:epochs])))
+        if epochs < of:
+            with writing(self.folder / "report.json") as path:
+                path.unlink(missing_ok=True)
         self._write_summary(log[:epochs])
 
     @property

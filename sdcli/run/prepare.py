@@ -258,6 +258,7 @@ def build(
         description=_describe(settings, recipe, splits, blueprint),
         run=run,
         updates_per_epoch=order.updates,
+        images_per_epoch=order.length,
         splits=splits.by_name,
         num_train=len(splits.train),
         num_val=len(splits.val) if splits.val else 0,

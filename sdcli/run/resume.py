@@ -54,7 +54,7 @@ def resume(folder: Path, settings: Settings, recipe: Recipe) -> Training:
         )
     training.notes += _changed_imports(state["imports"], training.imports)
     if training.is_first:
-        training.run.go_on(training.position.epoch - 1)
+        training.run.go_on(training.position.epoch - 1, training.epochs)
         write_choices(training)
     accelerator.wait_for_everyone()
     start_tracker(training)

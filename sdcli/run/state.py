@@ -28,7 +28,7 @@ from torch import Tensor
 from sdcli.errors import UserError
 from sdcli.files import replacing
 
-VERSION = 5
+VERSION = 6
 """The version of the file's layout; files of any other version are refused."""
 
 HEADER = "sdcli state {version} sha256 {digest}\n"
@@ -57,6 +57,10 @@ class Position:
     """Each loss's contribution to the total, summed over this process's images, skipped updates excluded [losses]."""
     shares: dict[str, float] = field(default_factory=dict)
     """Each loss's share of the gradient norm, as last measured in this epoch."""
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    """What this epoch's updates have taken, over all parts of a run that was stopped within it."""
+    cpu_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """The same of this process's CPU time."""
 
 
 def previous(path: Path) -> Path:

@@ -308,7 +308,7 @@ def train_epoch(
     watch = Watch(training)
     start = logged = time.monotonic()
     cpu_start = time.process_time()
-    before = position.num_images
+    before, seconds_before, cpu_before = position.num_images, position.seconds, position.cpu_seconds
     loaded = iter(training.loader)
     losses: Tensor | None = None
     while position.update < training.updates_per_epoch:
@@ -352,6 +352,8 @@ def train_epoch(
         for schedule in training.schedules.values():
             schedule.step(training.updates_done)
         now = time.monotonic()
+        position.seconds = seconds_before + now - start
+        position.cpu_seconds = cpu_before + time.process_time() - cpu_start
         if now - logged >= LOG_EVERY_S or position.update == 1 or shares or notes:
             logged = now
             speed = (position.num_images - before) / (now - start)
@@ -377,8 +379,7 @@ def train_epoch(
         if signal is not None:
             yield Stopped(position.epoch, position.update, signal)
             return
-    seconds = time.monotonic() - start
-    speed = (position.num_images - before) / max(seconds, 1e-9)
+    speed = position.num_images / max(position.seconds, 1e-9)
     assert position.sums is not None
     sums = training.accelerator.reduce(position.sums.clone())
     named = watch.check(sums / max(1, position.num_images - position.skipped_images))
@@ -390,10 +391,10 @@ def train_epoch(
         position.lr,
         named,
         position.num_images,
-        seconds,
+        position.seconds,
         speed,
         position.shares,
-        cpu_seconds=None if _is_helped(training) else time.process_time() - cpu_start,
+        cpu_seconds=None if _is_helped(training) else position.cpu_seconds,
         macs=training.learner.training_macs * position.num_images,
         skipped=position.skipped,
         weights=training.found_weights,

@@ -19,7 +19,7 @@ from sdcli.data.dataset import Split
 from sdcli.data.loaders import Loader
 from sdcli.data.resident import ResidentLoader
 from sdcli.devices import interleaved
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.method.learner import Learner, what_trains
 from sdcli.method.objective import Objective
 from sdcli.method.optimizer import complete_momentum, create_optimizer, create_schedule
@@ -27,7 +27,7 @@ from sdcli.method.pruning import Masks, left_in, uncertainty_scores
 from sdcli.network.checkpoint import Description
 from sdcli.network.multi_exit import MultiExit
 from sdcli.network.weights import build_network
-from sdcli.recipe.address import AVERAGE, TEACHER
+from sdcli.recipe.address import AVERAGE, STUDENT, TEACHER
 from sdcli.recipe.schema import Prune, Recipe
 from sdcli.run.folder import Run
 from sdcli.run.settings import Settings, unchanging
@@ -55,6 +55,8 @@ class Training:
     description: Description
     run: Run
     updates_per_epoch: int
+    images_per_epoch: int
+    """Of the training split, without those of a last batch that is left out or made smaller."""
     splits: dict[str, Split]
     """The splits as the run uses them: "train", and "validation" and "test" if they exist."""
     num_train: int
@@ -114,10 +116,10 @@ class Training:
 
     @property
     def updates_averaged(self) -> int:
-        """Updates since the student was last initialised: those that the average of its weights covers."""
-        phases = self.recipe.all_phases
+        """Updates of the student since it was last initialised: those that the average of its weights covers."""
+        recipe, phases = self.recipe, self.recipe.all_phases
         began = max((number for number in range(self.phase + 1) if phases[number].fresh), default=0)
-        before = sum(self.recipe.phase_epochs[began : self.phase])
+        before = sum(recipe.phase_epochs[n] for n in range(began, self.phase) if STUDENT in recipe.learning(n))
         return before * self.updates_per_epoch + self.updates_done
 
     @property
@@ -146,9 +148,10 @@ def enter_phase(training: Training, number: int, begins: bool = True) -> None:
         set_seed(training.settings.seed + number)
         new, _ = build_network(training.recipe.student, training.description.blueprint)
         learner.student.load_state_dict(new.state_dict())
+        learner.mask(STUDENT, learner.student)
         learner.renew_signals()
         if training.ema is not None:
-            training.ema.module.load_state_dict(new.state_dict())
+            training.ema.module.load_state_dict(learner.student.state_dict())
         set_seed(training.settings.seed + number + accelerator.process_index)
     if begins and phase.prune:
         training.news.append(_prune(training, phase.prune))
@@ -181,6 +184,7 @@ def _prune(training: Training, table: Prune) -> str:
     if table.by == "prue":
         scores = uncertainty_scores(network, Again(training), training.accelerator.reduce)
     masks.prune(network, table, scores)
+    training.known_scores.pop(table.network, None)
     return f"{table.network} pruned by {table.by}: {left_in(network, masks)}"
 
 
@@ -220,6 +224,7 @@ def save(training: Training) -> None:
             "random": everyones,
             "threads": torch.get_num_threads(),
             "data": training.data,
+            "images_per_epoch": training.images_per_epoch,
             "imports": training.imports,
             "loaded": training.loaded,
             "phase": training.phase,
@@ -248,6 +253,7 @@ def share_buffers(training: Training) -> None:
 def restore(training: Training, state: Mapping[str, Any]) -> None:
     """Restores everything from a saved state; raises UserError for the state of another run, before any tensor is
     changed."""
+    _check_length(training, state["images_per_epoch"])
     _check_place(training, Position(**state["position"]), state["phase"])
     enter_phase(training, state["phase"], begins=False)
     path = training.run.state
@@ -285,6 +291,18 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
         training.notes.append(
             f"{len(everyones)} processes before, {training.accelerator.num_processes} now: "
             "the run continues with different random numbers"
+        )
+
+
+def _check_length(training: Training, before: int) -> None:
+    """Raises UserError where micro-batches or processes leave out more or fewer images of an epoch than before."""
+    if training.images_per_epoch != before:
+        steps, processes = training.settings.grad_accum_steps, training.accelerator.num_processes
+        raise UserError(
+            f"--grad-accum-steps {steps} with {counted(processes, 'process', 'processes')}: an epoch has "
+            f"{training.images_per_epoch:,} images, not {before:,} as until now",
+            "as many images per epoch, so that the run goes on as it began",
+            "the --grad-accum-steps and the number of processes that the run was started with, or a new run",
         )
 
 

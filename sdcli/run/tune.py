@@ -54,7 +54,7 @@ from sdcli.run.resume import first_difference, resume, resumed
 from sdcli.run.settings import MAY_CHANGE, Settings
 from sdcli.run.train import fit
 from sdcli.run.training import Training
-from sdcli.run.watch import NotFinite
+from sdcli.run.watch import NotFinite, Unfit
 
 STUDY = "sdcli"
 MARK = "tune.json"
@@ -66,6 +66,8 @@ REDUCTION = 3
 """Successive halving goes on with one of this many trials, after a ninth and a third of their epochs."""
 TIE = 1e-6
 """How much a nat of the NLL counts beside a point of top-1: it decides between equal accuracies only."""
+HOPELESS = 3
+"""So many trials that cannot be trained, and none that can, end a search."""
 DRAWS = 100
 """How often a proposal that has been tried already is drawn again."""
 
@@ -520,7 +522,11 @@ def _run(search: Search, trial: optuna.Trial, told_to_stop: Callable[[], int | N
     except UserError as error:
         yield _end(search, trial, "refused", error.wrong)
         return
-    training = _training(search, search.folder(before), recipe)
+    try:
+        training = _training(search, search.folder(before), recipe)
+    except UserError as error:
+        yield _refused(search, trial, error)
+        return
     position = training.position
     yield Began(before, training.epochs, position.epoch, position.update, training.notes)
     events = fit(training, told_to_stop)
@@ -537,6 +543,9 @@ def _run(search: Search, trial: optuna.Trial, told_to_stop: Callable[[], int | N
             pruned = isinstance(event, Epoch) and _report(search, trial, training, before, began)
     except NotFinite as error:
         yield _end(search, trial, "diverged", error.wrong)
+        return
+    except Unfit as error:
+        yield _refused(search, trial, error)
         return
     finally:
         events.close()
@@ -564,6 +573,15 @@ def _end(search: Search, trial: optuna.Trial, how: str = "", reason: str = "") -
     return Ended(_current(search, trial), reason)
 
 
+def _refused(search: Search, trial: optuna.Trial, error: UserError) -> Ended:
+    """Ends a trial that cannot be trained; raises the error where the first ones cannot, whatever their values."""
+    ended = _end(search, trial, "refused", error.wrong)
+    others = [search.known(other) for other in search.study.get_trials(deepcopy=False)]
+    if len(others) >= HOPELESS and all(other.top1 is None for other in others):
+        raise error
+    return ended
+
+
 def _training(search: Search, folder: Path, recipe: Recipe) -> Training:
     """The run of a trial: resumed where it has a state, else begun."""
     if not state_file(folder).exists():
@@ -582,12 +600,18 @@ def _report(search: Search, trial: optuna.Trial, training: Training, before: Tri
         return False
     reported = search.study.get_trials(deepcopy=False)[trial.number].intermediate_values
     best: tuple[float, float] | None = None
+    done: Trial | None = None
     for line in log:
+        if not line["validation"]:
+            # The student rests in this phase.
+            continue
         own = quality(Report.from_dict(line["validation"]), training.recipe.best)
         best = own if best is None or own > best or line["epoch"] - 1 in ends else best
         done = Trial(trial.number, {}, "", best[0], -best[1])
         if line["epoch"] not in reported:
             trial.report(done.score, line["epoch"])
+    if done is None:
+        return False
     numbers = {
         "top1": done.top1,
         "nll": done.nll,

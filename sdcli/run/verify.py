@@ -48,6 +48,7 @@ class _State(_Table):
     scaler: dict[str, float] | None
     random: Annotated[list[_Random], Field(min_length=1)]
     data: dict[str, int]
+    images_per_epoch: Annotated[int, Field(ge=1)]
     imports: dict[str, str]
     loaded: dict[str, str]
     phase: Annotated[int, Field(ge=0)]

@@ -27,6 +27,10 @@ class NotFinite(UserError):
     """A run that cannot go on with these settings: losses, gradients or weights are not finite."""
 
 
+class Unfit(UserError):
+    """A run that cannot be trained with these settings: too little memory, or too few images for a batch norm."""
+
+
 class Watch:
     """Detects losses and gradients that are not finite, without waiting for the device at every update."""
 
@@ -200,16 +204,18 @@ def explained(error: Exception, training: Training) -> UserError | None:
         fix = f"--grad-accum-steps {more} (same batch, smaller micro-batches); " if more else ""
         fix += "in a new run " + ("--precision bf16, " if settings.precision == "fp32" else "")
         fix += "--grad-checkpointing or a smaller --batch-size"
-        return UserError(
+        return Unfit(
             f"out of memory on {training.accelerator.device} with {batch // parts} images at a time{wanted}",
             "a network and a batch that fit",
             fix,
         )
     if "Expected more than 1 value per channel" in text:
-        return UserError(
+        needed = 2 * training.settings.grad_accum_steps * training.accelerator.num_processes
+        few = training.num_train < needed
+        return Unfit(
             "a batch norm received a single image",
             "two or more images per micro-batch in each process",
-            f"--batch-size {2 * training.settings.grad_accum_steps * training.accelerator.num_processes}",
+            f"train on {needed} images or more" if few else f"--batch-size {needed}",
         )
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
         return UserError(
