@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -496,6 +497,51 @@ def test_images_in_files_are_named_by_their_files(sdcli, tmp_path):
     rows = pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pydict()
     assert rows["image"] == [f"test/{label}/{number}.png" for label in ("left", "right") for number in range(2)]
     assert "classes" in result.err and network.classes[0] not in result.out
+
+
+def grow(folder: Path, names: tuple[str, str], count: int, first: int = 0) -> None:
+    """Images of two classes that a mean tells apart."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for image in range(first, first + count):
+            pixels = np.random.RandomState(image).randint(0, 100, (16, 16, 3), dtype=np.uint8) + 100 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{image}.png")
+
+
+def test_images_held_out_of_training_are_known_only_while_the_data_stay_as_they_were(sdcli, tmp_path):
+    data, run = tmp_path / "photos", tmp_path / "run"
+    grow(data, ("cat", "dog"), 20)
+    options = ("--recipe", "quick", "--epochs", 1, "--val-fraction", 0.3, *ON, "-o", run)
+    assert sdcli("train", "test_resnet", "--dataset", data, *options).code == 0
+    same = sdcli("eval", run, *ON, "--json")
+    assert (json.loads(same.out)["split"], json.loads(same.out)["num_images"]) == ("validation", 12)
+    grow(data, ("cat", "dog"), 2, first=20)
+    wrong = "the training images of photos have changed since training, so that it is not known which were held out"
+    for command in (("eval", run), ("calibrate", run, "--budget", 0.9), ("report", run)):
+        result = sdcli(*command, *ON)
+        assert result.code == 2 and f"{wrong}\n  expected: the images as they were, or others" in result.err, command
+    # A test split was never part of them.
+    (tmp_path / "sorted").mkdir()
+    data.rename(tmp_path / "sorted" / "train")
+    (tmp_path / "sorted").rename(data)
+    grow(data / "test", ("cat", "dog"), 4, first=50)
+    scored = sdcli("eval", run, *ON, "--json")
+    assert json.loads(scored.out)["split"] == "test" and f"note: {wrong}: they are left out" in scored.err
+    refused(
+        sdcli("calibrate", run, "--budget", 0.9, *ON),
+        f"'{run}/best.safetensors': {wrong}\n  expected: the images as they were, or others that it has not seen\n"
+        "  fix:      restore them, train again, or name other data with --dataset",
+    )
+    # Other data of the same name have no images that were held out of this training.
+    grow(tmp_path / "other" / "photos", ("cat", "dog"), 30, first=100)
+    other = sdcli("calibrate", run, "--budget", 0.9, "--dataset", tmp_path / "other" / "photos", *ON)
+    assert other.code == 2 and "photos has no validation split" in other.err
+    # A copy of the data in another place is the same.
+    shutil.rmtree(data)
+    grow(tmp_path / "copy" / "photos", ("cat", "dog"), 20)
+    copy = sdcli("eval", run, "--dataset", tmp_path / "copy" / "photos", *ON, "--json")
+    assert json.loads(copy.out)["split"] == "validation"
+    assert json.loads(copy.out)["exits"] == json.loads(same.out)["exits"]
 
 
 def test_a_timm_model_with_weights_is_one_row_as_the_checkpoint_scores_it(runs, sdcli, tmp_path):

@@ -13,7 +13,7 @@ from sdcli.data.dataset import SPLITS, ImageData, Split, short_name
 from sdcli.data.loaders import EpochBatches, Loader
 from sdcli.data.open import open_dataset
 from sdcli.data.resident import ResidentLoader, suitable_loader
-from sdcli.data.splits import limited, training_splits
+from sdcli.data.splits import fingerprint, limited, training_splits
 from sdcli.data.transforms import Preprocess
 from sdcli.errors import UserError, did_you_mean
 from sdcli.network.backbones import SOURCES, resolve
@@ -37,6 +37,8 @@ class Opened:
     own: bool
     """Whether these are the data that it was trained on, split as they were for training."""
     notes: tuple[str, ...]
+    changed: bool = False
+    """Whether its training images have changed since, so that nobody knows which of them were held out."""
 
     @property
     def name(self) -> str:
@@ -53,6 +55,8 @@ class Opened:
         training."""
         if "validation" in self.splits:
             return "validation"
+        if self.changed:
+            raise _changed(self.path, self.name)
         if self.own:
             raise UserError(
                 f"'{self.path}' was trained on all images of {self.name}: none is left to calibrate on",
@@ -103,11 +107,33 @@ def open_checkpoint(
     own = dataset is None or short_name(data) == trained_on.name
     notes = (*data.notes, *_compare_classes(list(about.blueprint.classes), list(data.classes), path))
     splits = dict(data.splits)
-    if own:
+    changed = False
+    if own and "train" in splits and "validation" not in splits and trained_on.fingerprint:
+        changed = fingerprint(splits["train"]) != trained_on.fingerprint
+    if changed and dataset is not None:
+        # Other data of the same name.
+        own = changed = False
+    elif changed:
+        del splits["train"]
+        if not splits:
+            raise _changed(path, trained_on.name)
+        notes = (*notes, f"{_WHY_CHANGED.format(trained_on.name)}: they are left out")
+    elif own:
         # The images that were held out of training form the validation split here too.
         train_split, val_split = training_splits(data, trained_on.val_fraction, trained_on.seed)
         splits |= {"train": train_split} | ({"validation": val_split} if val_split else {})
-    return Opened(path, network, about, data, splits, own, notes)
+    return Opened(path, network, about, data, splits, own, notes, changed)
+
+
+_WHY_CHANGED = "the training images of {} have changed since training, so that it is not known which were held out"
+
+
+def _changed(path: Path, name: str) -> UserError:
+    return UserError(
+        f"'{path}': {_WHY_CHANGED.format(name)}",
+        "the images as they were, or others that it has not seen",
+        "restore them, train again, or name other data with --dataset",
+    )
 
 
 def open_timm(

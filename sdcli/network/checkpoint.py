@@ -42,7 +42,13 @@ VERSION = 1
 CODE_ARGS = ("checkpoint_path", "pretrained", "cache_dir", "features_only", "scriptable", "exportable", "no_jit")
 """Arguments of `timm.create_model` that read files, or return something else than a classifier; with all whose names
 begin with "pretrained"."""
-LARGEST_SIZE, LARGEST_ARG, LONGEST_NAME = 16_384, 100_000, 300
+LARGEST_SIZE, LARGEST_ARG, LONGEST_NAME, MOST_MACS = 16_384, 100_000, 300, 10**18
+CROP_PCT = (0.1, 2.0)
+"""The smallest and the largest share of an image that evaluation shows: a tiny one would be resized to a huge image."""
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""The filters that timm and Pillow know."""
+EXIT = "sdcli_exit"
+"""The further metadata of a file that holds one exit: its name."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class TrainedOn:
     """Of the split."""
     image_key: str | None = None
     label_key: str | None = None
+    fingerprint: str = ""
+    """Of all images that training and validation were drawn from (`splits.fingerprint`); "" where it was not kept."""
 
 
 @dataclass(frozen=True)
@@ -324,27 +332,37 @@ def _problems(blueprint: Blueprint, table: _Metadata) -> Iterator[str]:
     numbers = [*preprocess.mean, *preprocess.std, preprocess.crop_pct, table.dataset.val_fraction]
     if not all(map(math.isfinite, numbers)) or min(*preprocess.std, preprocess.crop_pct) <= 0:
         yield "preprocess has numbers that are no mean, standard deviation or share"
-    if preprocess.crop_pct > 2 or not 0 <= table.dataset.val_fraction < 1 or not 0 <= table.epoch <= MOST_EPOCHS:
+    if preprocess.interpolation not in INTERPOLATIONS:
+        yield f"preprocess.interpolation = {preprocess.interpolation[:100]!r}"
+    if (
+        not CROP_PCT[0] <= preprocess.crop_pct <= CROP_PCT[1]
+        or not 0 <= table.dataset.val_fraction < 1
+        or not 0 <= table.epoch <= MOST_EPOCHS
+    ):
         yield "a share or an epoch is out of range"
     if not blueprint.classes or architecture.num_classes not in (0, len(blueprint.classes)):
         yield f"{len(blueprint.classes)} classes of a network of {architecture.num_classes}"
     if not 1 <= len(plan.stages) <= MOST_ENDS or not 1 <= plan.embedding_dim <= LARGEST_ARG:
         yield f"{len(plan.stages)} stages, an embedding of {plan.embedding_dim}"
+    if not 1 <= plan.macs <= MOST_MACS or not 0 <= plan.params <= MOST_MACS:
+        yield f"a network of {plan.params} parameters and {plan.macs} MACs"
     for stage in plan.stages:
         counts = (stage.num_chs, *stage.size, stage.reduction)
         if not all(1 <= count <= LARGEST_ARG for count in counts) or not 0 <= stage.windows <= 8:
             yield f"stage '{stage.module[:100]}' has a map of {stage.num_chs}x{'x'.join(map(str, stage.size))}"
         if stage.output_fmt not in ("NCHW", "NHWC", "NLC") or not 0 <= stage.num_prefix_tokens <= LARGEST_ARG:
             yield f"stage '{stage.module[:100]}' has layout {stage.output_fmt[:20]!r}"
-        if min(stage.params, stage.macs) < 0:
-            yield f"stage '{stage.module[:100]}' has negative costs"
+        if not 0 <= stage.params <= plan.params or not 0 <= stage.macs <= plan.macs:
+            yield f"stage '{stage.module[:100]}' has costs that are negative or above the network's"
     if table.early_exit is not None:
         yield from problems(table.early_exit)
         classifiers = [point for point in blueprint.points if point in blueprint.heads or point == FINAL]
-        try:
-            check_policy(table.early_exit.policy, classifiers)
-        except UserError as error:
-            yield f"early_exit: {error.wrong}"
+        policy = table.early_exit.policy
+        for thresholds in (policy.thresholds, *(point.thresholds for point in table.early_exit.curve)):
+            try:
+                check_policy(policy.at(thresholds), classifiers)
+            except UserError as error:
+                yield f"early_exit: {error.wrong}"
     if stray := sorted(blueprint.heads.keys() - set(blueprint.points)):
         yield f"a head at '{stray[0][:100]}', which is no point"
 

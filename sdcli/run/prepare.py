@@ -20,7 +20,7 @@ from sdcli.data.loaders import EpochBatches, Loader
 from sdcli.data.measure import measure, natural_size
 from sdcli.data.open import open_dataset
 from sdcli.data.resident import ResidentLoader, suitable_loader
-from sdcli.data.splits import limited, training_splits
+from sdcli.data.splits import fingerprint, limited, training_splits
 from sdcli.data.transforms import Preprocess, Size
 from sdcli.devices import accelerator_for, from_first, short_of_memory
 from sdcli.errors import UserError
@@ -410,6 +410,7 @@ def _describe(settings: Settings, recipe: Recipe, splits: Splits, blueprint: Blu
         seed=settings.split_seed,
         image_key=dataset.image_key,
         label_key=dataset.label_key,
+        fingerprint=fingerprint(dataset.splits["train"]),
     )
     return Description(blueprint, trained_on, without_paths(recipe).model_dump(exclude_none=True), epoch=0)
 
