@@ -15,8 +15,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that replaces it when the block ends, so that readers never see half a file.
 
     If the block fails, the temporary file is removed and `path` stays as it was. Its name is unique, so that two
-    processes can replace the same file. A device, a pipe or a folder is never replaced: raises OSError.
+    processes can replace the same file. A symbolic link stays one: the file that it points to is replaced. A device, a
+    pipe or a folder is never replaced: raises OSError.
     """
+    path = _file_at(path)
     beside = _temporary(path)
     try:
         yield beside
@@ -29,9 +31,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def check_writable(path: Path) -> None:
     """Raises OSError where `path` cannot be written, before anything is computed for it; leaves nothing behind."""
-    beside = _temporary(path)
+    beside = _temporary(_file_at(path))
     beside.touch()
     beside.unlink()
+
+
+def _file_at(path: Path) -> Path:
+    """The file that a symbolic link points to, whether it exists or not; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _temporary(path: Path) -> Path:

@@ -163,6 +163,15 @@ def test_what_cannot_be_measured_is_one_message(sdcli: Command, arguments: list,
     refused(sdcli("bench", *arguments), message)
 
 
+def test_far_more_threads_than_cores_are_refused_before_anything(sdcli: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(command, "load_imports", None)
+    refused(
+        sdcli("bench", "test_resnet", "--threads", 9),
+        "--threads 9: this machine has 2 cores\n  expected: a number from 1 to 8\n  fix:      --threads 2",
+    )
+
+
 def test_the_threads_are_those_that_were_asked_for(sdcli: Command, monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

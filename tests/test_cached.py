@@ -172,6 +172,30 @@ def test_changed_image_file_makes_another_file(tmp_path: Path, cache: Path) -> N
     assert holds(pixels_of(split), split) and len(files(cache)) == 2
 
 
+def test_changed_file_of_a_table_makes_another_file(tmp_path: Path, cache: Path) -> None:
+    """Of rows that name their images instead of holding them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows: list[dict[str, Any]] = [{"bytes": png(noise(0)), "path": None}]
+    for place in range(1, 6):
+        noise(place).save(folder / f"{place}.png")
+        rows.append({"bytes": None, "path": f"{place}.png"})
+    images = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": images, "label": [0, 1] * 3}), folder / "train.parquet")
+    split = open_dataset(str(folder)).splits["train"]
+    assert holds(pixels_of(split), split) and len(files(cache)) == 1
+    assert holds(pixels_of(open_dataset(str(folder)).splits["train"]), split) and len(files(cache)) == 1
+    noise(99).save(folder / "2.png")
+    os.utime(folder / "2.png", (1, 1))
+    split = open_dataset(str(folder)).splits["train"]
+    assert holds(pixels_of(split), split) and len(files(cache)) == 2
+    (folder / "2.png").unlink()
+    assert split.images.identity() is None
+
+
 def test_changed_table_makes_another_file(tmp_path: Path, cache: Path) -> None:
     for first in (0, 100):
         shutil.rmtree(tmp_path / "set", ignore_errors=True)

@@ -156,6 +156,14 @@ def test_betting_equals_its_formula_written_as_a_loop():
         assert betting(values, 0.1, limit) == (best >= 10), limit
 
 
+@pytest.mark.parametrize("limit", [1.0, 1.5])
+def test_betting_holds_wherever_nothing_more_can_be_lost(limit, blueprint):
+    assert betting(np.ones(20, dtype=int), 0.1, limit)
+    assert not betting(np.ones(20, dtype=int), 0.1, 0.999)
+    found = calibrate(population(100), blueprint, EXITS, Goal(max_drop=100, test="betting"), data="")
+    assert found.calibration.promise.limit == 100 and found.calibration.policy.exits
+
+
 def test_the_sequence_ends_before_the_first_step_that_fails():
     steps = [np.array([number]) for number in (0, 0, 1, 0)]
     assert fixed_sequence(steps, lambda loss: loss[0] == 0) == 2
@@ -294,6 +302,21 @@ def test_no_setting_within_the_budget_is_better_than_the_one_that_is_taken(bluep
     limit = found[0].setting.top1 - 0.01
     chosen, _, _ = choose(Goal(max_drop=1, guarantee=False), found, len(first), second, costs)
     assert chosen.cost == min(step.cost for step in found if step.setting.top1 >= limit)
+
+
+def test_a_budget_never_takes_a_plain_network_that_is_worse(blueprint):
+    """What is found for one goal answers a later budget as `calibrate --budget` would."""
+    outputs = population(1000, strengths=(2.6, 2.2, 0.2))
+    found = calibrate(outputs, blueprint, EXITS, Goal(max_drop=1), data="").calibration
+    asked = calibrate(outputs, blueprint, EXITS, Goal(budget=1.0), data="").calibration
+    assert found.curve[-1].thresholds == {} and found.curve[-1].cost == 1
+    assert found.at_budget(1.0) == found.at_budget(5.0) == asked.policy == asked.at_budget(1.0)
+    assert asked.policy.exits
+    first, second = outputs.halves()
+    for point in found.curve:
+        for half, top1 in ((first, point.chosen_by), (second, point.top1)):
+            answers = decide(found.policy.at(point.thresholds), half.logits).answers.argmax(dim=1)
+            assert 100 * float((answers == half.labels).double().mean()) == pytest.approx(top1)
 
 
 def test_what_early_exit_takes_by_itself_counts_once_for_an_image():
@@ -490,6 +513,25 @@ def test_a_budget_of_eval_chooses_among_the_settings(sdcli, run):
         f"a budget of 0.001 cannot be met\n  expected: {math.ceil(1000 * curve[0].cost) / 1000:g} or more"
         "\n  fix:      a larger budget, one exit alone (sdcli predict --exit), or exits with a cheaper head (--head linear)",
     )
+
+
+def test_a_limit_below_twenty_images_is_named_before_the_network_runs(sdcli, run, monkeypatch):
+    monkeypatch.setattr("sdcli.evaluation.held_out.open_checkpoint", None)
+    refused(
+        sdcli("calibrate", run, "--limit", "19"),
+        "only 19 held-out images\n"
+        "  expected: at least 20, and some thousands for a useful promise\n"
+        "  fix:      --limit 20 or more, or leave it out",
+    )
+
+
+def test_a_calibration_is_written_through_a_symbolic_link(sdcli, run, tmp_path):
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(run / "best.safetensors")
+    result = sdcli("calibrate", link, "--max-drop", "100", "--test", "betting")
+    assert result.code == 0, result.err
+    assert link.is_symlink() and load_checkpoint(run / "best.safetensors")[1].early_exit.promise.limit == 100
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.safetensors", "run"]
 
 
 def test_photos_without_labels_are_enough_for_consistency(sdcli, run, tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import sdcli
 from sdcli import __version__
 from sdcli.errors import UserError
+from sdcli.files import check_writable
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.calibration import Calibration, OperatingPoint, Promise
 from sdcli.network.checkpoint import (
@@ -221,6 +222,10 @@ def test_a_loaded_network_knows_its_classes_and_preprocessing(saved):
         (lambda about, _: about["architecture"].update(stem="other"), "stem = 'other'"),
         (lambda about, _: about["architecture"].update(input_size=[3, 10**9, 10**9]), "input sizes"),
         (lambda about, _: about["preprocess"].update(std=[0.0, 1.0, 1.0]), "preprocess has numbers"),
+        (lambda about, _: about["preprocess"].update(interpolation="cubist"), "preprocess.interpolation = 'cubist'"),
+        (lambda about, _: about["preprocess"].update(crop_pct=1e-9), "a share or an epoch is out of range"),
+        (lambda about, _: about["plan"].update(macs=0), "parameters and 0 MACs"),
+        (lambda about, _: about["plan"].update(macs=about["plan"]["stages"][-1]["macs"] - 1), "above the network's"),
         (lambda about, _: about["preprocess"].update(mean=["a", 0, 0]), "preprocess.mean.0: Input should be a valid number"),
         (lambda about, _: about["plan"]["stages"][0].update(module="nowhere"), "cannot be built"),
         (lambda about, _: about["plan"]["stages"][0].update(output_fmt="NLC"), "cannot be built"),
@@ -294,10 +299,63 @@ def test_a_calibration_is_written_beside_the_same_tensors(saved, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_budget_chooses_the_dearest_setting_within_it():
+def test_a_budget_chooses_the_best_setting_within_it():
     assert CALIBRATION.at_budget(0.3) is None
     assert CALIBRATION.at_budget(0.69).thresholds == {"exit1": 0.5}
     assert CALIBRATION.at_budget(0.7) == POLICY
+
+
+def test_a_budget_chooses_by_the_images_that_chose_and_of_equally_good_settings_the_cheapest():
+    def curve(*gave: float | None) -> Calibration:
+        costs, measured = (0.4, 0.7, 0.8, 1.0), (60.0, 50.0, 80.0, 10.0)
+        limits = ({"exit1": 0.5}, {"exit1": 0.7}, {"exit1": 0.9}, {})
+        settings = map(OperatingPoint, limits, costs, measured, gave)
+        return replace(CALIBRATION, curve=tuple(settings))
+
+    chosen = curve(61.0, 78.0, 78.0, 10.0)
+    assert [chosen.at_budget(budget).thresholds for budget in (0.5, 0.75, 1, 2)] == [
+        {"exit1": limit} for limit in (0.5, 0.7, 0.7, 0.7)
+    ]
+    # What is not known of all of them counts for none.
+    unknown = curve(61.0, 78.0, None, 10.0)
+    assert [unknown.at_budget(budget).thresholds["exit1"] for budget in (0.7, 0.8, 1)] == [0.7, 0.9, 0.9]
+
+
+def test_a_calibration_that_does_not_say_by_what_it_chose_is_read(saved):
+    path, _, about = saved
+    describe_again(path, replace(about, early_exit=CALIBRATION), path)
+    rewrite(path, lambda described, _: [point.pop("chosen_by") for point in described["early_exit"]["curve"]])
+    assert rebuild(path)[1].early_exit == CALIBRATION
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_checkpoint_is_written_through_a_symbolic_link(saved, tmp_path, there):
+    path, network, about = saved
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "target.safetensors", tmp_path / "link.safetensors"
+    if there:
+        target.write_bytes(path.read_bytes())
+    link.symlink_to("elsewhere/target.safetensors")
+    save_checkpoint(link, network.state_dict(), replace(about, epoch=7))
+    assert link.is_symlink() and load_checkpoint(target)[1].epoch == 7
+    describe_again(link, replace(about, epoch=8), link)
+    assert link.is_symlink() and load_checkpoint(target)[1].epoch == 8
+    check_writable(link)
+    assert [file.name for file in target.parent.iterdir()] == ["target.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "last.safetensors", "link.safetensors"]
+
+
+@pytest.mark.parametrize("error", [ImportError("no module named 'wheels'"), OSError(24, "Too many open files")])
+def test_a_failure_of_the_machine_is_not_blamed_on_the_checkpoint(saved, monkeypatch, error):
+    path, *_ = saved
+
+    def fails(*arguments: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sdcli.network.weights.build", fails)
+    said = message(path)
+    assert said.startswith(f"'{path}' cannot be built here: {type(error).__name__}: ")
+    assert said.endswith("the checkpoint is not the cause")
 
 
 @pytest.mark.parametrize(
@@ -309,10 +367,21 @@ def test_a_budget_chooses_the_dearest_setting_within_it():
         (lambda found: found["curve"].reverse(), "early_exit.curve is not sorted by cost"),
         (lambda found: found["curve"][0].update(thresholds={"exit1": "low"}), "early_exit.curve.0.thresholds.exit1"),
         (lambda found: found["promise"].update(measured=float("nan")), "not finite"),
+        (lambda found: found["curve"][0].update(thresholds={"exit9": 0.5}), "there is no exit 'exit9'"),
+        (lambda found: found["curve"][1].update(thresholds={"final": 0.5}), "there is no exit 'final'"),
+        (lambda found: found["curve"][0].update(cost=-1.0), "early_exit.curve has a cost or an accuracy"),
+        (lambda found: found["curve"][0].update(chosen_by=101.0), "early_exit.curve has a cost or an accuracy"),
+        (lambda found: found["policy"]["temperatures"].update(exit1=1e-9), "the temperature of exit1 is 1e-09"),
+        (lambda found: found["policy"]["temperatures"].update(final=21.0), "the temperature of final is 21.0"),
+        (lambda found: found.update(num_images=0), "early_exit.num_images = 0"),
+        (lambda found: found["promise"].update(confidence=1.0), "early_exit.promise.confidence = 1"),
+        (lambda found: found["promise"].update(limit=0.0), "early_exit.promise has a limit of 0 points"),
+        (lambda found: found["promise"].update(limit=100.5), "early_exit.promise has a limit of 100.5 points"),
+        (lambda found: found["promise"].update(num_images=0), "early_exit.promise.num_images = 0"),
     ],
 )
 def test_a_calibration_that_cannot_be_true_is_refused(saved, change, reason):
     path, _, about = saved
     describe_again(path, replace(about, early_exit=CALIBRATION), path)
     rewrite(path, lambda described, _: change(described["early_exit"]))
-    assert reason in message(path)
+    assert message(path).startswith(f"'{path}' has metadata that cannot be used: ") and reason in message(path)

@@ -329,6 +329,51 @@ def test_data_set_may_lie_in_a_single_folder_below(tmp_path: Path, names: tuple[
     assert (opened.classes, opened.source) == (("cat", "dog"), str(tmp_path / "set"))
 
 
+def test_folders_beside_the_splits_are_noted(tmp_path: Path) -> None:
+    names = ["train/steam/a.png", "train/diesel/b.png", "bus/a.png", "car/deep/b.png"]
+    folder = class_folders(tmp_path / "set", *names)
+    (folder / "empty").mkdir()
+    opened = open_dataset(str(folder))
+    assert opened.classes == ("diesel", "steam")
+    assert opened.notes == (
+        "2 folders with images are not used: bus, car (only the splits are read: train; the folder of a class belongs "
+        "in each of them: train/CLASS/*.jpg)",
+    )
+
+
+def test_folder_beside_the_splits_that_cannot_be_read_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lost+found, where the data set is a disk of its own."""
+    folder = class_folders(tmp_path / "set", "train/cat/a.png", "train/dog/b.png", "locked/c.png", "holdout/d.png")
+    locked, scandir = str(folder / "locked"), os.scandir
+
+    def checked(path: Any) -> Any:
+        if os.fspath(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", locked)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", checked)
+    (note,) = open_dataset(str(folder)).notes
+    assert note.startswith("1 folder with images is not used: holdout (")
+
+
+@pytest.mark.parametrize(
+    ("classes", "loose", "shown"),
+    [
+        (("train/cat/a.png", "train/dog/b.png"), ("train/c.png", "d.JPG"), "2 images .* d.JPG, train/c.png"),
+        (("cat/a.png", "dog/b.png"), ("c.png",), "1 image .* c.png"),
+        (("pets/cat/a.png", "pets/dog/b.png"), ("pets/c.png", "d.png"), "2 images .* d.png, pets/c.png"),
+    ],
+)
+def test_images_outside_of_class_folders_are_noted(
+    tmp_path: Path, classes: tuple[str, ...], loose: tuple[str, ...], shown: str
+) -> None:
+    opened = open_dataset(str(class_folders(tmp_path / "set", *classes, *loose)))
+    assert len(opened.splits["train"]) == 2
+    assert opened.notes == (f"skipped {shown}".replace(".*", "outside of the class folders:"),)
+
+
 def test_folder_of_data_sets_is_an_error(tmp_path: Path) -> None:
     class_folders(tmp_path / "sets" / "pets", "train/cat/a.png", "train/dog/b.png")
     class_folders(tmp_path / "sets" / "cars", "suv/a.png", "van/b.png")
@@ -351,6 +396,18 @@ def test_link_to_a_folder_above_it_is_not_followed(tmp_path: Path) -> None:
     opened = open_dataset(str(folder))
     assert opened.classes == ("cat", "dog", "eel")
     assert len(opened.splits["train"]) == 3
+
+
+@pytest.mark.parametrize("names", [("cat/a.png", "dog/b.png"), ("train/cat/a.png", "train/dog/b.png")])
+def test_link_back_is_no_class(tmp_path: Path, names: tuple[str, ...]) -> None:
+    folder = class_folders(tmp_path / "set", *names)
+    for parent in {(folder / name).parent.parent for name in names}:
+        (parent / "loop").symlink_to(".")
+        (parent / "up").symlink_to(folder)
+    opened = open_dataset(str(folder))
+    assert opened.classes == ("cat", "dog")
+    assert len(opened.splits["train"]) == 2
+    assert opened.notes == ()
 
 
 def test_what_cannot_be_read_is_reported_at_once_for_all_splits_without_opening_it(
@@ -689,11 +746,11 @@ COLUMN_ERRORS = [
     ),
     (
         {"label_key": "img"},
-        "column 'img' does not hold labels\n  expected: one of label, text\n  fix:      leave --label-key out",
+        "column 'img' (Image) does not hold labels\n  expected: one of label, text\n  fix:      leave --label-key out",
     ),
     (
         {"image_key": "label"},
-        "column 'label' does not hold images\n  expected: one of img\n  fix:      leave --image-key out",
+        "column 'label' (ClassLabel) does not hold images\n  expected: one of img\n  fix:      leave --image-key out",
     ),
 ]
 
@@ -704,13 +761,26 @@ def test_column_that_does_not_fit_is_an_error(tmp_path: Path, keys: dict[str, st
     assert message(lambda: open_dataset(str(folder), **keys)) == f"{folder}: {expected}"
 
 
-def test_missing_label_column_lists_the_others(tmp_path: Path) -> None:
-    rows = table([0, 1], width=(datasets.Value("float32"), [1.0, 2.0])).remove_columns("label")
-    folder = parquet(tmp_path / "set", train=rows)
+def test_missing_label_column_lists_the_others_and_their_types(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "set", train=table([0.0, 1.0], datasets.Value("float64")))
     assert message(lambda: open_dataset(str(folder))) == (
-        f"{folder}: no column of labels found\n"
-        "  expected: another column than img, width\n"
-        "  fix:      choose another data set"
+        f"{folder}: no column of labels found among img (Image), label (float64)\n"
+        "  expected: a column of whole numbers, ClassLabel or text\n"
+        "  fix:      convert a column, or choose another data set"
+    )
+    assert message(lambda: open_dataset(str(folder), label_key="label")) == (
+        f"{folder}: column 'label' (float64) does not hold labels\n"
+        "  expected: a column of whole numbers, ClassLabel or text\n"
+        "  fix:      leave --label-key out"
+    )
+
+
+def test_caption_is_offered_where_the_labels_are_of_a_wrong_type(tmp_path: Path) -> None:
+    rows = table([0.0, 1.0], datasets.Value("float64"), caption=(datasets.Value("string"), ["a", "b"]))
+    assert message(lambda: open_dataset(str(parquet(tmp_path / "set", train=rows)))) == (
+        f"{tmp_path}/set: no column of labels found among img (Image), label (float64), caption (string)\n"
+        "  expected: one of caption\n"
+        "  fix:      choose one with --label-key"
     )
 
 
@@ -746,6 +816,134 @@ def test_missing_label_is_named_by_its_row(tmp_path: Path, labels: list[int], wr
         "  expected: one of the 2 classes in every row\n"
         "  fix:      remove the row, or choose another column with --label-key"
     )
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_empty_text_is_a_missing_label(tmp_path: Path, empty: str) -> None:
+    text = datasets.Value("string")
+    folder = parquet(tmp_path / "set", train=table(["owl", empty, "bat", "bat"], text))
+    assert message(lambda: open_dataset(str(folder))).splitlines()[:2] == [
+        f"{folder}, split 'train', row 1: label = {empty!r}: the label is missing",
+        "  expected: one of the 2 classes in every row",
+    ]
+    folder = parquet(tmp_path / "secret", train=table(["owl", "bat", "bat"], text), test=table([empty] * 2, text))
+    assert "split 'test' is left out: it has no labels" in open_dataset(str(folder)).notes
+
+
+# Names of classes in several files
+
+
+def store(folder: Path, how: str, **splits: Any) -> Path:
+    """Tables as the files of a data set; a shard is named train.0."""
+    if how == "saved":
+        datasets.DatasetDict(splits).save_to_disk(folder)
+        return folder
+    (folder / "data").mkdir(parents=True)
+    for name, rows in splits.items():
+        split, _, shard = name.partition(".")
+        file = folder / "data" / f"{split}-{int(shard or 0):05}-of-00002.{how}"
+        if how == "parquet":
+            rows.to_parquet(file)
+        else:
+            import pyarrow as pa
+
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, rows.data.table.schema) as stream:
+                stream.write_table(rows.data.table)
+    return folder
+
+
+def named(labels: list[int], *names: str) -> Any:
+    return table(labels, datasets.ClassLabel(names=list(names)))
+
+
+def labels_of(folder: Path) -> dict[str, list[str]]:
+    """The names of the classes of every row."""
+    opened = open_dataset(str(folder))
+    return {name: [opened.classes[label] for label in split.labels] for name, split in opened.splits.items()}
+
+
+@pytest.mark.parametrize("how", ["parquet", "saved", "arrow"])
+def test_splits_that_number_their_classes_differently_agree_on_their_names(tmp_path: Path, how: str) -> None:
+    splits = {"train": named([0, 1, 1], "red", "green"), "test": named([0, 1, 1], "green", "red")}
+    folder = store(tmp_path / "set", how, **splits)
+    assert open_dataset(str(folder)).classes == ("red", "green")
+    assert labels_of(folder) == {"train": ["red", "green", "green"], "test": ["green", "red", "red"]}
+
+
+@pytest.mark.parametrize("how", ["parquet", "arrow"])
+def test_files_of_a_split_may_number_their_classes_differently_too(tmp_path: Path, how: str) -> None:
+    parts = {"train.0": named([0, 1, 1], "red", "green"), "train.1": named([0, 1, 1, 1], "green", "red")}
+    assert labels_of(store(tmp_path / "set", how, **parts)) == {
+        "train": ["red", "green", "green", "green", "red", "red", "red"]
+    }
+
+
+@pytest.mark.parametrize("how", ["parquet", "saved"])
+def test_a_split_may_name_fewer_classes_or_more_than_it_has(tmp_path: Path, how: str) -> None:
+    few, more = named([0, 0], "blue"), named([1, 2], "grey", "green", "red")
+    splits = {"train": named([0, 1, 2], "red", "green", "blue"), "validation": few, "test": more}
+    assert labels_of(store(tmp_path / "set", how, **splits)) == {
+        "train": ["red", "green", "blue"],
+        "validation": ["blue", "blue"],
+        "test": ["green", "red"],
+    }
+
+
+@pytest.mark.parametrize("how", ["parquet", "saved"])
+def test_class_that_the_first_split_does_not_name_is_an_error(tmp_path: Path, how: str) -> None:
+    splits = {"train": named([0, 1], "red", "green"), "test": named([0, 2], "green", "red", "gren")}
+    folder = store(tmp_path / "set", how, **splits)
+    assert message(lambda: open_dataset(str(folder))) == (
+        f"{folder}, split 'test': label 'gren' is not one of the classes red, green\n"
+        "  expected: the classes of the first split in every split, in any order\n"
+        "  fix:      did you mean 'green'?"
+    )
+
+
+def test_number_without_a_name_is_an_error_where_names_differ(tmp_path: Path) -> None:
+    bad = named([0, 1], "green", "red")
+    bad = (
+        bad.with_format("arrow").map(lambda rows: rows.set_column(1, "label", [[0, 5]]), batched=True).with_format(None)
+    )
+    folder = store(tmp_path / "set", "saved", train=named([0] * 6, *"abcde", "red"), test=bad)
+    assert "split 'test': label '5' is not one of the classes" in message(lambda: open_dataset(str(folder)))
+
+
+def test_missing_label_stays_missing_where_names_are_in_another_order(tmp_path: Path) -> None:
+    folder = store(tmp_path / "set", "parquet", train=named([0, 1], "a", "b"), test=named([0, -1], "b", "a"))
+    assert "split 'test', row 1: label = -1: the label is missing" in message(lambda: open_dataset(str(folder)))
+
+
+CARD = """---
+dataset_info:
+  features:
+  - name: img
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': {}
+          '1': {}
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (("cat", "dog"), {"train": ["cat", "dog", "dog"], "test": ["dog", "cat", "cat"]}),
+        (("green", "red"), {"train": ["red", "green", "green"], "test": ["green", "red", "red"]}),
+    ],
+)
+def test_card_may_rename_classes_but_not_swap_them(
+    tmp_path: Path, card: tuple[str, str], expected: dict[str, list[str]]
+) -> None:
+    splits = {"train": named([0, 1, 1], "red", "green"), "test": named([0, 1, 1], "green", "red")}
+    folder = store(tmp_path / "set", "parquet", **splits)
+    (folder / "README.md").write_text(CARD.format(*card))
+    assert sorted(open_dataset(str(folder)).classes) == sorted(card)
+    assert labels_of(folder) == expected
 
 
 def test_label_that_train_does_not_have_is_named_by_its_row(tmp_path: Path) -> None:
@@ -803,6 +1001,54 @@ def test_photo_is_turned_upright() -> None:
     image = read_image(saved(sideways, "jpeg", exif=exif), "here")
     assert image.size == (8, 16)
     assert np.asarray(image)[0, 0, 0] > 200 > 50 > np.asarray(image)[-1, 0, 0]
+
+
+WIDE = {
+    "8 bits in 32": (np.int32, [0, 100, 255], [0, 100, 255], "tiff"),
+    "16 bits in 32": (np.int32, [0, 256, 100 * 257], [0, 1, 100], "tiff"),
+    "16 bits, dark": (np.uint16, [0, 100, 255], [0, 0, 1], "tiff"),
+    "16 bits of PNG, dark": (np.uint16, [0, 100, 255], [0, 0, 1], "png"),
+    "16 bits of PGM, dark": (np.uint16, [0, 100, 255], [0, 0, 1], "ppm"),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_integers_of_more_than_8_bits_keep_their_brightness(kind: str) -> None:
+    dtype, values, expected, file_format = WIDE[kind]
+    source = saved(Image.fromarray(np.array([values], dtype=dtype)), file_format)
+    assert np.asarray(read_image(source, "here"))[0, :, 0].tolist() == expected
+
+
+def test_signed_16_bits_are_not_taken_for_32() -> None:
+    # Pillow reads signed 16 bits as 32, and cannot write them.
+    source = saved(Image.fromarray(np.array([[0, 100, 255]], dtype=np.uint16)), "tiff", tiffinfo={339: 2})
+    with Image.open(BytesIO(source)) as opened:
+        assert opened.mode == "I"
+    assert np.asarray(read_image(source, "here"))[0, :, 0].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["table", "files"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_is_nothing_but_a_line_is_refused_by_its_name(tmp_path: Path, kind: str, workers: int) -> None:
+    """Resized to 224 pixels, it would take gigabytes."""
+    line = Image.new("RGB", (1, 60_000))
+    if kind == "files":
+        folder = class_folders(tmp_path / "set", "cat/a.png", "dog/b.png")
+        line.save(folder / "dog" / "b.png")
+        where = f"'{folder}/dog/b.png'"
+    else:
+        rows = {"image": [png(noise(0)), png(line)], "label": [0, 1]}
+        folder = parquet(tmp_path / "set", train=datasets.Dataset.from_dict(rows))
+        where = f"{folder}, split 'train', row 1"
+    opened = open_dataset(str(folder))
+    expected = (
+        f"{where}: the image cannot be read (1x60000 pixels: a side is over 100 times the other)\n"
+        "  expected: a JPEG, PNG, WebP or similar file\n"
+        "  fix:      replace or remove it"
+    )
+    loader = loader_of(opened.splits["train"], workers=workers, batch_size=2)
+    assert message(lambda: list(loader)) == expected
+    assert message(lambda: measure(opened)) == expected
 
 
 def test_floating_point_image_is_refused_since_its_range_is_unknown() -> None:
@@ -909,6 +1155,47 @@ def test_split_without_rows_is_an_error(tmp_path: Path, empty: str, saved: bool)
         "  expected: labelled images in every split\n"
         "  fix:      leave the empty split out"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong", "expected", "fix"),
+    [
+        (["train", "test"], "split 'test' has no rows", "labelled images in every split", "leave the empty split out"),
+        (["train-0", "train-1"], "'train-1.parquet' has no rows", "rows in every file", "remove it"),
+    ],
+)
+def test_file_without_rows_is_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], names: list[str], wrong: str, expected: str, fix: str
+) -> None:
+    """As other programs write it, with an empty group of rows."""
+    import pyarrow.parquet as pq
+
+    (tmp_path / "set").mkdir()
+    rows = table([0, 1]).data.table
+    for name, part in zip(names, (rows, rows.slice(0, 0)), strict=True):
+        pq.write_table(part, tmp_path / "set" / f"{name}.parquet")
+    capfd.readouterr()
+    assert message(lambda: open_dataset(str(tmp_path / "set"))) == (
+        f"'{tmp_path}/set': {wrong}\n  expected: {expected}\n  fix:      {fix}"
+    )
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_columns_of_the_same_name_are_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "set").mkdir()
+    rows = table([0, 1]).data.table
+    twice = pa.Table.from_arrays([rows["img"], rows["label"], rows["label"]], names=["img", "label", "label"])
+    pq.write_table(twice, tmp_path / "set" / "train.parquet")
+    capfd.readouterr()
+    assert message(lambda: open_dataset(str(tmp_path / "set"))) == (
+        f"'{tmp_path}/set': 'train.parquet' has several columns named 'label'\n"
+        "  expected: a name of its own for every column\n"
+        "  fix:      rename or remove one of them"
+    )
+    assert tuple(capfd.readouterr()) == ("", "")
 
 
 def test_measuring_names_every_image_that_cannot_be_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from rich.console import Console
 from sdcli.cli.predictions import predictions_table
 from sdcli.data.images import read_image
 from sdcli.network.calibration import Promise
+from sdcli.network.checkpoint import describe_again, load_checkpoint
+from sdcli.network.heads import HEADS
 from sdcli.network.predict import Prediction
 from sdcli.network.weights import load
 
@@ -89,6 +92,19 @@ def test_parquet_holds_what_json_prints(sdcli: Command, run: Path, tmp_path: Pat
     assert parquet.read_table(file).to_pylist() == records(sdcli("predict", run, run / "photos", "--json").out)
 
 
+@pytest.mark.parametrize("before", [b"results of yesterday", None])
+def test_a_parquet_file_stays_as_it_was_where_no_image_can_be_read(sdcli, run, tmp_path, before):
+    bad, file = tmp_path / "bad.png", tmp_path / "found.parquet"
+    bad.write_bytes(b"no image")
+    if before is not None:
+        file.write_bytes(before)
+    result = sdcli("predict", run, bad, "--parquet", file)
+    assert (result.code, result.out) == (2, "")
+    assert f"{file} not written: no image was classified" in said(result.err)
+    assert (file.read_bytes() if file.exists() else None) == before
+    assert {name.name for name in tmp_path.iterdir()} <= {"bad.png", "found.parquet", "decoded"}
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -152,6 +168,31 @@ def test_a_calibrated_checkpoint_lets_images_leave_and_says_what_is_promised(sdc
     )
 
 
+def test_a_budget_of_a_calibration_without_settings_asks_for_another_calibration(sdcli: Command, tmp_path: Path):
+    path = tmp_path / "best.safetensors"
+    save_network(path)
+    found = calibrated(path)
+    describe_again(path, replace(load_checkpoint(path)[1], early_exit=replace(found, curve=())), path)
+    refused(
+        sdcli("predict", path, save_photos(tmp_path / "photos", 1)[0], "--budget", 0.5),
+        "a budget of 0.5 cannot be met: the checkpoint's calibration has no settings to choose from\n"
+        "  expected: settings that sdcli calibrate has found for this network\n"
+        "  fix:      sdcli calibrate RUN, or a threshold instead",
+    )
+
+
+def test_a_head_that_is_not_imported_is_asked_for_without_naming_a_command(sdcli, run, monkeypatch):
+    path = run / "last.safetensors"
+    kind = load_checkpoint(path)[1].blueprint.heads["exit1"]
+    monkeypatch.setattr(HEADS, "entries", {name: entry for name, entry in HEADS.entries.items() if name != kind})
+    refused(
+        sdcli("predict", path, run / "photos"),
+        f"'{path}': the head of exit1 is '{kind}', which this sdcli does not have\n"
+        "  expected: the file that registers it, which it was trained with\n"
+        "  fix:      add --import FILE.py to the command; in Python, import that file first",
+    )
+
+
 def test_without_a_calibration_the_final_exit_answers_and_that_is_said_once(sdcli: Command, run: Path):
     result = sdcli("predict", run, run / "photos", "--batch-size", 1)
     assert said(result.err) == [
@@ -177,6 +218,7 @@ def test_a_threshold_needs_no_calibration(sdcli: Command, run: Path):
             ["--exit", "exit9"],
             "unknown exit 'exit9'\n  expected: one of exit1, exit2, exit3, final\n  fix:      did you mean 'exit3'?",
         ),
+        (["--exit", ""], "unknown exit ''\n  expected: one of exit1, exit2, exit3, final"),
         (
             ["--budget", 0.5],
             "a budget of 0.5: the checkpoint is not calibrated\n"

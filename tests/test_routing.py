@@ -388,6 +388,15 @@ def test_policies_decide_as_a_loop_over_images_does(kind, agreement):
         assert int(decided.answers[image].argmax()) == answer
 
 
+def test_the_entropy_score_is_never_below_zero():
+    for num_classes in range(2, 300):
+        logits = torch.zeros(3, num_classes)
+        score = Judge(Policy({"exit1": 0.0}, "entropy")).read("exit1", logits).score
+        assert bool((score >= 0).all()) and score == pytest.approx(0, abs=1e-5), num_classes
+        decided = decide(Policy({"exit1": 0.0}, "entropy"), {"exit1": logits, "final": logits})
+        assert decided.exits.tolist() == [0] * 3, "a threshold of 0 is for all"
+
+
 def test_nobody_leaves_at_thresholds_of_none_and_the_answer_is_the_plain_networks():
     network = made("test_resnet")
     images = images_for(network, 5)

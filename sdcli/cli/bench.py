@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,8 @@ Example:  sdcli bench resnet18 --threads 1 --json
 """
 
 LARGEST_BATCH = 65_536
+THREADS_PER_CORE = 4
+"""More threads only wait for each other, and some thousands crash the process."""
 
 
 def register(app: typer.Typer) -> None:
@@ -65,6 +68,8 @@ def bench(
     sizes = parse_sizes(batch_size)
     if budget is not None and threshold is not None:
         raise UserError("--budget and --threshold exclude each other", "one of them")
+    if threads is not None:
+        check_threads(threads)
 
     from sdcli.cli.talk import end_stage, note, only_results, output, print_json, stages
 
@@ -156,6 +161,17 @@ def _open(model: str) -> tuple[MultiExit, Description | None, Path]:
         return build(Blueprint.draft(Network(), model)), None, Path(model)
     path = find_checkpoint(Path(model))
     return *rebuild(path), path
+
+
+def check_threads(threads: int) -> None:
+    """Raises UserError for far more threads than the machine has cores."""
+    cores = os.cpu_count() or 1
+    if threads > THREADS_PER_CORE * cores:
+        raise UserError(
+            f"--threads {threads}: this machine has {counted(cores, 'core')}",
+            f"a number from 1 to {THREADS_PER_CORE * cores}",
+            f"--threads {cores}",
+        )
 
 
 def parse_sizes(text: str) -> list[int]:

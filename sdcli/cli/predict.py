@@ -150,7 +150,8 @@ def predict(
             done += len(answers)
             progress(done, len(files))
     if parquet is not None:
-        message(f"{parquet}: {counted(exits.total(), 'image')}")
+        count = exits.total()
+        message(f"{parquet}: {counted(count, 'image')}" if count else f"{parquet} not written: no image was classified")
     if exits and strategy.policy is not None and not strategy.alone:
         note(predictions.leaving(exits, strategy.policy, network.blueprint))
     if problems:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from sdcli.cli.tables import plain_table
 from sdcli.cli.talk import line, output
 from sdcli.data.dataset import printable
 from sdcli.errors import UserError
-from sdcli.files import replacing
+from sdcli.files import check_writable, replacing
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.policies import Policy
 from sdcli.network.predict import Prediction
@@ -126,7 +126,10 @@ def check_parquet(path: Path) -> None:
 
 @contextmanager
 def as_parquet(path: Path) -> Iterator[Write]:
-    """A Parquet file, written as batches are done, which appears when all of them are."""
+    """A Parquet file, written as batches are done, which appears when all of them are; none where nothing is written.
+
+    Raises UserError for a file that cannot be written.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -141,9 +144,14 @@ def as_parquet(path: Path) -> Iterator[Write]:
         ]
     )
     try:
-        with replacing(path) as beside, parquet.ParquetWriter(beside, schema) as writer:
+        check_writable(path)
+        with ExitStack() as stack:
+            writer = None
 
             def write(rows: Sequence[Row]) -> None:
+                nonlocal writer
+                if writer is None:
+                    writer = stack.enter_context(parquet.ParquetWriter(stack.enter_context(replacing(path)), schema))
                 writer.write_table(pyarrow.Table.from_pylist([record(*row) for row in rows], schema))
 
             yield write

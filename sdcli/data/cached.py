@@ -32,7 +32,7 @@ from sdcli.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Increased when the same data set would give other bytes than before."""
 MEMORY = 2 * 2**30
 """Bytes that may be held in memory if there is no file."""

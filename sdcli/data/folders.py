@@ -61,6 +61,8 @@ class _Found:
     """Files in class folders without the extension of an image."""
     unlisted: list[str] = field(default_factory=list)
     """Images that the split's file of labels does not list."""
+    loose: list[str] = field(default_factory=list)
+    """Images beside the class folders."""
     unreadable: list[str] = field(default_factory=list)
     """Images that cannot be read, with the reason."""
 
@@ -76,12 +78,14 @@ def open_class_folders(name: str, path: Path) -> ImageData | None:
     Folders are read as by torchvision's ImageFolder: the class is the folder directly below the split, and images may
     lie at any depth in it. Hidden files and folders are ignored. A split may have its labels in a file instead, as
     Tiny-ImageNet's does: `val/val_annotations.txt`, with lines FILE<TAB>CLASS (further columns are ignored) for the
-    images in `val/images` or in `val`. Other splits without labels are left out, with a note.
+    images in `val/images` or in `val`. Other splits without labels are left out, with a note, and so are images beside
+    the folders of splits or classes, and folders beside those of splits.
 
     Raises UserError for files that cannot be images (empty, or not regular), all at once and for all splits, and for a
     class that the training split does not have. Raises OSError for folders that cannot be read.
     """
-    folders, unlabelled = _split_folders(path)
+    layout = _layout(path)
+    folders, unlabelled = layout.splits, layout.unlabelled
     if not folders:
         return None
     chosen, notes = standard_splits(name, list(folders))
@@ -101,8 +105,9 @@ def open_class_folders(name: str, path: Path) -> ImageData | None:
         paths = np.array([os.fsencode(file) for _, file in files.images])
         splits[split] = whole_split(chosen[split], _Files(paths, str(path)), labels)
     notes += [_without_labels(own) for own in unlabelled]
+    notes += _about_folders(layout, path)
     notes += _about_files(
-        found, [os.path.relpath(folders[chosen[first]] / label, path) for label in found[first].empty]
+        found, [os.path.relpath(folders[chosen[first]] / label, path) for label in found[first].empty], layout, path
     )
     splits, more_notes = scored_as_test(splits)
     return ImageData(name, str(path), tuple(map(printable, classes)), splits, notes=(*notes, *more_notes))
@@ -120,17 +125,37 @@ def unlabelled_images(path: Path) -> list[str]:
     return [os.path.join(below, name) for below, names in files for name in sorted(filter(_is_image, names))]
 
 
-def _split_folders(path: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folder of each split, by the data set's own names, and the names of those that have no classes."""
+@dataclass
+class _Layout:
+    """How the folder of a data set is divided."""
+
+    splits: dict[str, Path]
+    """The folder of each split, by the data set's own names."""
+    unlabelled: list[str] = field(default_factory=list)
+    """Splits whose images have no classes."""
+    unused: list[Path] = field(default_factory=list)
+    """Folders with images beside those of the splits."""
+    loose: list[Path] = field(default_factory=list)
+    """Images beside the folders of splits or above them."""
+
+
+def _layout(path: Path) -> _Layout:
     own_names = [own for names in SPLITS.values() for own in names]
     named = {folder.name: folder for folder in _folders(path) if folder.name.lower() in own_names}
     splits = {own: folder for own, folder in named.items() if _has_classes(folder) or _annotations(folder).is_file()}
     if splits:
-        return splits, [own for own, folder in named.items() if own not in splits and _has_images(folder)]
+        return _Layout(
+            splits,
+            [own for own, folder in named.items() if own not in splits and _has_images(folder)],
+            [folder for folder in _folders(path) if folder.name not in named and _shows_images(folder)],
+            _loose(path),
+        )
     with_images = list(filter(_has_images, _folders(path)))
     if len(with_images) == 1 and _has_classes(with_images[0]):
         # An archive often unpacks into a folder of its own.
-        return _split_folders(with_images[0])
+        layout = _layout(with_images[0])
+        layout.loose = [*_loose(path), *layout.loose]
+        return layout
     for folder in with_images:
         for below in _folders(folder):
             if below.name.lower() in SPLITS["train"] and _has_images(below):
@@ -140,13 +165,20 @@ def _split_folders(path: Path) -> tuple[dict[str, Path], list[str]]:
                     "splits above classes: train/CLASS/*.jpg",
                     f"--dataset {folder}" if is_data_set else f"move its images to {below.name}/{folder.name}",
                 )
-    return ({"train": path} if with_images else {}), []
+    return _Layout({"train": path} if with_images else {})
 
 
 def _folders(path: Path) -> list[Path]:
     # Hidden ones (".ipynb_checkpoints") are never classes.
     with os.scandir(path) as entries:
-        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return [path / name for name in sorted(names) if not _leads_back(str(path), name)]
+
+
+def _loose(path: Path) -> list[Path]:
+    """The images in the folder itself."""
+    _, names = next(walk(path))
+    return [path / name for name in sorted(filter(_is_image, names))]
 
 
 def _has_classes(path: Path) -> bool:
@@ -155,6 +187,14 @@ def _has_classes(path: Path) -> bool:
 
 def _has_images(path: Path) -> bool:
     return any(map(_is_image, (file for _, files in walk(path) for file in files)))
+
+
+def _shows_images(path: Path) -> bool:
+    """Whether a folder that the data set does not need holds images; it may be one that cannot be read."""
+    try:
+        return _has_images(path)
+    except OSError:
+        return False
 
 
 def _is_image(file: str) -> bool:
@@ -187,6 +227,7 @@ def _read_split(path: Path, root: Path) -> _Found:
     if _annotations(path).is_file():
         _read_annotated(path, root, found)
         return found
+    found.loose = [os.path.relpath(file, root) for file in _loose(path)]
     for folder in _folders(path):
         before = len(found.images) + len(found.unreadable)
         for below, files in sorted(walk(folder)):
@@ -246,8 +287,23 @@ def _read_annotated(path: Path, root: Path, found: _Found) -> None:
                 found.unlisted.append(os.path.relpath(full, root))
 
 
-def _about_files(found: Mapping[str, _Found], empty: Sequence[str]) -> list[str]:
+def _about_folders(layout: _Layout, root: Path) -> list[str]:
+    if not layout.unused:
+        return []
+    names = [os.path.relpath(folder, root) for folder in layout.unused]
+    verb = "is" if len(names) == 1 else "are"
+    first = next(iter(layout.splits.values()))
+    return [
+        f"{counted(len(names), 'folder')} with images {verb} not used: {listed(names)} (only the splits are read: "
+        f"{', '.join(layout.splits)}; the folder of a class belongs in each of them: {first.name}/CLASS/*.jpg)"
+    ]
+
+
+def _about_files(found: Mapping[str, _Found], empty: Sequence[str], layout: _Layout, root: Path) -> list[str]:
     notes = []
+    loose = [os.path.relpath(file, root) for file in layout.loose]
+    if loose := [*loose, *(file for split in found.values() for file in split.loose)]:
+        notes.append(f"skipped {counted(len(loose), 'image')} outside of the class folders: {listed(loose, 3)}")
     if empty:
         notes.append(f"left out {counted(len(empty), 'class folder')} without images: {listed(empty)}")
     if skipped := [file for split in found.values() for file in split.skipped]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +44,87 @@ def load_from_disk(name: str, path: Path) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def load_from_folder(name: str, path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a split that come from the same file."""
+
+    num_rows: int
+    classes: dict[str, tuple[str, ...]]
+    """The names that the file itself gives the classes of a column, by column; a label is the place of a name."""
+
+    @classmethod
+    def of(cls, num_rows: int, features: Any) -> Part:
+        import datasets
+
+        typed = {key: feature for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+        return cls(num_rows, {key: tuple(feature.names) for key, feature in typed.items() if feature.names})
+
+
+def load_from_folder(name: str, path: Path) -> tuple[dict[str, Any], dict[str, list[Part]]]:
+    """The splits of a folder, and the files of each, in the order of its rows; no files where some are no tables.
+
+    `datasets` gives all splits the types of the first file, and with them its names of classes, in its order.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 
     with _without_bars():
         try:
-            return dict(datasets.load_dataset(str(path)))
+            files = datasets.load_dataset_builder(str(path)).config.data_files or {}
+            parts = _parts(name, path, {str(split): list(map(str, own)) for split, own in files.items()})
+            return dict(datasets.load_dataset(str(path))), parts
         except FileNotFoundError:
             raise UserError(f"'{name}' holds no images", LAYOUTS, "check the path") from None
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise unreadable(name, error) from None
+
+
+def _parts(name: str, path: Path, files: dict[str, list[str]]) -> dict[str, list[Part]]:
+    """The files of each split. Raises UserError for those that `datasets` cannot load without naming the reason."""
+    if not all(
+        os.path.isfile(file) and file.endswith((".parquet", ".arrow")) for own in files.values() for file in own
+    ):
+        return {}
+    parts = {split: [_part(name, path, file) for file in own] for split, own in files.items()}
+    for split, own_parts in parts.items():
+        if not any(part.num_rows for part in own_parts):
+            raise _no_rows(name, f"split '{split}'")
+    for split, own_parts in parts.items():
+        for part, file in zip(own_parts, files[split], strict=True):
+            if not part.num_rows and file.endswith(".parquet"):
+                raise UserError(
+                    f"'{name}': '{os.path.relpath(file, path)}' has no rows", "rows in every file", "remove it"
+                )
+    return parts
+
+
+def _part(name: str, path: Path, file: str) -> Part:
+    import datasets
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    if file.endswith(".parquet"):
+        with ParquetFile(file) as opened:
+            schema, num_rows = opened.schema_arrow, opened.metadata.num_rows
+    else:
+        with pa.memory_map(file) as mapped:
+            try:
+                batches = pa.ipc.open_stream(mapped)
+            except (OSError, pa.ArrowInvalid):
+                reader = pa.ipc.open_file(mapped)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+                schema = reader.schema
+            else:
+                schema = batches.schema
+            num_rows = sum(batch.num_rows for batch in batches)
+    if twice := [column for column in dict.fromkeys(schema.names) if schema.names.count(column) > 1]:
+        raise UserError(
+            f"'{name}': '{os.path.relpath(file, path)}' has several columns named '{twice[0]}'",
+            "a name of its own for every column",
+            "rename or remove one of them",
+        )
+    is_typed = b"huggingface" in (schema.metadata or {})
+    return Part.of(num_rows, datasets.Features.from_arrow_schema(schema) if is_typed else {})
 
 
 def load_from_hub(name: str, hub: str) -> dict[str, Any]:

@@ -10,19 +10,23 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sdcli.errors import UserError
 
 LISTED = 20
 """Images that one error names."""
 
+LONGEST = 100
+"""How many times as long as its shorter side an image may be: resized to the network's input, it has to fit into
+memory."""
+
 
 def read_image(source: bytes | str | Path, where: str) -> Image.Image:
     """An image file, or its bytes, in RGB and upright according to its EXIF orientation.
 
     Grayscale and palettes become RGB, 16 bits become 8, and transparency is dropped, as in timm. Raises UserError that
-    starts with `where`, if the image cannot be read.
+    starts with `where`, if the image cannot be read or is nothing but a line (`LONGEST`).
     """
     # Pillow would try six other formats first, which takes as long as decoding 32x32 pixels.
     formats = ("WEBP",) if isinstance(source, bytes) and source[8:12] == b"WEBP" else None
@@ -80,21 +84,35 @@ ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 def as_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB and upright; of an animation the frame that it shows: the first, where nothing has moved on.
 
-    Raises ValueError for 32-bit values without a known range.
+    Values of 16 bits become 8. Files with 32 bits a pixel do not state the range of their values: up to 255 they are
+    taken as 8 bits, up to 65,535 as 16.
+
+    Raises ValueError for 32-bit values without a known range, and for an image that is nothing but a line (`LONGEST`).
     """
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"{image.width}x{image.height} pixels: a side is over {LONGEST} times the other")
     # Of a PNG, metadata may follow the pixels.
     image.load()
     # exif_transpose alone would look for an orientation in every image.
-    return _to_rgb(ImageOps.exif_transpose(image) if any(key in image.info for key in ORIENTED) else image)
+    upright = ImageOps.exif_transpose(image) if any(key in image.info for key in ORIENTED) else image
+    return _to_rgb(upright, _has_16_bits(image))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether the file states that its integers have 16 bits: Pillow widens those of PGM and signed TIFF to 32."""
+    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample)
+    return image.mode != "I" or image.format == "PPM" or bits == (16,)
+
+
+def _to_rgb(image: Image.Image, has_16_bits: bool) -> Image.Image:
     if image.mode.startswith("I"):
         # convert() would clip 16-bit values at 255 instead of scaling them.
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit values without a known range")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+        if has_16_bits or values.max() > 255:
+            values = np.rint(values / 257).astype(np.int64)
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("32-bit values without a known range")
     if "transparency" in image.info:

@@ -153,4 +153,5 @@ def _open_folder(name: str, path: Path, image_key: str | None, label_key: str | 
         raise unreadable(name, error) from None
     if str(path).encode(errors="replace") != os.fsencode(path):
         raise UserError(f"'{name}': the path is not valid UTF-8", "UTF-8, for data sets of tables", "rename the folder")
-    return open_tables(name, str(path), load_from_folder(name, path), image_key, label_key, Named(None))
+    tables, parts = load_from_folder(name, path)
+    return open_tables(name, str(path), tables, image_key, label_key, Named(None), parts)

@@ -26,10 +26,6 @@ from sdcli.errors import UserError, counted
 PHOTOS = (*EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jpe")
 """What is taken from a folder, which may hold other files too; a file that is named is read whatever its name."""
 
-LONGEST = 100
-"""How many times as long as its shorter side an image may be: resized to the network's input, it has to fit into
-memory."""
-
 FEW = 64
 """Images that are read by the process itself: starting others would take longer."""
 
@@ -47,8 +43,6 @@ class Prepared:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Raises ValueError for an image whose values have no known range, or that is nothing but a line."""
-        if max(image.size) > LONGEST * min(image.size):
-            raise ValueError(f"{image.width}x{image.height} pixels: a side is over {LONGEST} times the other")
         return self.transform(as_rgb(image))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdcli.data.dataset import ImageData, Images, Named, listed, whole_split
+from sdcli.data.hub import Part
 from sdcli.data.images import read_image, why_unreadable
 from sdcli.data.splits import scored_as_test, standard_splits
 from sdcli.errors import UserError, counted, did_you_mean
@@ -21,6 +23,9 @@ from sdcli.errors import UserError, counted, did_you_mean
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "pixel_values")
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "category")
+
+HELD = {"image": "a column of images or of their bytes", "label": "a column of whole numbers, ClassLabel or text"}
+"""What a column has to hold."""
 
 
 @dataclass(eq=False)
@@ -49,23 +54,25 @@ class Rows(Images):
 
     def check(self) -> None:
         """Raises UserError for rows that hold no image, or name a file that cannot be read or is not the data set's."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        column, is_struct = self._column, pa.types.is_struct(self._column.type)
-        held = pc.struct_field(column, "bytes") if is_struct else column
-        rows = pc.indices_nonzero(pc.fill_null(pc.equal(pc.binary_length(held), 0), True)).to_pylist()
-        wrong = []
-        for row in rows:
-            path = (column[row].as_py() or {}).get("path") if is_struct else None
-            if reason := self._why_unreadable(path):
-                wrong.append(f"row {row} ({reason})")
+        wrong = [
+            f"row {row} ({reason})" for row, path in self._without_bytes() if (reason := self._why_unreadable(path))
+        ]
         if wrong:
             raise UserError(
                 f"{self.where}: {counted(len(wrong), 'row')} without an image that can be read: {listed(wrong)}",
                 "an image in every row, or the path of one inside the folder of the data set",
                 "repair or remove them",
             )
+
+    def _without_bytes(self) -> Iterator[tuple[int, str | None]]:
+        """The rows that do not hold their image, and the files that they name."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column, is_struct = self._column, pa.types.is_struct(self._column.type)
+        held = pc.struct_field(column, "bytes") if is_struct else column
+        for row in pc.indices_nonzero(pc.fill_null(pc.equal(pc.binary_length(held), 0), True)).to_pylist():
+            yield row, (column[row].as_py() or {}).get("path") if is_struct else None
 
     def _file(self, path: str) -> str:
         return os.path.join(self.folders[0], path) if self.folders else path
@@ -79,13 +86,31 @@ class Rows(Images):
         return f"'{path}': {reason}" if (reason := why_unreadable(file)) else ""
 
     def identity(self) -> tuple[int, str] | None:
-        return self.table.num_rows, f"{self.table._fingerprint} {self.key}"
+        digest = None
+        for _, path in self._without_bytes():
+            digest = digest or blake2b()
+            try:
+                status = os.stat(self._file(path or ""))
+            except (OSError, ValueError):
+                return None  # reading it reports the reason
+            digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+        files = f" {digest.hexdigest()}" if digest else ""
+        return self.table.num_rows, f"{self.table._fingerprint} {self.key}{files}"
 
 
 def open_tables(
-    name: str, source: str, tables: dict[str, Any], image_key: str | None, label_key: str | None, known: Named
+    name: str,
+    source: str,
+    tables: dict[str, Any],
+    image_key: str | None,
+    label_key: str | None,
+    known: Named,
+    parts: Mapping[str, Sequence[Part]] | None = None,
 ) -> ImageData:
-    """Finds splits, columns and classes in the tables of `datasets`."""
+    """Finds splits, columns and classes in the tables of `datasets`.
+
+    `parts` are the files of each split, where they may name their classes in another order than the tables do.
+    """
     chosen, notes = standard_splits(name, list(tables))
     features = tables[next(iter(chosen.values()))].features
     image_key = _find_column(name, "image", image_key, features, IMAGE_COLUMNS)
@@ -103,7 +128,15 @@ def open_tables(
             del values[split]
     if not values:
         raise UserError(f"{name}: no image has a '{label_key}'", "labelled images", "try another --label-key")
-    classes, numbers = _classes(name, label_key, features[label_key], next(iter(values.values())))
+    parts = parts or {own: [Part.of(table.num_rows, table.features)] for own, table in tables.items()}
+    if declared := Part.of(0, features).classes.get(label_key):
+        classes, order = _class_order(declared, label_key, parts, parts[next(iter(chosen.values()))][0])
+        numbers: dict[Any, int] = {number: number for number in range(len(classes))}
+        for split, labels in values.items():
+            own = chosen[split]
+            values[split] = _by_name(_where(name, own), label_key, labels, parts[own], order)
+    else:
+        classes, numbers = _distinct(name, label_key, next(iter(values.values())))
     splits, folders = {}, _image_folders(source)
     for split, own_values in values.items():
         where = _where(name, chosen[split])
@@ -145,17 +178,20 @@ def _find_column(name: str, what: str, key: str | None, features: Mapping[str, A
     if key is not None:
         if key in fitting:
             return key
-        wrong = f"column '{key}' does not hold {what}s" if key in kinds else f"there is no column '{key}'"
+        wrong = f"there is no column '{key}'"
+        if key in kinds:
+            wrong = f"column '{key}' ({_type(features[key])}) does not hold {what}s"
         near = did_you_mean(key, fitting if key not in kinds else [])
-        raise UserError(f"{name}: {wrong}", _columns(kinds, fitting), near or f"leave --{what}-key out")
+        raise UserError(f"{name}: {wrong}", _columns(what, fitting), near or f"leave --{what}-key out")
     named = [column for alias in usual for column in fitting if column.lower() == alias]
     # Text is a label only in a column with a usual name: it could be a file name or a caption.
     certain = [column for column in fitting if "text" not in kinds[column]]
     if named or len(certain) == 1:
         return (named or certain)[0]
     if not certain:
-        fix = f"choose one with --{what}-key" if fitting else "choose another data set"
-        raise UserError(f"{name}: no column of {what}s found", _columns(kinds, fitting), fix)
+        types = [f"{column} ({_type(feature)})" for column, feature in features.items()]
+        fix = f"choose one with --{what}-key" if fitting else "convert a column, or choose another data set"
+        raise UserError(f"{name}: no column of {what}s found among {listed(types, 20)}", _columns(what, fitting), fix)
     raise UserError(
         f"{name}: {' and '.join(certain)} could each be the column of {what}s",
         "one of them",
@@ -163,8 +199,15 @@ def _find_column(name: str, what: str, key: str | None, features: Mapping[str, A
     )
 
 
-def _columns(kinds: Mapping[str, str], fitting: Sequence[str]) -> str:
-    return f"one of {', '.join(fitting)}" if fitting else f"another column than {', '.join(kinds)}"
+def _columns(what: str, fitting: Sequence[str]) -> str:
+    return f"one of {', '.join(fitting)}" if fitting else HELD[what]
+
+
+def _type(feature: Any) -> str:
+    """The type of a column in the words of `datasets`: "float64", "ClassLabel"."""
+    import datasets
+
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
 def _holds(feature: Any) -> str:
@@ -186,15 +229,13 @@ def _holds(feature: Any) -> str:
 
 def _is_missing(value: Any) -> bool:
     # On the hub, -1 marks withheld labels.
+    if isinstance(value, str):
+        return not value.strip()
     return value is None or (isinstance(value, int) and value < 0)
 
 
-def _classes(name: str, key: str, feature: Any, values: Sequence[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Class names, and the class index of each value in the column of labels."""
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names), {number: number for number in range(len(feature.names))}
+def _distinct(name: str, key: str, values: Sequence[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Class names, and the class index of each value, of a column of labels that does not name its classes."""
     distinct = sorted({value for value in values if not _is_missing(value)})
     if len(distinct) == len(values) > 2:
         raise UserError(
@@ -203,6 +244,47 @@ def _classes(name: str, key: str, feature: Any, values: Sequence[Any]) -> tuple[
             "name it with --label-key",
         )
     return tuple(str(value) for value in distinct), {value: number for number, value in enumerate(distinct)}
+
+
+def _class_order(
+    declared: tuple[str, ...], key: str, parts: Mapping[str, Sequence[Part]], first: Part
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the classes in the order of their numbers, and the names that files have for them.
+
+    Both are those of the first split's first file, unless a data set's card has `declared` others: no file has these.
+    They replace the names of that file by their numbers, or by the names themselves where it has no others.
+    """
+    own = first.classes.get(key, declared)
+    if any(part.classes.get(key) == declared for of_split in parts.values() for part in of_split):
+        return own, own
+    return declared, declared if set(own) <= set(declared) else own
+
+
+def _by_name(where: str, key: str, values: Sequence[Any], parts: Sequence[Part], order: tuple[str, ...]) -> list[Any]:
+    """The labels of a split as places in `order`, by the names that its files have for them.
+
+    Missing labels stay as they are. Raises UserError for a name that is not in `order`.
+    """
+    places = {name: place for place, name in enumerate(order)}
+    assert sum(part.num_rows for part in parts) == len(values)
+    ordered: list[Any] = []
+    for part in parts:
+        own = values[len(ordered) : len(ordered) + part.num_rows]
+        names = part.classes.get(key, order)
+        if names == order:
+            ordered += own
+            continue
+        known = {number: places[name] for number, name in enumerate(names) if name in places}
+        if unknown := {value for value in own if not _is_missing(value)} - known.keys():
+            number = min(unknown)
+            name = names[number] if number < len(names) else str(number)
+            raise UserError(
+                f"{where}: {key} '{name}' is not one of the classes {listed(order)}",
+                "the classes of the first split in every split, in any order",
+                did_you_mean(name, order) or "rename the class, or remove its rows",
+            )
+        ordered += [known.get(value, value) for value in own]
+    return ordered
 
 
 def _class_numbers(where: str, key: str, values: Sequence[Any], numbers: Mapping[Any, int]) -> NDArray[np.int64]:

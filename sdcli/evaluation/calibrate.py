@@ -27,7 +27,7 @@ from sdcli.evaluation.outputs import Outputs
 from sdcli.evaluation.promise import betting, bound_of, fixed_sequence, images_for
 from sdcli.evaluation.search import Costs, Found, best_policy, best_steps, passing_ms, safest_path, spaced
 from sdcli.network.blueprint import Blueprint
-from sdcli.network.calibration import Calibration, OperatingPoint, Promise
+from sdcli.network.calibration import TEMPERATURES, Calibration, OperatingPoint, Promise
 from sdcli.network.policies import Policy, decide
 from sdcli.recipe.address import FINAL
 
@@ -136,12 +136,15 @@ def calibrate(
     shown = spaced(best_steps(found))
     chosen, promise, notes = choose(goal, found, len(first), second, costs)
     shown += [chosen] if chosen not in shown else []
-    rows = [_row(step.policy, second, blueprint, latencies, goal, chosen=step == chosen) for step in shown]
-    rows.sort(key=lambda row: row.cost)
+    measured = [(_row(step.policy, second, blueprint, latencies, goal, chosen=step == chosen), step) for step in shown]
+    measured.sort(key=lambda pair: pair[0].cost)
+    rows = [row for row, _ in measured]
     return Calibrated(
         Calibration(
             policy=chosen.policy,
-            curve=tuple(OperatingPoint(row.thresholds, row.cost, row.top1) for row in rows),
+            curve=tuple(
+                OperatingPoint(row.thresholds, row.cost, row.top1, 100 * step.setting.top1) for row, step in measured
+            ),
             num_images=len(outputs),
             data=data,
             date=date.today().isoformat(),
@@ -165,13 +168,15 @@ def check_enough(num: int, fix: str) -> None:
 
 
 def temperature_of(logits: Tensor, labels: Tensor) -> float:
-    """The temperature in [0.05, 20] that minimises the negative log-likelihood (Guo et al. 2017, arXiv:1706.04599)."""
+    """The temperature within `TEMPERATURES` that minimises the negative log-likelihood (Guo et al. 2017,
+    arXiv:1706.04599)."""
     from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
 
-    found = minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded")
+    coldest, hottest = TEMPERATURES
+    found = minimize_scalar(loss, bounds=(math.log(coldest), math.log(hottest)), method="bounded")
     return round(math.exp(float(found.x)), 4)
 
 

@@ -14,7 +14,7 @@ from sdcli.data.folders import unlabelled_images
 from sdcli.data.photos import PhotoBatch, read_photos
 from sdcli.devices import accelerator_for
 from sdcli.errors import UserError, counted
-from sdcli.evaluation.calibrate import Calibrated, Goal, calibrate, check_enough
+from sdcli.evaluation.calibrate import LEAST_IMAGES, Calibrated, Goal, calibrate, check_enough
 from sdcli.evaluation.latency import measure_latencies
 from sdcli.evaluation.opened import open_checkpoint
 from sdcli.evaluation.outputs import collect
@@ -47,6 +47,8 @@ def calibrate_checkpoint(
     may be a folder of images without classes. Raises UserError where there are none, and as `calibrate` does.
     """
     _check_output(path, output)
+    if limit is not None:
+        check_enough(limit, f"--limit {LEAST_IMAGES} or more, or leave it out")
     photos = unlabelled_images(Path(dataset)) if dataset else []
     opened = None
     if not photos:

@@ -43,8 +43,10 @@ def betting(losses: Losses, delta: float, limit: float, seed: int = 0) -> bool:
 
     The capital of a bet against a mean of `limit` grows beyond 1 / delta only if the mean is lower: the upper
     confidence bound of Waudby-Smith and Ramdas (2024, arXiv:2010.09686), as a test. Sharper than Clopper-Pearson; the
-    order of the images matters, and is drawn once by `seed`.
+    order of the images matters, and is drawn once by `seed`. A limit of 1 or more always holds.
     """
+    if limit >= 1:
+        return True
     drawn = np.random.default_rng(seed).permutation(losses).astype(float)
     count = np.arange(1, len(drawn) + 1)
     mean = (0.5 + drawn.cumsum()) / (count + 1)

@@ -83,7 +83,7 @@ def export(
     job = Job(checkpoint, network, about, exit, license)
     if hasattr(format, "check"):
         format.check(job)
-    images, notes = samples(checkpoint, about, dataset)
+    images, notes, job.small = samples(checkpoint, about, dataset)
     with placing(output) as path:
         _LOG.info("writing %s", output)
         with _refusing(name):

@@ -26,6 +26,8 @@ class Job:
     exit: str
     """The name of an exit, `ALL` or `STAGED`."""
     license: str = ""
+    small: float | None = None
+    """The share of the data's images that are small and so shown whole; None where it is not known."""
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     """Exits that are not in a staged export, and why."""

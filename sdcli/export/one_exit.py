@@ -7,12 +7,9 @@ from pathlib import Path
 from sdcli.errors import UserError
 from sdcli.export.compare import Reader
 from sdcli.export.job import Job
-from sdcli.network.checkpoint import load_checkpoint, read_tensors, save_checkpoint
+from sdcli.network.checkpoint import EXIT, load_checkpoint, read_tensors, save_checkpoint
 from sdcli.network.multi_exit import build
 from sdcli.network.truncated import Truncated
-
-EXIT = "sdcli_exit"
-"""The metadata that names the exit; the others are a checkpoint's."""
 
 
 def write(job: Job, path: Path) -> None:

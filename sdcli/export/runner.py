@@ -2,14 +2,13 @@
 
 import hashlib, json, math, pathlib, sys
 from typing import Any
-import numpy as np
-import onnxruntime as ort
+import numpy as np, onnxruntime as ort
 
 SCORES: dict[str, Any] = {  # log-probabilities of an exit, and their mean so far, to the answer and how sure it is
     "ensemble": lambda own, mean: (both := mean - np.logaddexp.reduce(mean, 1, keepdims=True), np.exp(both.max(1))),
     "confidence": lambda own, mean: (own, np.exp(own.max(1))),
     "margin": lambda own, mean: (own, np.diff(np.sort(np.exp(own), 1)[:, -2:])[:, 0]),
-    "entropy": lambda own, mean: (own, 1 + (np.exp(own) * np.maximum(own, -1e4)).sum(1) / math.log(own.shape[1])),
+    "entropy": lambda own, mean: (own, (1 + (np.exp(own) * own.clip(-1e4)).sum(1) / math.log(own.shape[1])).clip(0)),
 }
 
 
@@ -39,8 +38,7 @@ class Network:
                 own = (raw := found[-1].astype("d") / part["temperature"]) - np.logaddexp.reduce(raw, 1, keepdims=True)
                 total, seen = total + own, seen + 1
                 answer, score = (own, own[:, 0]) if last else self.score(own, total / seen)
-                sure = score >= (math.inf if limit is None else limit)
-                leaves |= sure & ((answer.argmax(1) == before) | (not self.agreement))
+                leaves |= (score >= np.array(limit, float)) & ((answer.argmax(1) == before) | (not self.agreement))
                 answers[rows[leaves]], places[rows[leaves]] = answer[leaves], place
                 total, before = total[~leaves], answer.argmax(1)[~leaves]
             rows, images = rows[~leaves], found[0][~leaves]
@@ -67,6 +65,8 @@ if __name__ == "__main__":
         sys.exit(sys.stderr.write("usage: python run.py [--threshold SHARE] IMAGE...\n") and 2)
     try:
         limit, network, failed = float(given[0]) if given else None, Network(pathlib.Path(__file__).parent), 0
+        if limit is not None and not 0 <= limit <= 1:
+            raise ValueError(f"--threshold {given[0]}: a number from 0 to 1 is expected")
     except Exception as error:
         sys.exit(sys.stderr.write(f"error: {type(error).__name__}: {error}\n") and 2)
     for file in files:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdcli.data.dataset import Split
+from sdcli.data.dataset import NAMED, Split
 from sdcli.data.open import open_dataset
 from sdcli.data.splits import limited, training_splits
-from sdcli.data.transforms import Preprocess, eval_transform
+from sdcli.data.transforms import SMALL, Preprocess, eval_transform
 from sdcli.errors import UserError
 from sdcli.network.checkpoint import Description
 
@@ -19,8 +20,18 @@ IMAGES, NOISE = 32, 8
 """How many images of the data, and of noise."""
 
 
-def samples(checkpoint: Path, about: Description, dataset: str | None) -> tuple[dict[str, Tensor], list[str]]:
-    """Batches [B, 3, H, W] by what they show, and notes.
+class Samples(NamedTuple):
+    """What an exported file is compared on."""
+
+    batches: dict[str, Tensor]
+    """[B, 3, H, W], by what they show."""
+    notes: list[str]
+    small: float | None
+    """The share of the data's images that are small (`SMALL`), and so shown whole; None where it is not known."""
+
+
+def samples(checkpoint: Path, about: Description, dataset: str | None) -> Samples:
+    """What a checkpoint's network is compared on.
 
     Images of the data set that the checkpoint was trained on, which training has not seen; noise in their range where
     the data set cannot be opened. And normal noise. Raises UserError for a `dataset` that was asked for and cannot be
@@ -28,18 +39,24 @@ def samples(checkpoint: Path, about: Description, dataset: str | None) -> tuple[
     """
     preprocess = about.blueprint.preprocess
     generator = torch.Generator().manual_seed(0)
+    named = NAMED.get(about.dataset.source)
+    small = float(max(named.measured[0] or (SMALL + 1,)) <= SMALL) if named and named.measured else None
     noise = {"noise": torch.randn(NOISE, *preprocess.input_size, generator=generator)}
     try:
         name, split = _unseen(dataset or about.dataset.source or _recorded(checkpoint), about, own=dataset is None)
         transform = eval_transform(preprocess)
-        images = torch.stack([transform(split.image(i)) for i in range(len(split))])
+        photos = [split.image(i) for i in range(len(split))]
+        images = torch.stack([transform(photo) for photo in photos])
     except UserError as error:
         if dataset is not None:
             raise
-        return {"noise in range": _in_range(preprocess, generator)} | noise, [
+        note = (
             f"compared on noise in the range of images, not on images: {error.wrong} (--dataset names another data set)"
-        ]
-    return {f"{name} images": images} | noise, []
+        )
+        return Samples({"noise in range": _in_range(preprocess, generator)} | noise, [note], small)
+    if small is None:
+        small = sum(max(photo.size) <= SMALL for photo in photos) / len(photos)
+    return Samples({f"{name} images": images} | noise, [], small)
 
 
 def _unseen(source: str, about: Description, *, own: bool) -> tuple[str, Split]:

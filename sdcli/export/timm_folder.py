@@ -23,24 +23,54 @@ def write(job: Job, path: Path) -> None:
     from timm.models._hub import save_config_for_hf
 
     blueprint = job.network.blueprint
-    preprocess = blueprint.preprocess.to_dict()
-    if max(blueprint.preprocess.size) <= SMALL:
-        # As sdcli evaluates small images, and as this network was trained: whole, not their centre.
-        preprocess |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    # As sdcli evaluates images, and as this network was trained: small ones whole, the centre of large ones.
+    shown = {"crop_pct": 1.0, "crop_mode": "squash"} if _shows_whole(job) else {"crop_mode": "center"}
+    license = license_of(job.network, job.about, job.license)
     path.mkdir()
-    about = {"sdcli": __version__, "label_names": list(blueprint.classes)}
+    about = {
+        "sdcli": __version__,
+        "label_names": list(blueprint.classes),
+        # Instead of timm's own, which is that of the weights that timm has for this model.
+        "pretrained_cfg": {"license": None if license == UNKNOWN else license},
+    }
     save_config_for_hf(
         job.network.backbone,
         str(path / "config.json"),
         model_config=about,
         model_args=dict(blueprint.architecture.model_args),
-        data_config=preprocess,
+        data_config=blueprint.preprocess.to_dict() | shown,
     )
     state = job.network.backbone.state_dict()
     # The format allows no two tensors that share memory, which tied weights do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    (path / "README.md").write_text(_card(job), encoding="utf-8")
+    (path / "README.md").write_text(_card(job, license), encoding="utf-8")
+
+
+def _shows_whole(job: Job) -> bool:
+    """Whether timm is to show images whole, as sdcli shows small ones; with a note where that is not plain to see.
+
+    sdcli decides for each image and timm for all of them: most of the data's images count, or the network's input where
+    nothing is known of them.
+    """
+    large_input = max(job.network.blueprint.preprocess.size) > SMALL
+    if job.small is None:
+        how = "the centre of an image" if large_input else "images whole"
+        job.notes.append(
+            f"config.json shows {how}, by the network's input size: the size of the data's images is not known"
+        )
+        return not large_input
+    whole = job.small >= 0.5
+    if 0 < job.small < 1:
+        job.notes.append(
+            f"{job.small:.0%} of the images have at most {SMALL} pixels a side: sdcli shows these whole and the centre "
+            f"of the others; config.json has one rule for all of them: {'whole' if whole else 'the centre'}"
+        )
+    elif whole and large_input:
+        job.notes.append(
+            f"config.json shows images whole, as sdcli shows those of up to {SMALL} pixels (crop_mode squash)"
+        )
+    return whole
 
 
 def check(job: Job) -> None:
@@ -62,9 +92,8 @@ def check(job: Job) -> None:
         )
 
 
-def _card(job: Job) -> str:
+def _card(job: Job, license: str) -> str:
     blueprint, data = job.network.blueprint, job.about.dataset
-    license = license_of(job.network, job.about, job.license)
     if license == UNKNOWN:
         job.notes.append("the card states no licence: add one with --license, such as --license apache-2.0")
     final, size = blueprint.costs()[FINAL], "x".join(map(str, blueprint.preprocess.size))

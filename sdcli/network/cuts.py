@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sdcli.errors import UserError
+from sdcli.errors import UserError, shown
 from sdcli.network.boundaries import natural_boundaries
 from sdcli.network.describe import describe
 from sdcli.network.named import named_boundaries
@@ -47,10 +47,20 @@ def find_stages(
     equal blocks is cut into equal shares of the work. Any other model is cut after the last outermost module of each
     resolution. If more stages are wanted, the heaviest stage is halved.
 
-    Raises UserError if the model refuses the input size or states none, if a named module cannot be tapped, or if the
-    model cannot be cut into that many stages.
+    Raises UserError for an `input_size` or `exits` of another kind, if the model refuses the size or states none, if a
+    named module cannot be tapped, or if the model cannot be cut into that many stages.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model = {shown(model)[:100]}", "a timm model", 'timm.create_model("resnet18"), for example')
     name = name or type(model).__name__
+    if input_size is not None and not _is_size(input_size):
+        raise UserError(
+            f"input_size = {shown(input_size)[:100]}",
+            "channels, height and width: three whole numbers, 1 or more",
+            "find_stages(model, (3, 224, 224))",
+        )
+    if not isinstance(exits, (int, str, Sequence, type(None))):
+        raise UserError(f"exits = {shown(exits)[:100]}", "a number of stages, or the names of modules")
     traced = trace_model(model, input_size or _own_size(model, name), name)
     if exits is None or isinstance(exits, int):
         points, found_by = _numbered(traced, exits)
@@ -58,6 +68,11 @@ def find_stages(
         names = [exits] if isinstance(exits, str) else exits
         points, found_by = named_boundaries(traced, names), "named"
     return describe(traced, points, found_by)
+
+
+def _is_size(size: object) -> bool:
+    """Whether these are the channels, height and width of an image."""
+    return isinstance(size, Sequence) and len(size) == 3 and all(isinstance(side, int) and side >= 1 for side in size)
 
 
 def _own_size(model: nn.Module, name: str) -> tuple[int, int, int]:

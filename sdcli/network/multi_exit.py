@@ -6,7 +6,7 @@ B batch, K classes, C channels, H W map, D embedding, P prefix tokens
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from sdcli.network.calibration import Calibration
 from sdcli.network.gradients import Equilibrium
 from sdcli.network.heads import build_head
 from sdcli.network.policies import Decided, Policy, check_policy
-from sdcli.network.predict import Photo, Prediction, Strategy, batches, choose, ensemble_of, predictions
+from sdcli.network.predict import Photo, Prediction, Strategy, batches, check_count, choose, ensemble_of, predictions
 from sdcli.network.routing import Router, averaged, reasons, visiting
 from sdcli.network.signals import Signal, signal_at
 from sdcli.network.stages import Stage, tap_modules, to_map
@@ -71,6 +71,7 @@ class MultiExit(nn.Module):
         self._dense: DenseClassifier | None = None
         self._hooks: list[Any] = []
         self._why_not: dict[str, str] | None = None
+        self._ejected = False
         self.gradients: Gradients = "sum"
         """What of the exits' gradients passes on to the stages before them."""
         self.trains: Trains = "all"
@@ -170,6 +171,7 @@ class MultiExit(nn.Module):
         `points` are those that are wanted, by default all, and whether each of them teaches; other exits' heads are
         not run.
         """
+        self._check_whole()
         wanted = dict.fromkeys(self.points, True) if points is None else points
         trunk = Equilibrium([point for point in self.points if wanted.get(point)])
         shared = self.gradients == "equilibrium" and torch.is_grad_enabled()
@@ -203,6 +205,7 @@ class MultiExit(nn.Module):
 
     def tensors(self, images: Tensor) -> dict[str, Tensor]:
         """What each point's stage returns, in the model's own layout; no head is run."""
+        self._check_whole()
         with visiting(self._store, lambda _, tensor: tensor):
             self.backbone(images)
             return dict(self._store.tensors)
@@ -244,6 +247,7 @@ class MultiExit(nn.Module):
 
     def _visited(self, images: Tensor, visit: Callable[[str, Tensor], Tensor]) -> Tensor:
         """The final logits [B, K] of a pass whose taps are visited."""
+        self._check_whole()
         with self._evaluating(), visiting(self._store, visit):
             return self.plain(images)
 
@@ -265,6 +269,7 @@ class MultiExit(nn.Module):
     @property
     def why_not(self) -> dict[str, str]:
         """For every exit, why images cannot leave there, in words; "" where they can. Found by running the network."""
+        self._check_whole()
         if self._why_not is None:
             with self._evaluating():
                 self._why_not = reasons(self.backbone, self._store, self.stages, self.plan.input_size)
@@ -277,13 +282,14 @@ class MultiExit(nn.Module):
         """
         if point not in self.classifiers:
             raise unknown("exit", point, self.classifiers)
+        self._check_whole()
         own = copy.deepcopy(self)
         head = dict(own.heads.items()).get(point)
         return Truncated(own.backbone, head, own._store, point, self.stages[point], self.plan.input_size)
 
     def predict(
         self,
-        images: Photo | Sequence[Photo] | Tensor,
+        images: Photo | Iterable[Photo] | Tensor,
         *,
         exit: str | None = None,
         ensemble: bool = False,
@@ -293,7 +299,7 @@ class MultiExit(nn.Module):
         top: int = 5,
         batch_size: int = 64,
     ) -> list[Prediction]:
-        """Classifies PIL images, image files, or a batch [B, 3, H, W] that `transform` has made.
+        """Classifies PIL images, image files, any iterable of them, or a batch [B, 3, H, W] that `transform` has made.
 
         By default images leave early, as `sdcli calibrate` has found for the checkpoint; without that the final exit
         answers, as with `early_exit=False`. Or, one of them: `exit` names the one that answers; `ensemble` takes the
@@ -303,6 +309,9 @@ class MultiExit(nn.Module):
 
         Raises UserError for options that contradict each other or cannot be met, and an image that cannot be read.
         """
+        self._check_whole()
+        check_count("top", top)
+        check_count("batch_size", batch_size)
         strategy = self.strategy(
             exit=exit, ensemble=ensemble, budget=budget, threshold=threshold, early_exit=early_exit
         )
@@ -402,10 +411,20 @@ class MultiExit(nn.Module):
         assert dense is not None
 
     def eject(self) -> nn.Module:
-        """The untouched timm model without taps. This object cannot be used afterwards."""
+        """The untouched timm model without taps. This object answers nothing afterwards: it raises UserError."""
         for hook in self._hooks:
             hook.remove()
+        self._ejected = True
         return self.backbone
+
+    def _check_whole(self) -> None:
+        """Raises UserError where `eject` has taken the taps away, without which no exit has anything to read."""
+        if self._ejected:
+            raise UserError(
+                "this network has no taps any more: eject() took its timm model out",
+                "a network from which nothing was taken out",
+                "use the model that eject() returned, or load the checkpoint again",
+            )
 
 
 def attach(backbone: nn.Module, blueprint: Blueprint, another: Callable[[], nn.Module] | None = None) -> MultiExit:

@@ -56,7 +56,8 @@ def entropy(own: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     arXiv:1709.01686), scaled to [0, 1]."""
     # 0 log 0 is 0: the probability of a class may underflow.
     spread = -(own.exp() * own.clamp(min=-1e4)).sum(dim=1)
-    return own, 1 - spread / math.log(own.shape[1])
+    # Rounding may bring it below 0 where all classes are equally likely: a threshold of 0 is for all.
+    return own, (1 - spread / math.log(own.shape[1])).clamp(min=0)
 
 
 class Verdict(NamedTuple):

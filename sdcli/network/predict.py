@@ -9,6 +9,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from sdcli.data.images import reason_of
 from sdcli.data.photos import Prepared, read_photo
-from sdcli.errors import UserError, unknown
+from sdcli.errors import UserError, shown, unknown
 from sdcli.network.blueprint import ENSEMBLE
 from sdcli.network.calibration import Calibration, Promise
 from sdcli.network.policies import Decided, Policy
@@ -28,6 +30,8 @@ Photo: TypeAlias = Image.Image | str | os.PathLike[str]
 
 OPTIONS = ("exit", "ensemble", "budget", "threshold", "early_exit=False")
 """What `choose` takes; each of them says all."""
+IMAGES = "PIL images, paths, or a tensor as `transform` makes them"
+"""What can be classified."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def choose(
         raise UserError(f"{first} and {second} contradict each other", f"one of {', '.join(OPTIONS)}")
     temperatures = calibration.policy.temperatures if calibration else {}
     if exit is not None or not early_exit:
-        point = exit or FINAL
+        point = FINAL if exit is None else exit
         if point not in exits:
             raise unknown("exit", point, exits)
         thresholds: dict[str, float | None] = {} if point == FINAL else {point: -math.inf}
@@ -110,8 +114,8 @@ def _shared_threshold(
     threshold: float,
 ) -> Policy:
     """One threshold wherever images can leave, with the calibrated policy's temperatures and score."""
-    if not 0 <= threshold <= 1:
-        raise UserError(f"a threshold of {threshold:g}", "a number from 0 to 1")
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise UserError(f"a threshold of {_shown(threshold)}", "a number from 0 to 1")
     policy = calibration.policy if calibration else Policy({})
     reasons = why_not()
     exits = [point for point in exits if point != FINAL]
@@ -126,20 +130,26 @@ def _shared_threshold(
 
 
 def _within(calibration: Calibration | None, budget: float) -> Policy:
-    if not (math.isfinite(budget) and budget > 0):
-        raise UserError(f"a budget of {budget:g}", "a share of the plain network's MACs above 0, such as 0.5")
+    if not isinstance(budget, Real) or not (math.isfinite(budget) and budget > 0):
+        raise UserError(f"a budget of {_shown(budget)}", "a share of the plain network's MACs above 0, such as 0.5")
     if calibration is None:
         raise UserError(
             f"a budget of {budget:g}: the checkpoint is not calibrated",
             "thresholds that sdcli calibrate has found for this network",
             "sdcli calibrate RUN, or a threshold instead",
         )
+    if not calibration.curve:
+        raise UserError(
+            f"a budget of {budget:g} cannot be met: the checkpoint's calibration has no settings to choose from",
+            "settings that sdcli calibrate has found for this network",
+            "sdcli calibrate RUN, or a threshold instead",
+        )
     policy = calibration.at_budget(budget)
     if policy is None:
-        least = min((point.cost for point in calibration.curve), default=None)
+        least = min(point.cost for point in calibration.curve)
         raise UserError(
             f"a budget of {budget:g} cannot be met",
-            "a checkpoint with calibrated settings" if least is None else f"{math.ceil(least * 1000) / 1000:g} or more",
+            f"{math.ceil(least * 1000) / 1000:g} or more",
             "a larger budget, one exit alone (sdcli predict --exit), or exits with a cheaper head (--head linear)",
         )
     return policy
@@ -174,8 +184,7 @@ def predictions(decided: Decided, classes: Sequence[str], top: int = 5) -> list[
 
     Raises UserError for answers that are not finite.
     """
-    if top < 1:
-        raise UserError(f"top = {top}", "1 or more")
+    check_count("top", top)
     likeliest = decided.answers.float().exp().topk(min(top, len(classes)), dim=1)
     if not bool(torch.isfinite(likeliest.values).all()):
         raise UserError(
@@ -192,14 +201,13 @@ def predictions(decided: Decided, classes: Sequence[str], top: int = 5) -> list[
 
 
 def batches(
-    images: Photo | Sequence[Photo] | Tensor, prepare: Prepared, input_size: tuple[int, int, int], batch_size: int
+    images: Photo | Iterable[Photo] | Tensor, prepare: Prepared, input_size: tuple[int, int, int], batch_size: int
 ) -> Iterator[Tensor]:
     """What `MultiExit.predict` is given, as batches [B, C, H, W]; each image is read when its batch is due.
 
     Raises UserError for a file that cannot be read, a tensor of another shape or type, and a batch size below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size = {batch_size}", "1 or more")
+    check_count("batch_size", batch_size)
     if isinstance(images, Tensor):
         if images.shape[-3:] != input_size or images.ndim not in (3, 4) or not images.is_floating_point():
             raise UserError(
@@ -208,9 +216,25 @@ def batches(
             )
         yield from torch.split(images.reshape(-1, *input_size), batch_size)
         return
-    photos = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
-    for start in range(0, len(photos), batch_size):
-        yield torch.stack([_read(photo, prepare) for photo in photos[start : start + batch_size]])
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        images = [images]
+    if not isinstance(images, Iterable):
+        raise UserError(f"images of type {type(images).__name__}", IMAGES)
+    photos = iter(images)
+    while batch := [_read(photo, prepare) for photo in islice(photos, batch_size)]:
+        yield torch.stack(batch)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises UserError for what is no whole number from 1 on."""
+    if not isinstance(value, Integral):
+        raise UserError(f"{name} = {shown(value)[:100]}", "a whole number, 1 or more")
+    if value < 1:
+        raise UserError(f"{name} = {value}", "1 or more")
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, Real) else shown(value)[:100]
 
 
 def _read(photo: Photo, prepare: Prepared) -> Tensor:
@@ -223,6 +247,4 @@ def _read(photo: Photo, prepare: Prepared) -> Tensor:
             raise UserError(f"an image cannot be read: {reason_of(error)}", "an image that Pillow can read") from None
     if isinstance(photo, (str, os.PathLike)):
         return read_photo(photo, prepare)
-    raise UserError(
-        f"an image of type {type(photo).__name__}", "PIL images, paths, or a tensor as `transform` makes them"
-    )
+    raise UserError(f"an image of type {type(photo).__name__}", IMAGES)

@@ -20,6 +20,7 @@ from sdcli.errors import UserError
 from sdcli.network.backbones import create, pretrained_transform, resolve
 from sdcli.network.blueprint import BRANCH, Blueprint, WeightsFile
 from sdcli.network.checkpoint import (
+    EXIT,
     Description,
     find_checkpoint,
     load_checkpoint,
@@ -92,9 +93,12 @@ def read_weights_file(table: Network, model: str) -> WeightsFile | None:
 def load(path: str | Path) -> MultiExit:
     """The network in a checkpoint of `sdcli train`, in eval mode; of a run folder its best one, else the last.
 
-    Raises UserError for a file that does not exist, is no such checkpoint, or does not fit the installed timm.
+    The state of torch's random numbers stays as it is. Raises UserError for a file that does not exist, is no such
+    checkpoint, or does not fit the installed timm.
     """
-    return rebuild(find_checkpoint(Path(path)))[0].eval()
+    # A network is made with random weights before it gets its own.
+    with torch.random.fork_rng(devices=[]):
+        return rebuild(find_checkpoint(Path(path)))[0].eval()
 
 
 def rebuild(path: Path) -> tuple[MultiExit, Description]:
@@ -103,6 +107,7 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     It is built on the meta device first, and its tensors are compared by name, shape and type, so that a damaged file
     costs no memory. Raises UserError where tensors and description do not belong together.
     """
+    _refuse_one_exit(path)
     tensors, description = load_checkpoint(path)
     blueprint = description.blueprint
     for point, kind in blueprint.heads.items():
@@ -113,7 +118,7 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
             raise UserError(
                 f"'{path}': the head of {point} is '{kind}', which this sdcli does not have",
                 "the file that registers it, which it was trained with",
-                f"sdcli eval {path} --import FILE.py",
+                "add --import FILE.py to the command; in Python, import that file first",
             ) from None
     _compare(_draft(path, blueprint, 4 * len(tensors) + MOST_PARAMETERS), tensors, blueprint, path)
     _LOG.info("building %s", blueprint.architecture.model)
@@ -121,6 +126,18 @@ def rebuild(path: Path) -> tuple[MultiExit, Description]:
     network.load_state_dict(tensors)
     network.calibration = description.early_exit
     return network, description
+
+
+def _refuse_one_exit(path: Path) -> None:
+    """Raises UserError for a file of `sdcli export --to safetensors`."""
+    with open_tensors(path) as file:
+        exit = (file.metadata() or {}).get(EXIT)
+    if exit is not None:
+        raise UserError(
+            f"'{path}' holds only {exit[:100]} of a network: sdcli export --to safetensors wrote it",
+            "a checkpoint of sdcli train, which holds the whole network",
+            f"in Python: from sdcli.export.one_exit import load_exit; network = load_exit({str(path)!r})",
+        )
 
 
 def _draft(path: Path, blueprint: Blueprint, most: int) -> MultiExit:
@@ -146,6 +163,12 @@ def _draft(path: Path, blueprint: Blueprint, most: int) -> MultiExit:
         raise error.within(f"'{path}'") from None
     except Exception as error:  # heads and timm raise anything on numbers that do not fit
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, (ImportError, OSError, MemoryError)):
+            raise UserError(
+                f"'{path}' cannot be built here: {type(error).__name__}: {reason}",
+                "installed packages, and a machine with memory and threads to spare",
+                "look at what the error names: the checkpoint is not the cause",
+            ) from error
         raise UserError(
             f"'{path}' describes a network that cannot be built: {reason}", "a checkpoint as sdcli train wrote it"
         ) from None
