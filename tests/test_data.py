@@ -901,7 +901,7 @@ def test_class_that_the_first_split_does_not_name_is_an_error(tmp_path: Path, ho
 
 
 def test_number_without_a_name_is_an_error_where_names_differ(tmp_path: Path) -> None:
-    bad = named([0, 1], "green", "red")
+    bad = named([0, 1], "red", "a")
     bad = (
         bad.with_format("arrow").map(lambda rows: rows.set_column(1, "label", [[0, 5]]), batched=True).with_format(None)
     )

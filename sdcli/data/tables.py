@@ -228,9 +228,9 @@ def _holds(feature: Any) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    # On the hub, -1 marks withheld labels.
     if isinstance(value, str):
         return not value.strip()
+    # On the hub, -1 marks withheld labels.
     return value is None or (isinstance(value, int) and value < 0)
 
 
@@ -251,8 +251,8 @@ def _class_order(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the classes in the order of their numbers, and the names that files have for them.
 
-    Both are those of the first split's first file, unless a data set's card has `declared` others: no file has these.
-    They replace the names of that file by their numbers, or by the names themselves where it has no others.
+    Both are those of the first split's first file, unless no file has those that are `declared`: they are from the data
+    set's card. A card may rename the classes of that file, number by number; names that it keeps may be in any order.
     """
     own = first.classes.get(key, declared)
     if any(part.classes.get(key) == declared for of_split in parts.values() for part in of_split):
