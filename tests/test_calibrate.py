@@ -505,9 +505,13 @@ def test_short_times_are_in_milliseconds():
 
 def test_a_budget_of_eval_chooses_among_the_settings(sdcli, run):
     assert sdcli("calibrate", run, "--max-drop", "100", "--no-guarantee").code == 0
-    curve = load_checkpoint(run / "best.safetensors")[1].early_exit.curve
+    calibration = load_checkpoint(run / "best.safetensors")[1].early_exit
+    curve, policy = calibration.curve, calibration.at_budget(1.0)
+    (taken,) = [point for point in curve if point.thresholds == policy.thresholds]
+    assert taken.chosen_by == max(point.chosen_by for point in curve if point.cost <= 1)
     scored = json.loads(sdcli("eval", run, "--dynamic", "--budget", "1.0", "--split", "val", "--json").out)
-    assert scored["early_exit"]["result"]["speedup"] == pytest.approx(1.0)
+    assert [row["point"] for row in scored["early_exit"]["exits"]] == [*policy.exits, "final"]
+    assert scored["early_exit"]["result"]["speedup"] >= 1
     refused(
         sdcli("eval", run, "--dynamic", "--budget", "0.001"),
         f"a budget of 0.001 cannot be met\n  expected: {math.ceil(1000 * curve[0].cost) / 1000:g} or more"

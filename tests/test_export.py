@@ -366,6 +366,9 @@ def test_the_runner_refuses_what_pillow_would_cut_to_eight_bits(staged, tmp_path
     Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(tmp_path / "deep.png")
     code, out, err = started(staged.output, capsys, monkeypatch, tmp_path / "deep.png")
     assert (code, out) == (2, "") and "more than 8 bits per channel" in err
+    Image.new("L", (1, 101)).save(tmp_path / "line.png")
+    code, out, err = started(staged.output, capsys, monkeypatch, tmp_path / "line.png")
+    assert (code, out) == (2, "") and "(1, 101): " in err and "a side over 100 times the other" in err
 
 
 @pytest.mark.parametrize("words", [(), ("--threshold",), ("--threshold", "0.5"), ("--help",)])
@@ -376,9 +379,23 @@ def test_the_runner_without_images_says_how_it_is_used(staged, capsys, monkeypat
 
 def test_a_threshold_is_for_all_exits(staged, tmp_path, capsys, monkeypatch):
     noise(0).save(tmp_path / "image.png")
-    for threshold, exit in ((0.0, "exit1"), (2.0, "final")):
+    for threshold, exit in ((0.0, "exit1"), (1.0, "final")):
         code, out, err = started(staged.output, capsys, monkeypatch, "--threshold", threshold, tmp_path / "image.png")
         assert (code, err) == (0, "") and json.loads(out)["exit"] == exit
+
+
+@pytest.mark.parametrize("threshold", ["nan", "2", "-1", "inf"])
+def test_a_threshold_that_is_no_share_is_refused(staged, tmp_path, capsys, monkeypatch, threshold):
+    noise(0).save(tmp_path / "image.png")
+    found = started(staged.output, capsys, monkeypatch, "--threshold", threshold, tmp_path / "image.png")
+    assert found == (2, "", f"error: ValueError: --threshold {threshold}: a number from 0 to 1 is expected\n")
+
+
+def test_the_runners_entropy_score_is_never_below_zero(staged):
+    score = runner_in(staged.output).SCORES["entropy"]
+    for num_classes in range(2, 300):
+        own = np.full((1, num_classes), -np.log(num_classes))
+        assert 0 <= score(own, own)[1][0] < 1e-12, num_classes
 
 
 # timm
@@ -402,6 +419,55 @@ def test_timm_loads_the_folder_without_sdcli(timm_folder, vit):
     torch.testing.assert_close(timm.data.create_transform(**config)(image), eval_transform(preprocess)(image))
 
 
+def timm_config(folder: Path) -> dict[str, Any]:
+    """What timm makes of an exported folder's preprocessing."""
+    return timm.data.resolve_data_config(model=timm.create_model(f"local-dir:{folder}", pretrained=True))
+
+
+def photo_folder(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    for number in range(10):
+        (folder / "test" / f"{number}").mkdir(parents=True)
+        for place, (width, height) in enumerate(sizes):
+            noise(10 * number + place, height, width).save(folder / "test" / f"{number}" / f"{place}.png")
+    return folder
+
+
+def test_timm_shows_small_images_whole_to_a_network_with_a_larger_input(tmp_path):
+    path = saved(tmp_path, "test_resnet", 128, stem="imagenet")
+    exported = export(path, "timm", "final", tmp_path / "out")
+    config = timm_config(exported.output)
+    assert (config["crop_mode"], config["crop_pct"]) == ("squash", 1.0)
+    transform = eval_transform(load_checkpoint(path)[1].blueprint.preprocess)
+    for image in (noise(0, 24, 24), noise(1, 40, 96)):
+        torch.testing.assert_close(timm.data.create_transform(**config)(image), transform(image))
+    assert (
+        "config.json shows images whole, as sdcli shows those of up to 96 pixels (crop_mode squash)" in exported.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "sizes", "mode", "note"),
+    [
+        ("photos", 128, [(24, 24)] * 4, "squash", "config.json shows images whole, as sdcli shows those of up to 96"),
+        ("photos", 64, [(150, 200)] * 4, "center", ""),
+        ("photos", 128, [(24, 24)] + [(150, 200)] * 3, "center", "of the others; config.json has one rule for all"),
+        ("", 128, [], "center", "config.json shows the centre of an image, by the network's input size"),
+        ("", 64, [], "squash", "config.json shows images whole, by the network's input size"),
+        ("cifar10", 128, [], "squash", "config.json shows images whole, as sdcli shows those of up to 96"),
+    ],
+)
+def test_timm_shows_images_as_most_of_the_data_are_shown(tmp_path, data, size, sizes, mode, note):
+    path = saved(tmp_path, "test_resnet", size, data="" if sizes else data, stem="imagenet")
+    photos = str(photo_folder(tmp_path / "photos", sizes)) if sizes else None
+    exported = export(path, "timm", "final", tmp_path / "out", dataset=photos)
+    config, preprocess = timm_config(exported.output), load_checkpoint(path)[1].blueprint.preprocess
+    assert (config["crop_mode"], config["crop_pct"]) == (mode, 1.0 if mode == "squash" else preprocess.crop_pct)
+    image = noise(0, 24, 24) if mode == "squash" else noise(0, 200, 150)
+    torch.testing.assert_close(timm.data.create_transform(**config)(image), eval_transform(preprocess)(image))
+    notes = [text for text in exported.notes if "config.json" in text]
+    assert len(notes) == bool(note) and all(note in text for text in notes)
+
+
 def test_the_card_states_licence_model_and_data(timm_folder, vit, tmp_path):
     card = (timm_folder.output / "README.md").read_text()
     assert "license: unknown\n" in card and "test_vit" in card and "digits" in card
@@ -409,6 +475,8 @@ def test_the_card_states_licence_model_and_data(timm_folder, vit, tmp_path):
     named = export(vit, "timm", "final", tmp_path / "named", license="mit")
     assert "license: mit\n" in (named.output / "README.md").read_text()
     assert not any("--license" in text for text in named.notes)
+    for folder, license in ((timm_folder.output, None), (named.output, "mit")):
+        assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["license"] == license
 
 
 def test_a_stem_that_timm_cannot_build_is_refused(tmp_path, sdcli):
@@ -478,14 +546,22 @@ def test_one_exit_in_safetensors_is_loaded_by_its_snippet(resnet, tmp_path, sdcl
     network = rebuild(resnet)[0].eval()
     images = images_for(network, 2)
     alone = load_exit(exported.output)
+    noise(0).save(tmp_path / "photo.png")
     with torch.no_grad():
         assert torch.equal(alone(images), network(images)["exit2"].logits)
     assert not any("layer3" in name or "exit1" in name for name in alone.state_dict())
     space: dict[str, Any] = {}
     exec(exported.usage, space)
     assert isinstance(space["network"], nn.Module)
-    result = sdcli("eval", exported.output)
-    assert result.code == 2 and "Traceback" not in result.err
+    for words in (["eval"], ["predict", "photo.png"], ["calibrate"], ["export", "--to", "onnx", "-o", "a.onnx"]):
+        command, *rest = words
+        refused(
+            sdcli(command, exported.output, *(tmp_path / word if word == "photo.png" else word for word in rest)),
+            f"'{exported.output}' holds only exit2 of a network: sdcli export --to safetensors wrote it\n"
+            "  expected: a checkpoint of sdcli train, which holds the whole network\n"
+            "  fix:      in Python: from sdcli.export.one_exit import load_exit; "
+            f"network = load_exit({str(exported.output)!r})",
+        )
     with pytest.raises(UserError, match="is not one exit"):
         load_exit(resnet)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from photos import CLASSES, calibrated, photo, save_network, save_photos
 from PIL import Image
@@ -22,6 +23,7 @@ from sdcli.errors import UserError
 from sdcli.network.blueprint import Blueprint
 from sdcli.network.checkpoint import describe_again
 from sdcli.network.multi_exit import MultiExit, build
+from sdcli.network.policies import Policy
 from sdcli.network.weights import rebuild
 from sdcli.recipe.schema import Network
 
@@ -135,6 +137,12 @@ def test_an_exit_after_which_nothing_can_leave_can_still_answer_alone():
         ({"threshold": 1.5}, "a threshold of 1.5"),
         ({"top": 0}, "top = 0"),
         ({"batch_size": 0}, "batch_size = 0"),
+        ({"top": 1.5}, "top = 1.5"),
+        ({"batch_size": "8"}, "batch_size = '8'"),
+        ({"threshold": "a"}, "a threshold of 'a'"),
+        ({"threshold": float("nan")}, "a threshold of nan"),
+        ({"budget": "half"}, "a budget of 'half'"),
+        ({"exit": ""}, "unknown exit ''"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(net: MultiExit, options: dict, message: str):
@@ -169,6 +177,8 @@ def test_a_photo_that_breaks_off_is_refused_as_its_file_is(net: MultiExit, tmp_p
         (torch.zeros(1, 3, 32, 32), r"a tensor \[1, 3, 32, 32\] of float32"),
         (torch.zeros(1, 3, 160, 160, dtype=torch.uint8), "of uint8"),
         ([3], "an image of type int"),
+        (None, "images of type NoneType"),
+        (3.5, "images of type float"),
         ("nowhere.png", r"'nowhere.png': the image cannot be read \(no such file\)"),
         (Image.new("F", (8, 8)), "32-bit values without a known range"),
         (Image.new("RGB", (1, 500)), "a side is over 100 times the other"),
@@ -191,6 +201,71 @@ def test_a_network_can_be_copied_and_its_transform_sent_to_processes(net: MultiE
     assert again.predict(photo(1)) == net.predict(photo(1))
     transform = pickle.loads(pickle.dumps(net.transform))
     assert torch.equal(transform(photo(1)), net.transform(photo(1)))
+
+
+def test_loading_leaves_random_numbers_as_they_were(run: Path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sdcli.load(run)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("is_calibrated", [True, False])
+def test_a_network_whose_model_was_taken_out_answers_nothing(run: Path, tmp_path: Path, is_calibrated: bool):
+    path = Path(shutil.copy(run / "best.safetensors", tmp_path))
+    if is_calibrated:
+        calibrated(path)
+    net = sdcli.load(path)
+    images = net.transform(photo(1))[None]
+    net.predict(images)
+    before = net.predict(images, early_exit=False)
+    model = net.eject()
+    with torch.no_grad():
+        assert net.classes[int(model(images).argmax())] == before[0].label
+    for use in (
+        lambda: net.predict(images),
+        lambda: net.predict(images, early_exit=False),
+        lambda: net(images),
+        lambda: net.upto("exit1"),
+        lambda: net.route(images, Policy({"exit1": 0.0})),
+        lambda: next(net.stream([images], Policy({"exit1": 0.0}))),
+        lambda: net.tensors(images),
+    ):
+        with pytest.raises(UserError, match=re.escape("eject() took its timm model out")):
+            use()
+
+
+def test_images_may_come_one_by_one(net: MultiExit, tmp_path: Path):
+    files = save_photos(tmp_path, 5)
+    expected = net.predict(files, batch_size=2)
+    assert net.predict((Image.open(file) for file in files), batch_size=2) == expected
+    assert net.predict(dict.fromkeys(files), batch_size=2) == expected
+    assert net.predict(iter([])) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((64,), "input_size = 64"),
+        (((3, 64, -1),), "input_size = (3, 64, -1)"),
+        (((64, 64),), "input_size = (64, 64)"),
+        (((3, 64.0, 64.0),), "input_size = (3, 64.0, 64.0)"),
+        (((),), "input_size = ()"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(arguments: tuple, message: str):
+    model = timm.create_model("test_resnet")
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        sdcli.find_stages(model, *arguments)
+    assert error.value.fix == "find_stages(model, (3, 224, 224))"
+
+
+def test_what_is_no_model_and_what_are_no_exits_are_refused():
+    with pytest.raises(UserError, match="model = 'test_resnet'"):
+        sdcli.find_stages("test_resnet")
+    with pytest.raises(UserError, match=r"exits = 2\.5"):
+        sdcli.find_stages(timm.create_model("test_resnet"), exits=2.5)
 
 
 def test_the_interface_has_types():

@@ -659,7 +659,7 @@ def test_a_checkpoint_with_an_imported_head_needs_its_file(
         sdcli("eval", run / "last.safetensors", *short),
         f"'{run / 'last.safetensors'}': the head of exit1 is 'flat', which this sdcli does not have\n"
         "  expected: the file that registers it, which it was trained with\n"
-        f"  fix:      sdcli eval {run / 'last.safetensors'} --import FILE.py",
+        "  fix:      add --import FILE.py to the command; in Python, import that file first",
     )
 
 

@@ -34,7 +34,7 @@ class Network:
             last, asked = not part["passes"], part["asked"] or threshold is not None
             limit, leaves = part["threshold"] if threshold is None else threshold, np.full(len(rows), last)
             found = session.run([part["passes"]] * (not last) + [part["logits"]] * asked, {part["input"]: images}, only)
-            if asked:
+            if asked:  # a threshold of null becomes NaN, which no score reaches
                 own = (raw := found[-1].astype("d") / part["temperature"]) - np.logaddexp.reduce(raw, 1, keepdims=True)
                 total, seen = total + own, seen + 1
                 answer, score = (own, own[:, 0]) if last else self.score(own, total / seen)
@@ -50,8 +50,8 @@ class Network:
         from PIL import Image, ImageOps  # for reading files only
 
         image, whole, look = ImageOps.exif_transpose(Image.open(file)), self.look["input_size"][:0:-1], self.look
-        if image.mode[0] in "IF":
-            raise ValueError("more than 8 bits per channel: convert it to 8")
+        if image.mode[0] in "IF" or max(image.size) > 100 * min(image.size):
+            raise ValueError(f"{image.size}: more than 8 bits per channel, or a side over 100 times the other")
         size, first, large = image.size, look["resize"][::-1], max(image.size) > look["small"]
         sides = [max(own * s // o for s, o in zip(first, size, strict=True)) for own in size if large] or whole
         left, top = [round((side - own) / 2) for side, own in zip(sides, whole, strict=True)]  # the centre is seen

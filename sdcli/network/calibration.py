@@ -74,8 +74,8 @@ class Calibration:
         fitting = [point for point in self.curve if point.cost <= budget]
         if not fitting:
             return None
-        gave = [point.top1 if point.chosen_by is None else point.chosen_by for point in fitting]
-        if any(point.chosen_by is None for point in fitting):
+        gave = [point.chosen_by for point in fitting if point.chosen_by is not None]
+        if len(gave) < len(fitting):
             gave = [point.top1 for point in fitting]
         # The first of equally good ones is the cheapest.
         return self.policy.at(fitting[gave.index(max(gave))].thresholds)

@@ -345,7 +345,7 @@ def _problems(blueprint: Blueprint, table: _Metadata) -> Iterator[str]:
     if not 1 <= len(plan.stages) <= MOST_ENDS or not 1 <= plan.embedding_dim <= LARGEST_ARG:
         yield f"{len(plan.stages)} stages, an embedding of {plan.embedding_dim}"
     if not 1 <= plan.macs <= MOST_MACS or not 0 <= plan.params <= MOST_MACS:
-        yield f"a network of {plan.params} parameters and {plan.macs} MACs"
+        yield f"a network of {plan.params} parameters and {plan.macs} MACs"[:100]
     for stage in plan.stages:
         counts = (stage.num_chs, *stage.size, stage.reduction)
         if not all(1 <= count <= LARGEST_ARG for count in counts) or not 0 <= stage.windows <= 8:
