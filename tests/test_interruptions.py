@@ -539,6 +539,7 @@ def test_only_files_are_replaced(tmp_path: Path) -> None:
 def test_the_log_grows_by_a_line_and_the_table_is_made_anew_for_a_new_column(tmp_path: Path) -> None:
     run = Run(tmp_path)
     line: dict[str, Any] = {"epoch": 1, "loss": 1.0, "losses": {"task": 1.0}, "lr": 0.1, "validation": None}
+    line |= {"num_images": 10, "seconds": 1.0, "images_per_s": 10.0}
     run.log_epoch(line)
     inodes = [(tmp_path / name).stat().st_ino for name in ("log.jsonl", "summary.csv")]
     run.log_epoch({**line, "epoch": 2})
@@ -561,9 +562,9 @@ def test_a_line_that_was_cut_off_breaks_neither_plot_nor_resume(half: str, copie
     for file, content in zip(files, whole, strict=True):
         file.write_bytes(content + half.encode("latin-1"))
     assert len(read_log(copied)) == 2
-    Run(copied).go_on(2)
+    Run(copied).go_on(2, 2)
     assert [file.read_bytes() for file in files] == whole
-    Run(copied).go_on(1)
+    Run(copied).go_on(1, 2)
     assert [file.read_bytes().count(b"\n") for file in files] == [1, 2]
 
 
