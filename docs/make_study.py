@@ -15,7 +15,7 @@ from typing import Any
 
 from sdcli.cli.comparisons import grids, remarks, score
 from sdcli.cli.grids import markdown
-from sdcli.cli.plots import save_comparison
+from sdcli.cli.plots import at_use, drawing, save_comparison
 from sdcli.compare.compare import Comparison, compare
 from sdcli.compare.record import Record, read_record
 
@@ -180,6 +180,27 @@ def readme_table(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def readme_picture(results: Path, file: Path) -> None:
+    """README's picture: the rows of its table, in both regimes."""
+    places = {label: place for place, label in enumerate(SHOWN)}
+    study = tomllib.loads((STUDIES / f"{FIRST[0]}.toml").read_text(encoding="utf-8"))
+    with drawing(file, 2) as (figure, panels):
+        drawn: dict[str, Any] = {}
+        for regime, axes in zip(("many", "few"), panels, strict=True):
+            records = records_of(results.joinpath(*FIRST[:2], regime))
+            (task,) = compare([record for record in records if record.label in SHOWN]).tasks
+            drawn |= at_use(axes, task, places)
+            about = study["regimes"][regime]
+            axes.set_title(
+                f"{about['images']:,} training images, {about['epochs']} epochs\ntop-1 % ({task.split})",
+                fontsize=9,
+                loc="left",
+            )
+        labels = [label for label in SHOWN if label in drawn]
+        handles = [drawn[label] for label in labels]
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=4)
+
+
 def with_table(readme: str, table: str) -> str:
     """README with this table between its two marks."""
     return re.sub(r"(?s)(<!-- study -->\n).*?(<!-- /study -->)", lambda m: m[1] + table + m[2], readme)
@@ -293,12 +314,7 @@ def main() -> None:
         records = [record for record in records_of(folder) if not RATE.search(record.label)]
         if _has_exits(records):
             save_comparison(_compared(records), FOLDER / f"study-{folder.parent.name}-{folder.name}.png")
-    # README's picture has the rows of its table.
-    shown = sorted(
-        (r for r in records_of(results.joinpath(*FIRST)) if r.label in SHOWN), key=lambda r: [*SHOWN].index(r.label)
-    )
-    if shown:
-        save_comparison(compare(shown), FOLDER / "study.png")
+    readme_picture(results, FOLDER / "study.png")
     README.write_text(with_table(README.read_text(encoding="utf-8"), readme_table(results)), encoding="utf-8")
 
 

@@ -112,14 +112,14 @@ def save_comparison(found: Comparison, file: Path) -> None:
     with drawing(file, 2, rows=len(found.tasks)) as (figure, panels):
         handles: dict[str, Any] = {}
         for task, use, training in zip(found.tasks, panels[::2], panels[1::2], strict=True):
-            handles = _at_use(use, task, places) | handles
+            handles = at_use(use, task, places) | handles
             _in_training(training, task, places)
             use.set_title(f"{task.name}\ntop-1 % ({task.split})", fontsize=9, loc="left")
         shown = [handles[label] for label in labels]
         figure.legend(shown, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
 
 
-def _at_use(axes: Any, task: Task, places: Mapping[str, int]) -> dict[str, Any]:
+def at_use(axes: Any, task: Task, places: Mapping[str, int]) -> dict[str, Any]:
     """A line through the exits of each recipe, by its label; the plain network is a star."""
     drawn = {}
     plain = next((group.macs["final"] for group in task.groups if "final" in group.macs), 1)
