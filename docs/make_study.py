@@ -293,8 +293,8 @@ def _tables(found: Comparison) -> str:
 def _seconds(table: dict[str, Any]) -> str:
     """What training each row takes beside the baseline, as benchmarks/study/seconds.py has measured it."""
     lines = [
-        f"Training time of each row, as a multiple of the baseline's, trained by turns with little else running "
-        f"(`python benchmarks/study/seconds.py`, the median of {table['rounds']} rounds):\n",
+        f"Training time of each row, as a multiple of the baseline's of the same round, trained by turns with little "
+        f"else running (`python benchmarks/study/seconds.py`, the median of {table['rounds']} rounds):\n",
         "| row | an image | the whole training |",
         "| --- | ---: | ---: |",
     ]

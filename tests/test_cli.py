@@ -701,6 +701,12 @@ def test_curves_and_the_table_have_the_losses_of_all_phases():
     assert (_skipped(epochs[0]), _skipped(epochs[1])) == ("", "  |  1 update skipped: loss not finite")
 
 
+@pytest.mark.parametrize(("option", "key"), [("--epochs", "epochs"), ("--lr", "optimizer.lr")])
+def test_a_key_that_is_set_twice_is_refused(option, key, sdcli, tmp_path):
+    result = sdcli("train", "test_resnet", *QUICK, option, 1, "--set", f"{key}=2", "--output", tmp_path / "run")
+    refused(result, f"--set {key}=2 and {option} are about the same key, {key}\n  expected: one of them")
+
+
 @pytest.mark.parametrize("exits", ["0", ","])
 def test_exits_that_are_none_are_refused(exits, sdcli, tmp_path):
     message = f"--exits '{exits}'\n  expected: auto, none, a number of 1 or more, or modules to tap: blocks.3,blocks.7"

@@ -445,6 +445,18 @@ def test_a_run_that_was_stopped_counts_the_time_of_all_its_parts(tmp_path: Path)
     assert line["images_per_s"] * line["seconds"] == pytest.approx(96, rel=0.01)
 
 
+def test_options_without_effect_are_named(tmp_path: Path) -> None:
+    recipe = load_recipe(["quick"], ["batch.size=32", "epochs=1"])
+    settings = replace(QUICK, keep_every=2, save_every=3, val_fraction=0.0)
+    assert [note for note in prepare(settings, recipe, tmp_path / "run").notes if "no effect" in note] == [
+        "--keep-every 2 has no effect: the run has 1 epoch",
+        "--save-every 3 has no effect: the state is saved after every epoch, of 3 updates",
+        "--limit-val has no effect: no images are held out of training",
+    ]
+    whole = replace(QUICK, keep_every=1, save_every=2)
+    assert not [note for note in prepare(whole, recipe, tmp_path / "other").notes if "no effect" in note]
+
+
 def test_a_finished_run_that_goes_on_has_no_report_until_it_ends(tmp_path: Path) -> None:
     recipe = load_recipe(["quick"], ["batch.size=32", "epochs=1"])
     finish(prepare(QUICK, recipe, tmp_path / "run"))

@@ -273,6 +273,9 @@ def overrides_of(given: Mapping[str, Any], names: Sequence[str] | None) -> list[
         "--exits": ("networks.student.exits", given["exits"] and parse_exits(given["exits"])),
     }
     found = overrides(given["set_"], given["unset"])
+    for flag, (key, value) in short.items():
+        if twice := [own for own in found if own.key == key and value is not None]:
+            raise UserError(f"{twice[0].source} and {flag} are about the same key, {key}", "one of them")
     found += [
         Override(key, value, f"{flag} {_shown(value)}") for flag, (key, value) in short.items() if value is not None
     ]

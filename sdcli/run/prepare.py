@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sdcli.data.resident import ResidentLoader, suitable_loader
 from sdcli.data.splits import fingerprint, limited, training_splits
 from sdcli.data.transforms import Preprocess, Size
 from sdcli.devices import accelerator_for, from_first, short_of_memory
-from sdcli.errors import UserError
+from sdcli.errors import UserError, counted
 from sdcli.extensions import digests, load_imports
 from sdcli.method.catalogue import completed
 from sdcli.method.check import check_files, check_named, check_names, check_with_model, idle_losses, remarks
@@ -221,7 +221,7 @@ def build(
         _checkpoint_gradients(student, settings.model)
 
     order, loader, scored_loader, more = _build_loaders(settings, recipe, accelerator, splits, blueprint.preprocess)
-    notes += more
+    notes += [*more, *_idle_options(settings, recipe, splits, order.updates)]
     if settings.memory_format == "auto":
         settings = replace(settings, memory_format=suitable_format(networks.values(), accelerator.device))
         if settings.memory_format != "contiguous":
@@ -457,6 +457,20 @@ def _build_loaders(
         )
     # Both splits may have the same note.
     return order, loader, scored_loader, notes + list(dict.fromkeys([*loader_notes, *scored_notes]))
+
+
+def _idle_options(settings: Settings, recipe: Recipe, splits: Splits, updates: int) -> Iterator[str]:
+    """Options that change nothing in this run."""
+    epochs = sum(recipe.phase_epochs)
+    if (settings.keep_every or 0) > epochs:
+        yield f"--keep-every {settings.keep_every} has no effect: the run has {counted(epochs, 'epoch')}"
+    if (settings.save_every or 0) >= updates:
+        yield (
+            f"--save-every {settings.save_every} has no effect: the state is saved after every epoch, of "
+            f"{counted(updates, 'update')}"
+        )
+    if settings.limit_val is not None and splits.val is None:
+        yield "--limit-val has no effect: no images are held out of training"
 
 
 def _shares(order: EpochBatches, coupled: Iterable[str]) -> list[str]:
