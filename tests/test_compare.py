@@ -250,6 +250,14 @@ def test_a_recipe_of_one_seed_does_not_hide_what_the_others_can_tell():
     assert lines[1:] == ["one seed only, which cannot be told from the noise of training: begun"]
 
 
+def test_differences_that_are_all_alike_show_no_noise():
+    runs = [*three("baseline", [50.0, 51.0, 52.0]), *three("frozen", [50.0, 51.0, 52.0], 45.0)]
+    assert "final" not in compare(runs).tasks[0].noise
+    assert not [line for line in remarks(compare(runs)) if "cannot be told" in line]
+    runs += three("byot", [52.0, 54.0, 53.0], 45.0)
+    assert compare(runs).tasks[0].noise["final"].sd == pytest.approx(1.0), "that of byot alone"
+
+
 def test_what_can_be_told_is_said_for_every_number_of_seeds():
     runs = [*three("baseline", [50.0, 51.0, 52.0, 50.0]), *three("a", [52.0, 54.0, 53.0, 53.0], 45.0)]
     runs += three("b", [51.0, 51.0], 45.0)
@@ -679,7 +687,8 @@ def test_the_tables_name_what_can_be_told_from_noise(runs, sdcli: Command):
     assert result.code == 0
     assert "test_resnet on digits at 8 px  ·  top-1 % (test, 359 images)" in result.out
     assert f"final against {BASE}, in points" in result.out
-    assert "2 paired seeds: differences of final below about" in result.err
+    # So short a training leaves both finals where they were, without any noise.
+    assert "2 paired seeds: differences of exit1 below about" in sdcli("compare", runs, "--point", "exit1").err
     one = sdcli("compare", runs / "baseline" / "seed42", runs / "exits" / "seed42")
     assert "McNemar's p = " in one.err
     assert "one seed: no difference can be told from the noise of training; see sdcli train --seeds" in one.err

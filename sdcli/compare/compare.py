@@ -213,7 +213,8 @@ def _task(name: str, groups: Mapping[str, list[Record]], against: str) -> Task:
 def _noise(groups: Sequence[Group]) -> Iterator[tuple[str, Noise]]:
     for point in dict.fromkeys(point for group in groups for point in group.versus):
         found = [group.versus[point] for group in groups if point in group.versus]
-        spread = [(d.sd, d.num_seeds) for d in found if d.sd is not None]
+        # Seeds that all differ by the same, such as by 0 over a frozen network, show no noise.
+        spread = [(d.sd, d.num_seeds) for d in found if d.sd]
         if spread:
             squares = sum(sd**2 * (seeds - 1) for sd, seeds in spread)
             sd = sqrt(squares / sum(seeds - 1 for _, seeds in spread))
